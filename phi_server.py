@@ -1093,6 +1093,10 @@ def strips_leading_space(folder: Path) -> bool:
 # draw. A sequence has its own generator, so that what others draw never changes its numbers.
 
 
+SUM_BLOCK = 256  # weights; a vocabulary has about as many blocks
+LEAST_TEMPERATURE = 1e-5  # below it float32 divides by zero, and the draw is greedy long before
+
+
 class Sampler:
     """Draws the tokens of one sequence."""
 
@@ -1109,7 +1113,9 @@ class Sampler:
 
     def pick(self, logits: npt.NDArray[Any]) -> int:
         """Draws one token from logits [vocab] and remembers it for the penalties."""
-        row: Floats = self.adjusted(logits.astype(np.float32)) if self.adjusts else logits
+        row: Floats = logits.astype(np.float32, copy=self.adjusts)
+        if self.adjusts:
+            row = self.adjusted(row)
         token = int(row.argmax()) if self.is_greedy else self.draw(row)
         if self.penalizes:
             self.counts[token] = self.counts.get(token, 0) + 1
@@ -1136,14 +1142,23 @@ class Sampler:
 
     def draw(self, row: Floats) -> int:
         """Draws a token from the truncated distribution of row [vocab]."""
-        weights = np.exp((row.astype(np.float64) - row.max()) / self.sampling.temperature)
+        weights = np.exp((row - row.max()) / np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE)))
         tokens = truncated(weights, self.sampling)
-        totals = np.cumsum(weights if tokens is None else weights[tokens])
-        place = int(np.searchsorted(totals, self.generator.random() * totals[-1], side="right"))
+        place = at_share(weights if tokens is None else weights[tokens], self.generator.random())
         return place if tokens is None else int(tokens[place])
 
 
-def truncated(weights: npt.NDArray[np.float64], sampling: Sampling) -> Integers | None:
+def at_share(weights: Floats, share: float) -> int:
+    """The index in weights [n] up to which `share` (0 to 1) of their sum lies."""
+    # By blocks, for a running sum of a vocabulary takes 0.5 ms. The last of each is left out: rounding may exceed the sum.
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), SUM_BLOCK), dtype=np.float64).cumsum()
+    block = int(np.searchsorted(sums[:-1], share * sums[-1], side="right"))
+    rest = share * sums[-1] - (sums[block - 1] if block else 0.0)
+    inner = weights[block * SUM_BLOCK : (block + 1) * SUM_BLOCK].cumsum(dtype=np.float64)
+    return block * SUM_BLOCK + int(np.searchsorted(inner[:-1], rest, side="right"))
+
+
+def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
     """The tokens that top_k, top_p and min_p leave of weights [vocab], likeliest first; None when they leave all."""
     if not sampling.top_k and sampling.top_p >= 1 and not sampling.min_p:
         return None
@@ -1227,7 +1242,39 @@ def overlap(text: str, stop: str) -> int:
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
 SHARED_SECONDS = 0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
+LONGEST_DRAFT = 12  # guessed tokens; a call with so many takes three times as long as one with none
+LEAST_CONFIDENCE = 0.6  # a guess pays from 0.3 on; below this prose would lose more than it gains
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
+
+
+class PromptLookup:
+    """Guesses how tokens go on: as they did after the last earlier occurrence of their last three.
+
+    It pays for text that repeats its prompt, such as an edit of it. Confidence is learned from every guess, also from those
+    that were not tried, so that ordinary prose costs nothing.
+    """
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens  # the sequence's own list, which grows
+        self.ends: dict[tuple[int, ...], int] = {}  # of three tokens, where their last occurrence but the tail ends
+        self.indexed = 3
+        self.guess: list[int] = []
+        self.place = 0  # of the guess in tokens
+        self.confidence = 0.3  # that the next token is guessed right
+
+    def draft(self, most: int) -> list[int]:
+        """The next tokens as far as they are likely to be right, at most `most`."""
+        for guess, token in zip(self.guess, self.tokens[self.place :], strict=False):
+            self.confidence += 0.2 * ((guess == token) - self.confidence)
+            if guess != token:
+                break
+        for end in range(self.indexed, len(self.tokens)):
+            self.ends[tuple(self.tokens[end - 3 : end])] = end
+        self.indexed, self.place = max(self.indexed, len(self.tokens)), len(self.tokens)
+        end = self.ends.get(tuple(self.tokens[-3:]), self.place)
+        self.guess = self.tokens[end : end + LONGEST_DRAFT]
+        likely = int(self.confidence / (1.001 - self.confidence)) if self.confidence > LEAST_CONFIDENCE else 0
+        return self.guess[: max(0, min(likely, most))]
 
 
 class Sequence:
@@ -1243,6 +1290,7 @@ class Sequence:
         self.sampler = sampler
         self.text = text
         self.is_seeded = sampler.sampling.seed is not None
+        self.lookup = PromptLookup(self.tokens)
         self.cached_tokens = 0
         self.finish_reason = ""  # stop, length, cancelled or error
         self.is_closed = False
@@ -1300,6 +1348,7 @@ class Plan:
     tokens: Integers  # [rows, count]
     lengths: Integers  # [rows]
     chores: list[Callable[[], None]]
+    draft: list[int]  # guessed tokens, fed behind the last one of the only slot
 
     @property
     def count(self) -> int:
@@ -1307,9 +1356,14 @@ class Plan:
         return int(self.tokens.shape[1])
 
     @property
+    def is_chunk(self) -> bool:
+        """Whether the call prefills a part of a prompt."""
+        return self.count > 1 and not self.draft
+
+    @property
     def samples(self) -> bool:
-        """Whether the fed sequences have no more tokens to feed, so that the last logits are their next token's."""
-        return self.slots[0].pending == self.count
+        """Whether the prompt of the fed sequences ends with this call, so that its last logits are their next token's."""
+        return self.slots[0].pending + len(self.draft) == self.count
 
 
 class Engine:
@@ -1391,33 +1445,49 @@ class Engine:
         picks, seconds = await forward
         self.absorb(plan, picks, seconds)
 
-    def forward(self, plan: Plan) -> tuple[list[int], float]:
-        """Runs one plan, in the executor; returns a token for each slot of a sampling plan, and the call's seconds."""
+    def forward(self, plan: Plan) -> tuple[list[list[int]], float]:
+        """Runs one plan, in the executor; returns the tokens sampled for each slot, and the call's seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
         logits = self.model.forward(plan.low, plan.tokens, plan.lengths)
         seconds = time.perf_counter() - start
         if not plan.samples:
-            return [], seconds
-        return [
-            slot.sequence.sampler.pick(logits[slot.row - plan.low, -1]) for slot in plan.slots if slot.sequence
-        ], seconds
+            return [[] for _ in plan.slots], seconds
+        if plan.draft:
+            return [self.verify(plan, logits[0])], seconds
+        samplers = [(slot.row - plan.low, slot.sequence.sampler) for slot in plan.slots if slot.sequence]
+        return [[sampler.pick(logits[row, -1])] for row, sampler in samplers], seconds
 
-    def absorb(self, plan: Plan, picks: list[int], seconds: float) -> None:
-        """Notes what a step has computed: KV, speed, and the next token of each sequence."""
+    def verify(self, plan: Plan, logits: npt.NDArray[Any]) -> list[int]:
+        """Samples from logits [count, vocab] as long as the draft has guessed the token before.
+
+        That is rejection sampling for a draft that is certain of its guess: what is drawn has the model's own distribution.
+        """
+        sequence = plan.slots[0].sequence
+        assert sequence
+        picked: list[int] = []
+        for row, guess in zip(logits, [*plan.draft, None], strict=True):
+            picked.append(sequence.sampler.pick(row))
+            if picked[-1] != guess or guess in sequence.eos_tokens:
+                break
+        return picked
+
+    def absorb(self, plan: Plan, picks: list[list[int]], seconds: float) -> None:
+        """Notes what a step has computed: KV, speed, and the next tokens of each sequence."""
         self.steps += 1
-        self.prefill_seconds = self.prefill_seconds + seconds if plan.count > 1 else 0.0
-        if plan.count >= 32:  # shorter chunks do not show the speed of long ones
+        self.prefill_seconds = self.prefill_seconds + seconds if plan.is_chunk else 0.0
+        if plan.is_chunk and plan.count >= 32:  # shorter chunks do not show the speed of long ones
             self.prefill_speed += 0.5 * (plan.count / seconds - self.prefill_speed)
         sequences = [slot.sequence for slot in plan.slots if slot.sequence]
-        for slot, sequence in zip(plan.slots, sequences, strict=True):
-            slot.tokens += sequence.tokens[len(slot.tokens) : len(slot.tokens) + plan.count]
+        for slot, sequence, picked in zip(plan.slots, sequences, picks, strict=True):
+            start, fed = len(slot.tokens), plan.count if plan.is_chunk else len(picked)
+            slot.tokens += (sequence.tokens[start : start + fed] + picked)[:fed]
             slot.used = self.steps
-            if plan.count > 1 and slot.prefilled == len(slot.tokens) - plan.count:
+            if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
-        for sequence, token in zip(sequences, picks, strict=False):  # picks are empty within a prompt
-            self.accept(sequence, token)
+            for token in picked:
+                self.accept(sequence, token)
 
     def accept(self, sequence: Sequence, token: int) -> None:
         """Appends a sampled token, unless its sequence has ended in the meantime."""
@@ -1481,6 +1551,8 @@ class Engine:
             count = self.chunk_length(slot.pending, bool(decoding))
             if count:
                 return self.plan_chunk(slot, count)
+        if len(decoding) == 1 and not prefilling and (draft := self.draft(decoding[0])):
+            return self.plan_verify(decoding[0], draft)
         return self.plan_decode(decoding) if decoding else None
 
     def chunk_length(self, pending: int, shared: bool) -> int:
@@ -1498,8 +1570,20 @@ class Engine:
         """A call that prefills the next `count` prompt tokens of one slot."""
         assert slot.sequence
         start = len(slot.tokens)
-        tokens = np.array([slot.sequence.tokens[start : start + count]], np.int64)
-        return self.call([slot], slot.row, tokens)
+        return self.call([slot], slot.row, np.array([slot.sequence.tokens[start : start + count]], np.int64))
+
+    def draft(self, slot: Slot) -> list[int]:
+        """Guesses how the only running sequence goes on; [] when there is no good guess, or it must be reproducible."""
+        sequence = slot.sequence
+        assert sequence
+        if sequence.is_seeded or sequence.text.stop:  # a stop string may end the reply within a draft
+            return []
+        return sequence.lookup.draft(sequence.limit - len(sequence.tokens) - 1)
+
+    def plan_verify(self, slot: Slot, draft: list[int]) -> Plan:
+        """A call that feeds the last token and a draft of the next ones."""
+        assert slot.sequence
+        return self.call([slot], slot.row, np.array([[slot.sequence.tokens[-1], *draft]], np.int64), draft)
 
     def plan_decode(self, decoding: list[Slot]) -> Plan:
         """A call that feeds one token to every decoding slot."""
@@ -1513,7 +1597,7 @@ class Engine:
             tokens[slot.row - low, 0] = slot.sequence.tokens[-1]
         return self.call(decoding, low, tokens)
 
-    def call(self, slots: list[Slot], low: int, tokens: Integers) -> Plan:
+    def call(self, slots: list[Slot], low: int, tokens: Integers, draft: Iterable[int] = ()) -> Plan:
         """Completes a plan with what all rows of the span hold, and with the chores so far."""
         rows, count = tokens.shape
         lengths = np.zeros(rows, np.int64)
@@ -1522,7 +1606,7 @@ class Engine:
                 lengths[slot.row - low] = len(slot.tokens)
                 slot.resident = max(slot.resident, self.whole_pages(len(slot.tokens) + count))
         chores, self.chores = self.chores, []
-        return Plan(slots, low, tokens, lengths, chores)
+        return Plan(slots, low, tokens, lengths, chores, list(draft))
 
     def tighten(self, decoding: list[Slot]) -> None:
         """Moves the last decoding row into the first gap, one a step, so that the span has few throwaway rows."""
