@@ -1,0 +1,2653 @@
+"""The specification of phi_server.py, in its order: `python -m pytest -v` prints it. A test's name says what is true.
+
+A test talks over a socket to a real server process, which serves the model of MODEL_PATH or the demo model, or it calls
+a pure function of phi_server.py. No model is mocked. It takes about a minute and a half on two cores.
+`python -m pytest -m bench -s` measures instead, and prints a table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import http.client
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import phi_server
+
+# ---- Harness ---------------------------------------------------------------------------------------------------------
+# The only place with plumbing and time limits. What goes over a connection is logged: pytest shows it with a failure.
+
+PATIENCE = 30.0  # seconds after which a wait has failed; a first start downloads and converts the demo model
+FIRST_START = 600.0
+FILE = Path(phi_server.__file__)
+traffic = logging.getLogger("traffic")
+traffic.setLevel(logging.DEBUG)
+
+
+class Server:
+    """A running server process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.log: list[dict[str, Any]] = []
+        self.url = ""
+        self.news = threading.Condition()
+        self.reader = threading.Thread(target=self.read_log, daemon=True)
+        self.reader.start()
+
+    def read_log(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            with self.news:
+                self.log.append(json.loads(line) if line.startswith("{") else {"message": line})
+                self.news.notify_all()
+        with self.news:
+            self.news.notify_all()
+
+    def logged(self, seconds: float = PATIENCE, **fields: object) -> dict[str, Any]:
+        """Waits for a log entry with these fields."""
+
+        def find() -> dict[str, Any] | None:
+            return next((entry for entry in self.log if fields.items() <= entry.items()), None)
+
+        with self.news:
+            self.news.wait_for(lambda: find() or self.process.poll() is not None, seconds)
+        found = find()
+        assert found, f"no log entry with {fields} in {self.log}"
+        return found
+
+    @functools.cached_property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").removesuffix("/v1").rsplit(":", 1)
+        return host, int(port)
+
+    @functools.cached_property
+    def model(self) -> str:
+        """The served model's name."""
+        return str(get(self, "/v1/models").json["data"][0]["id"])
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process' environment with these settings, and of all others MODEL_PATH alone."""
+    names = {name for name, _, _ in phi_server.settings_table()} - {"MODEL_PATH"}
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    return inherited | {name: str(value) for name, value in settings.items()}
+
+
+@contextlib.contextmanager
+def running(script: str = "", dotenv: str = "", **settings: object) -> Iterator[Server]:
+    """A server with these settings on a free port; `script` is run instead of phi_server.py."""
+    command = [sys.executable, "-c", script] if script else [sys.executable, str(FILE)]
+    chosen = {"SERVER_PORT": 0, "LOG_FORMAT": "json", "PYTHONPATH": FILE.parent} | settings
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, ".env").write_text(dotenv, encoding="utf-8")
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(**chosen), stderr=subprocess.PIPE, encoding="utf-8"
+        )
+        server = Server(process)
+        try:
+            server.url = server.logged(FIRST_START, message="serving")["address"]
+            yield server
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+            server.reader.join(PATIENCE)
+
+
+def run(*arguments: str, cwd: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command line of phi_server.py that ends by itself."""
+    return subprocess.run(
+        [sys.executable, str(FILE), *arguments],
+        cwd=cwd,
+        env=environment(**{"SERVER_PORT": 0, "LOG_FORMAT": "json"} | settings),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A response; header names are in lower case."""
+
+    version: str
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        error: dict[str, Any] = self.json["error"]
+        return error
+
+
+class Wire:
+    """One connection to a server."""
+
+    def __init__(self, server: Server) -> None:
+        self.socket = socket.create_connection(server.address, PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.stream = self.socket.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        traffic.debug(">>> %r", data[:2000])
+        self.socket.sendall(data)
+
+    def is_readable(self, seconds: float) -> bool:
+        return bool(select.select([self.socket], [], [], seconds)[0])
+
+    def read_until(self, text: bytes) -> bytes:
+        """Reads lines up to the first one with this text, and returns that one."""
+        while text not in (line := self.stream.readline()):
+            traffic.debug("<<< %r", line)
+            assert line, f"the connection was closed before {text!r} came"
+        traffic.debug("<<< %r", line)
+        return line
+
+    def read_head(self) -> tuple[str, int, dict[str, str]] | None:
+        """Reads status line and headers; None when the server closes."""
+        try:
+            lines = list(iter(lambda: self.stream.readline().rstrip(b"\r\n").decode("latin-1"), ""))
+        except ConnectionResetError:
+            return None
+        traffic.debug("<<< %r", lines)
+        if not lines:
+            return None
+        version, status, _ = lines[0].split(" ", 2)
+        return (
+            version,
+            int(status),
+            {name.lower(): value for name, value in (line.split(": ", 1) for line in lines[1:])},
+        )
+
+    def read_body(self, headers: dict[str, str]) -> bytes:
+        if headers.get("transfer-encoding") != "chunked":
+            return self.stream.read(int(headers["content-length"]) if "content-length" in headers else -1)
+        body = b""
+        while size := int(self.stream.readline(), 16):
+            body += self.stream.read(size)
+            assert self.stream.readline() == b"\r\n"
+        assert self.stream.readline() == b"\r\n"
+        return body
+
+    def read_reply(self, is_head: bool = False) -> Reply | None:
+        """Reads a response, checked for what all of them have; None when the server closes."""
+        head = self.read_head()
+        if head is None:
+            return None
+        version, status, headers = head
+        has_body = not is_head and status != 204
+        reply = Reply(version, status, headers, self.read_body(headers) if has_body else b"")
+        traffic.debug("<<< %r", reply.body[:2000])
+        assert re.fullmatch(r"[!-~]{1,128}", headers["x-request-id"])
+        if status >= 400:
+            assert headers["content-type"] == "application/json"
+        if status >= 400 and has_body:
+            assert list(reply.json) == ["error"]
+            assert sorted(reply.error) == ["code", "message", "param", "type"]
+        return reply
+
+
+def exchange(server: Server, data: bytes, count: int = 0) -> list[Reply]:
+    """Sends bytes, and reads `count` replies, or with 0 all until the server closes."""
+    methods = re.findall(rb"(?:^|\n)([A-Z]+) [^ ]+ HTTP/1", data)
+    with Wire(server) as wire:
+        wire.send(data)
+        replies = []
+        while len(replies) < (count or math.inf):
+            reply = wire.read_reply(is_head=methods[len(replies) : len(replies) + 1] == [b"HEAD"])
+            if reply is None:
+                break
+            replies.append(reply)
+    assert len(replies) >= count, "the server closed the connection before it answered"
+    return replies
+
+
+def raw(*lines: str, body: bytes = b"") -> bytes:
+    """A request of these lines, as HTTP writes them."""
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def get(server: Server, path: str, *headers: str) -> Reply:
+    return exchange(server, raw(f"GET {path} HTTP/1.1", "Host: test", *headers), 1)[0]
+
+
+def post(server: Server, path: str, body: object, *headers: str) -> Reply:
+    """Posts bytes as they are, or a value as JSON; an object without a model names the served one."""
+    if isinstance(body, dict):
+        body = {"model": server.model, **body}
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    length = f"Content-Length: {len(data)}"
+    return exchange(server, raw(f"POST {path} HTTP/1.1", "Host: test", length, *headers, body=data), 1)[0]
+
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+FIRST_TEXT = b'"delta":{"content":'  # the role chunk comes before the prompt is prefilled
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def chat(server: Server, *contents: str, **fields: object) -> Any:
+    """The chat object for these turns; greedy unless the fields say otherwise."""
+    reply = post(server, CHAT, {"messages": turns(*contents), "temperature": 0, **fields})
+    assert reply.status == 200
+    return reply.json
+
+
+def complete(server: Server, prompt: object, **fields: object) -> Any:
+    """The text completion object for a prompt; greedy unless the fields say otherwise."""
+    reply = post(server, TEXT, {"prompt": prompt, "temperature": 0, **fields})
+    assert reply.status == 200
+    return reply.json
+
+
+def content(reply: Any) -> str:
+    return str(reply["choices"][0]["message"]["content"])
+
+
+def events(server: Server, path: str, **fields: object) -> list[Any]:
+    """The JSON values of a stream's events; [DONE] is the last one's text."""
+    reply = post(server, path, {"stream": True, "temperature": 0, **fields})
+    assert reply.status == 200
+    blocks = reply.body.decode().split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") for block in blocks)
+    data = [block.removeprefix("data: ") for block in blocks]
+    return [text if text == "[DONE]" else json.loads(text) for text in data]
+
+
+def stream_forever(
+    server: Server, *contents: str, path: str = CHAT, request_id: str = "forever", **fields: object
+) -> Wire:
+    """A connection on which a reply of thousands of tokens has been asked for."""
+    asked = {"prompt": contents[0]} if path == TEXT else {"messages": turns(*contents)}
+    fields = {"model": server.model, "stream": True, "max_tokens": 3000, "ignore_eos": True} | asked | fields
+    data = json.dumps(fields).encode()
+    wire = Wire(server)
+    headers = ("Host: test", f"x-request-id: {request_id}", f"Content-Length: {len(data)}")
+    wire.send(raw(f"POST {path} HTTP/1.1", *headers, body=data))
+    return wire
+
+
+def metric(server: Server, name: str) -> float:
+    """The value of a series of GET /metrics; 0 before it exists."""
+    page = get(server, "/metrics").body.decode()
+    found = re.search(rf"^phi_server_{re.escape(name)} (\S+)$", page, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def eventually(happens: Callable[[], bool]) -> bool:
+    """Waits until something that can be observed is so; False when it takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    while not happens():
+        if time.monotonic() > deadline:
+            return False
+        threading.Event().wait(0.01)
+    return True
+
+
+def is_idle(server: Server) -> bool:
+    return metric(server, "running_sequences") == 0 == metric(server, "waiting_sequences")
+
+
+def concurrently(*calls: Callable[[], Any]) -> list[Any]:
+    """The results of calls made at the same time."""
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A server as it comes."""
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def strict_server() -> Iterator[Server]:
+    """A server with one slot, little patience, and lists where the default is everybody."""
+    with running(
+        MAX_CONCURRENT_REQUESTS=1,
+        CACHE_SLOTS=1,
+        READ_SECONDS=0.5,
+        KEEPALIVE_SECONDS=1,
+        MAX_BODY_BYTES=16384,
+        CORS_ORIGINS="https://a.example, https://b.example",
+        MODEL_NAME="strict",
+        MODEL_ALIASES="gpt-4o, gpt-4o-mini",
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def wide_server() -> Iterator[Server]:
+    """A server that generates eight replies at once."""
+    with running(MAX_CONCURRENT_REQUESTS=8, MODEL_ALIASES="*") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    """The served model's folder."""
+    return Path(os.environ["MODEL_PATH"]) if os.environ.get("MODEL_PATH") else phi_server.demo_model_folder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Any:
+    return phi_server.load_tokenizer(model_folder)
+
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        pytest.param("MODEL_PATH", "", "", id="no model path is the demo model"),
+        pytest.param("MODEL_NAME", " phi ", "phi", id="space around a value is dropped"),
+        pytest.param("MODEL_ALIASES", "", (), id="no aliases"),
+        pytest.param("MODEL_ALIASES", "gpt-4o, gpt-4 ,,", ("gpt-4o", "gpt-4"), id="a list"),
+        pytest.param("SERVER_HOST", "", "127.0.0.1", id="this machine alone"),
+        pytest.param("SERVER_PORT", "", 8000, id="an empty variable is unset"),
+        pytest.param("SERVER_PORT", "0", 0, id="lowest port"),
+        pytest.param("SERVER_PORT", "65535", 65535, id="highest port"),
+        pytest.param("MAX_CONCURRENT_REQUESTS", "", 4, id="four requests"),
+        pytest.param("MAX_CONCURRENT_REQUESTS", "1", 1, id="one request"),
+        pytest.param("CONTEXT_LENGTH", "", 4096, id="context length"),
+        pytest.param("THREADS", "3", 3, id="threads"),
+        pytest.param("CACHE_SLOTS", "0", 0, id="no kept conversation"),
+        pytest.param("KV_MEMORY", "2GiB", "2GiB", id="memory bound"),
+        pytest.param("CORS_ORIGINS", "", ("*",), id="every origin"),
+        pytest.param("CORS_ORIGINS", "https://a.example", ("https://a.example",), id="one origin"),
+        pytest.param("MAX_BODY_BYTES", "", 4 << 20, id="4 MiB"),
+        pytest.param("KEEPALIVE_SECONDS", "1", 1.0, id="whole seconds"),
+        pytest.param("READ_SECONDS", "0.5", 0.5, id="parts of a second"),
+        pytest.param("LOG_LEVEL", "DEBUG", "debug", id="choices in any case"),
+        pytest.param("LOG_FORMAT", "", "auto", id="log format"),
+    ],
+)
+def test_a_variable_sets_its_setting(variable: str, text: str, value: object) -> None:
+    settings = phi_server.read_settings({variable: text})
+    assert getattr(settings, variable.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "expected"),
+    [
+        ("SERVER_PORT", "http", "an integer, but got 'http'"),
+        ("SERVER_PORT", "80.0", "an integer, but got '80.0'"),
+        ("SERVER_PORT", "-1", "an integer from 0 to 65,535, but got -1"),
+        ("SERVER_PORT", "65536", "an integer from 0 to 65,535, but got 65536"),
+        ("MAX_CONCURRENT_REQUESTS", "0", "an integer from 1 to 256"),
+        ("CONTEXT_LENGTH", "15", "an integer from 16 to"),
+        ("THREADS", "-1", "an integer from 0 to"),
+        ("CACHE_SLOTS", "many", "an integer, but got 'many'"),
+        ("MAX_BODY_BYTES", "0", "an integer from 1,024 to"),
+        ("KEEPALIVE_SECONDS", "0", "a number from 1 to"),
+        ("READ_SECONDS", "soon", "a number, but got 'soon'"),
+        ("READ_SECONDS", "nan", "a number from 0.1 to 3,600, but got nan"),
+        ("READ_SECONDS", "inf", "a number from 0.1 to 3,600, but got inf"),
+        ("LOG_LEVEL", "loud", "one of debug, info, warning, error, but got 'loud'"),
+        ("LOG_FORMAT", "xml", "one of auto, text, json, but got 'xml'"),
+    ],
+)
+def test_a_bad_value_is_refused_with_a_line_that_names_the_variable(variable: str, text: str, expected: str) -> None:
+    with pytest.raises(phi_server.SettingsError) as caught:
+        phi_server.read_settings({variable: text})
+    assert str(caught.value).startswith(f"{variable}: expected {expected}")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"), [("SERVER_PORT", "http"), ("KV_MEMORY", "lots"), ("SERVER_HOST", "256.1")]
+)
+def test_a_bad_setting_ends_the_start_with_one_line_and_exit_code_2(tmp_path: Path, variable: str, text: str) -> None:
+    ended = run(cwd=tmp_path, **{variable: text})
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert ended.returncode == 2
+    assert len(lines) == 1
+    assert variable in lines[0]
+
+
+def test_a_port_in_use_ends_the_start_with_one_line_and_exit_code_2(tmp_path: Path, server: Server) -> None:
+    ended = run(cwd=tmp_path, SERVER_PORT=server.address[1])
+    assert ended.returncode == 2
+    assert re.fullmatch(r"phi_server: SERVER_HOST, SERVER_PORT: cannot listen on .*\n", ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "free", "size"),
+    [
+        ("1000", 5, 1000),
+        ("1000B", 5, 1000),
+        ("2KiB", 5, 2048),
+        ("512MiB", 5, 512 << 20),
+        ("1.5G", 5, 3 << 29),
+        ("4 GiB", 5, 4 << 30),
+        ("1tb", 5, 1 << 40),
+        ("50%", 1000, 500),
+        ("100%", 1000, 1000),
+    ],
+)
+def test_kv_memory_is_bytes_or_a_share_of_what_is_free(text: str, free: int, size: int) -> None:
+    assert phi_server.memory_bound(text, free) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "101%", "0%", "many", "4 GHz", "1e9", "GiB"])
+def test_kv_memory_that_is_neither_is_refused(text: str) -> None:
+    with pytest.raises(phi_server.SettingsError, match="KV_MEMORY: expected bytes such as 4GiB or a share"):
+        phi_server.memory_bound(text, 1000)
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("NAME=value", {"NAME": "value"}),
+        ("export NAME = value", {"NAME": "value"}),
+        ('NAME="a # b"', {"NAME": "a # b"}),
+        ("NAME='a \"b\"'", {"NAME": 'a "b"'}),
+        ("NAME=a#b # comment", {"NAME": "a#b"}),
+        ("NAME=", {"NAME": ""}),
+        ("NAME=a=b", {"NAME": "a=b"}),
+        ("# NAME=value", {}),
+        ("", {}),
+    ],
+)
+def test_a_line_of_dotenv_sets_a_variable(tmp_path: Path, line: str, values: dict[str, str]) -> None:
+    path = tmp_path / ".env"
+    path.write_text(f"\n{line}\n", encoding="utf-8")
+    assert phi_server.read_dotenv(path) == values
+
+
+def test_a_line_of_dotenv_that_sets_nothing_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = tmp_path / ".env"
+    path.write_text("A=1\nwhat is this\n", encoding="utf-8")
+    with pytest.raises(phi_server.SettingsError, match="line 2: expected NAME=value, but got 'what is this'"):
+        phi_server.read_dotenv(path)
+
+
+def test_no_dotenv_is_no_setting(tmp_path: Path) -> None:
+    assert phi_server.read_dotenv(tmp_path / ".env") == {}
+
+
+def test_dotenv_is_read_from_the_working_directory_and_the_environment_wins() -> None:
+    with running(dotenv="MODEL_NAME=ours\nCONTEXT_LENGTH=128", CONTEXT_LENGTH=64) as server:
+        serving = server.logged(message="serving")
+        assert (serving["model"], serving["context_length"]) == ("ours", 64)
+        assert get(server, "/v1/models").json["data"][0]["id"] == "ours"
+
+
+def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
+    ended = run("--help", cwd=tmp_path)
+    assert ended.returncode == 0
+    for name, default, meaning in phi_server.settings_table():
+        assert re.search(rf"^  {name} +{re.escape(meaning)} \[{re.escape(default or 'unset')}\]$", ended.stdout, re.M)
+
+
+def test_every_variable_that_the_issue_names_is_there() -> None:
+    names = [name for name, _, _ in phi_server.settings_table()]
+    assert names == [
+        *("MODEL_PATH", "MODEL_NAME", "MODEL_ALIASES", "SERVER_HOST", "SERVER_PORT", "MAX_CONCURRENT_REQUESTS"),
+        *("CONTEXT_LENGTH", "THREADS", "CACHE_SLOTS", "KV_MEMORY", "CORS_ORIGINS", "MAX_BODY_BYTES"),
+        *("KEEPALIVE_SECONDS", "READ_SECONDS", "LOG_LEVEL", "LOG_FORMAT"),
+    ]
+
+
+def test_version_prints_the_version(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path).stdout == f"phi_server {phi_server.VERSION}\n"
+
+
+def test_the_default_number_of_threads_is_what_the_process_may_use() -> None:
+    assert 1 <= phi_server.usable_cpus() <= (os.cpu_count() or 1)
+
+
+# ---- Errors ----------------------------------------------------------------------------------------------------------
+# The error table of API.md. That every error is a whole object, and JSON, is checked in `Wire.read_reply`.
+
+HELLO = {"messages": [{"role": "user", "content": "Hi"}]}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+TEXT_PART = {"type": "text", "text": "What is this?"}
+
+
+# fmt: off
+ERRORS = [
+    # id, path, body, status, code, param, beginning of the message (a regular expression)
+    ("no JSON", CHAT, b"{", 400, "invalid_json", None, "We could not parse the JSON body of your request. "),
+    ("no body", CHAT, b"", 400, "invalid_json", None, "We could not parse the JSON body"),
+    ("invalid UTF-8", CHAT, b'{"a":"\xff"}', 400, "invalid_json", None, "We could not parse the JSON body"),
+    ("NaN", CHAT, b'{"a":NaN}', 400, "invalid_json", None, "We could not parse .* NaN is no JSON number"),
+    ("Infinity", CHAT, b'{"a":-Infinity}', 400, "invalid_json", None, "We could not parse the JSON body"),
+    ("too deep", CHAT, b'{"a":' + b"[" * 9000, 400, "invalid_json", None, "We could not parse the JSON body"),
+    ("huge number", CHAT, b"9" * 5000, 400, "invalid_json", None, "We could not parse the JSON body"),
+    ("array", CHAT, b"[]", 400, "invalid_parameter", None,
+     "Invalid body: expected an object, but got an array instead.$"),
+    ("null", TEXT, b"null", 400, "invalid_parameter", None, "Invalid body: expected an object, but got null instead.$"),
+    ("no messages", CHAT, {}, 400, "missing_parameter", "messages", "Missing required parameter: 'messages'.$"),
+    ("null messages", CHAT, {"messages": None}, 400, "missing_parameter", "messages",
+     "Missing required parameter: 'messages'.$"),
+    ("no prompt", TEXT, {}, 400, "missing_parameter", "prompt", "Missing required parameter: 'prompt'.$"),
+    ("no model", CHAT, HELLO | {"model": None}, 400, "missing_parameter", "model",
+     "Missing required parameter: 'model'.$"),
+    ("no role", CHAT, {"messages": [{"content": "Hi"}]}, 400, "missing_parameter", "messages[0].role",
+     "Missing required parameter: 'messages\\[0\\].role'.$"),
+    ("no content", CHAT, {"messages": [{"role": "user"}]}, 400, "missing_parameter", "messages[0].content",
+     "Missing required parameter: 'messages\\[0\\].content'.$"),
+    ("wrong type", CHAT, HELLO | {"max_tokens": "5"}, 400, "invalid_parameter", "max_tokens",
+     "Invalid type for 'max_tokens': expected an integer, but got a string instead.$"),
+    ("nested wrong type", CHAT, {"messages": [*turns("Hi"), {"role": "user", "content": 5}]},
+     400, "invalid_parameter", "messages[1].content",
+     "Invalid type for 'messages\\[1\\].content': expected .*, but got an integer instead.$"),
+    ("out of range", CHAT, HELLO | {"temperature": 3}, 400, "invalid_parameter", "temperature",
+     "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3 instead.$"),
+    ("below range", CHAT, HELLO | {"max_tokens": 0}, 400, "invalid_parameter", "max_tokens",
+     "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0 instead.$"),
+    ("unknown role", CHAT, {"messages": [{"role": "x", "content": "Hi"}]}, 400, "invalid_parameter", "messages[0].role",
+     "Invalid value: 'x'. Supported values are: 'system', 'developer', "),
+    ("unknown part", CHAT, {"messages": [{"role": "user", "content": [{"type": "x"}]}]},
+     400, "invalid_parameter", "messages[0].content[0].type",
+     "Invalid value: 'x'. Supported values are: 'text', "),
+    ("no messages at all", CHAT, {"messages": []}, 400, "invalid_parameter", "messages",
+     "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array"),
+    ("image", CHAT, {"messages": [{"role": "user", "content": [TEXT_PART, IMAGE]}]},
+     400, "unsupported_value", "messages[0].content[1]",
+     ".*'image_url' is not supported"),
+    ("suffix", TEXT, {"prompt": "Hi", "suffix": "!"}, 400, "unsupported_value", "suffix",
+     "Unsupported value: 'suffix'"),
+    ("chat too long", CHAT, {"messages": turns("a " * 5000)}, 400, "context_length_exceeded", "messages",
+     "This model's maximum context length is 4096 tokens. However, your messages resulted in 50.. tokens. "
+     "Please reduce the length of the messages.$"),
+    ("prompt too long", TEXT, {"prompt": [100] * 4096}, 400, "context_length_exceeded", "prompt",
+     "This model's maximum context length is 4096 tokens. However, your prompt resulted in 4096 tokens. "
+     "Please reduce the length of the prompt.$"),
+    ("unknown model", CHAT, HELLO | {"model": "gpt-4o"}, 404, "model_not_found", "model",
+     "The model `gpt-4o` does not exist or you do not have access to it. This server serves `.+`.$"),
+    ("unknown URL", "/v1/x", {}, 404, "unknown_url", None,
+     "Unknown request URL: POST /v1/x. Please check the URL for typos.$"),
+    ("wrong method", "/v1/models", {}, 405, "method_not_supported", None, "Only GET requests are accepted.$"),
+    ("body too large", CHAT, b" " * ((4 << 20) + 1), 413, "request_too_large", None,
+     "The request's body is larger than 4194304 bytes.$"),
+    ("URI too long", "/" + "x" * 70000, {}, 414, "request_too_large", None,
+     "The request's target is larger than 65536 bytes.$"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code", "param", "message"), [pytest.param(*rest, id=name) for name, *rest in ERRORS]
+)
+def test_a_request_that_cannot_be_served_gets_its_error(
+    server: Server, path: str, body: object, status: int, code: str, param: str | None, message: str
+) -> None:
+    reply = post(server, path, body)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (status, code, param)
+    assert reply.error["type"] == "invalid_request_error"
+    assert re.match(message, reply.error["message"])
+
+
+def test_a_wrong_method_is_told_the_right_ones(server: Server) -> None:
+    reply = get(server, CHAT)
+    assert reply.error["message"] == "Only POST requests are accepted."
+    assert reply.headers["allow"] == "POST, OPTIONS"
+    assert post(server, "/v1/models", {}).headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+def test_a_compressed_body_is_not_read(server: Server) -> None:
+    reply = post(server, CHAT, b"\x1f\x8b", "Content-Encoding: gzip")
+    assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
+    assert "gzip" in reply.error["message"]
+
+
+@pytest.mark.parametrize("fields", [{"stream": True}, {}], ids=["stream", "whole"])
+def test_an_error_is_json_also_when_a_stream_was_asked_for(server: Server, fields: dict[str, object]) -> None:
+    reply = post(server, CHAT, {"messages": turns("a " * 5000), **fields})
+    assert reply.status == 400
+    assert reply.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        pytest.param({"model": "x", "messages": 5, "n": "x"}, "invalid_parameter", id="fields come before the model"),
+        pytest.param({"model": "x", "temperature": 9}, "missing_parameter", id="missing comes before range"),
+        pytest.param({"model": "x", "messages": turns("a " * 5000)}, "model_not_found", id="model comes before length"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_fixed_order(server: Server, body: dict[str, object], code: str) -> None:
+    assert post(server, CHAT, body).error["code"] == code
+
+
+# ---- Metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_in_the_text_format_of_prometheus(server: Server) -> None:
+    reply = get(server, "/metrics")
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    for line in reply.body.decode().splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) phi_server_\w+ .+|phi_server_\w+(\{(\w+="[^"]*",?)+\})? [\d.e+-]+', line)
+
+
+def test_requests_are_counted_by_route_and_status(server: Server) -> None:
+    series = 'requests_total{route="/models/{id}",status="404"}'
+    before = metric(server, series)
+    get(server, "/v1/models/none")
+    assert metric(server, series) == before + 1
+
+
+def test_tokens_are_counted(server: Server) -> None:
+    names = ("prompt_tokens_total", "generated_tokens_total")
+    before = [metric(server, name) for name in names]
+    usage = chat(server, "Count to three.", max_tokens=5)["usage"]
+    added = [metric(server, name) - count for name, count in zip(names, before, strict=True)]
+    assert added == [usage["prompt_tokens"], usage["completion_tokens"]]
+
+
+def test_kept_kv_is_shown_within_its_limit(server: Server) -> None:
+    chat(server, "Hi", max_tokens=1)
+    assert 0 < metric(server, "kv_resident_bytes") <= metric(server, "kv_limit_bytes")
+    assert metric(server, "kv_reserved_bytes") == 0
+
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+# Tables of what is accepted and what is refused; the parsers are called directly, with a vocabulary of 1,000 tokens.
+
+VOCABULARY = 1000
+
+
+def parse(path: str, **fields: object) -> Any:
+    """The dataclass of a body with these fields and otherwise only what is required."""
+    parser = phi_server.parse_chat if path == CHAT else phi_server.parse_completion
+    required = {"model": "m", **(HELLO if path == CHAT else {"prompt": "Hi"})}
+    return parser(json.dumps(required | fields).encode(), VOCABULARY)
+
+
+def refusal(path: str, **fields: object) -> phi_server.ApiError:
+    """The error of a body with these fields."""
+    with pytest.raises(phi_server.ApiError) as caught:
+        parse(path, **fields)
+    return caught.value
+
+
+SAMPLING_FIELDS = {
+    "temperature": ("decimal", [0, 0.5, 2], [-0.1, 2.1]),
+    "top_p": ("decimal", [0, 1], [-0.1, 1.1]),
+    "top_k": ("integer", [-1, 0, 50], [-2]),
+    "min_p": ("decimal", [0, 1], [-0.1, 1.1]),
+    "presence_penalty": ("decimal", [-2, 2], [-2.1, 2.1]),
+    "frequency_penalty": ("decimal", [-2, 2], [-2.1, 2.1]),
+    "repetition_penalty": ("decimal", [0.01, 2], [0, 2.1]),
+    "seed": ("integer", [-(1 << 63), (1 << 63) - 1], [-(1 << 63) - 1, 1 << 63]),
+}
+OTHER_FIELDS = {
+    "model": ("string", [], []),
+    "max_tokens": ("integer", [1, 1 << 30], [-1]),
+    "n": ("integer", [1], [0, 129]),
+    "stop": ("one of a string or array", ["x", ["a", "b", "c", "d", "e"], []], []),
+    "stream": ("boolean", [True, False], []),
+    "stream_options": ("object", [], []),
+    "ignore_eos": ("boolean", [True, False], []),
+    "logit_bias": ("object", [{"0": -100, "999": 100}, {}], []),
+}
+CHAT_FIELDS = {
+    "messages": ("array", [], []),
+    "max_completion_tokens": ("integer", [1], [0]),
+    "logprobs": ("boolean", [False], []),
+    "top_logprobs": ("integer", [], [-1, 21]),
+    "tools": ("array", [[]], []),
+    "tool_choice": ("one of a string or object", ["none", "auto"], []),
+    "response_format": ("object", [{"type": "text"}], []),
+}
+TEXT_FIELDS = {
+    "prompt": ("one of a string, array", ["", "Hi", ["Hi"], [1, 999], [[1, 999]], [[]]], []),
+    "echo": ("boolean", [False], []),
+    "suffix": ("string", [""], []),
+    "logprobs": ("integer", [], [-1, 6]),
+    "best_of": ("integer", [1], [0]),
+}
+FIELDS = [
+    *((CHAT, name, *rest) for name, rest in (SAMPLING_FIELDS | OTHER_FIELDS | CHAT_FIELDS).items()),
+    *((TEXT, name, *rest) for name, rest in (SAMPLING_FIELDS | OTHER_FIELDS | TEXT_FIELDS).items()),
+]
+JSON_VALUES = {
+    "string": ("x", "a string"),
+    "integer": (1, "an integer"),
+    "decimal": (1.0, "a decimal"),
+    "boolean": (True, "a boolean"),
+    "array": ([1], "an array"),
+    "object": ({"a": 1}, "an object"),
+}
+
+
+def field_rows(column: int) -> list[Any]:
+    """Rows of (path, name, value) from a column of the table of fields."""
+    return [
+        pytest.param(entry[0], entry[1], value, id=f"{entry[0].split('/')[-2]} {entry[1]} {value!r}"[:60])
+        for entry in FIELDS
+        for value in entry[column]
+    ]
+
+
+def wrong_type_rows() -> list[Any]:
+    """Rows of (path, name, value, message) for each field and each JSON type that it is not."""
+    return [
+        pytest.param(path, name, value, got, id=f"{path.split('/')[-2]} {name} {kind}")
+        for path, name, expected, _, _ in FIELDS
+        for kind, (value, got) in JSON_VALUES.items()
+        if kind not in expected and (kind, expected) != ("integer", "decimal")
+    ]
+
+
+@pytest.mark.parametrize(("path", "name", "value"), field_rows(3))
+def test_a_value_within_its_range_is_accepted(path: str, name: str, value: object) -> None:
+    parse(path, **{name: value})
+
+
+@pytest.mark.parametrize(("path", "name", "value"), field_rows(4))
+def test_a_value_beyond_its_range_is_refused(path: str, name: str, value: object) -> None:
+    error = refusal(path, **{name: value})
+    assert (error.code, error.param) == ("invalid_parameter", name)
+    assert re.match(rf"Invalid '{name}': .* Expected a value (>=|>|<=) .*, but got .* instead.$", error.message)
+
+
+@pytest.mark.parametrize(("path", "name", "value", "got"), wrong_type_rows())
+def test_a_value_of_the_wrong_type_is_refused(path: str, name: str, value: object, got: str) -> None:
+    error = refusal(path, **{name: value})
+    assert (error.status, error.code, error.param) == (400, "invalid_parameter", name)
+    assert re.match(rf"Invalid type for '{name}': expected .*, but got {got} instead.$", error.message)
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, *_ in FIELDS])
+def test_null_is_an_absent_field(path: str, name: str) -> None:
+    if name in ("model", "messages", "prompt"):
+        assert refusal(path, **{name: None}).code == "missing_parameter"
+    else:
+        assert parse(path, **{name: None}) == parse(path)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_unknown_fields_are_ignored(path: str) -> None:
+    unknown = {"user": 5, "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "reasoning_effort": []}
+    assert parse(path, **unknown) == parse(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "code", "param"),
+    [
+        (CHAT, {"n": 2}, "unsupported_value", "n"),
+        (CHAT, {"logprobs": True}, "unsupported_value", "logprobs"),
+        (CHAT, {"tools": [{"type": "function"}]}, "unsupported_value", "tools"),
+        (CHAT, {"functions": [{"name": "f"}]}, "unsupported_value", "functions"),
+        (CHAT, {"response_format": {"type": "json_object"}}, "unsupported_value", "response_format"),
+        (CHAT, {"response_format": {"type": "xml"}}, "invalid_parameter", "response_format.type"),
+        (CHAT, {"response_format": {}}, "missing_parameter", "response_format.type"),
+        (CHAT, {"top_logprobs": 2}, "invalid_parameter", "top_logprobs"),
+        (CHAT, {"tool_choice": "required"}, "invalid_parameter", "tool_choice"),
+        (CHAT, {"tools": [], "tool_choice": {"type": "function"}}, "invalid_parameter", "tool_choice"),
+        (CHAT, {"stream_options": {"include_usage": True}}, "invalid_parameter", "stream_options"),
+        (CHAT, {"stream": True, "stream_options": {"include_usage": 1}},
+         "invalid_parameter", "stream_options.include_usage"),
+        (CHAT, {"stop": ["a", 5]}, "invalid_parameter", "stop[1]"),
+        (CHAT, {"logit_bias": {"1000": 1}}, "invalid_parameter", "logit_bias.1000"),
+        (CHAT, {"logit_bias": {"x": 1}}, "invalid_parameter", "logit_bias.x"),
+        (CHAT, {"logit_bias": {"-1": 1}}, "invalid_parameter", "logit_bias.-1"),
+        (CHAT, {"logit_bias": {"65": 101}}, "invalid_parameter", "logit_bias.65"),
+        (CHAT, {"logit_bias": {"65": "1"}}, "invalid_parameter", "logit_bias.65"),
+        (CHAT, {"messages": ["Hi"]}, "invalid_parameter", "messages[0]"),
+        (CHAT, {"messages": [{"role": 5, "content": "Hi"}]}, "invalid_parameter", "messages[0].role"),
+        (CHAT, {"messages": [{"role": "tool", "content": "Hi"}]}, "unsupported_value", "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": []}]}, "invalid_parameter", "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": ["Hi"]}]}, "invalid_parameter", "messages[0].content[0]"),
+        (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, "missing_parameter", "messages[0].content[0].type"),
+        (
+            *(CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+            *("missing_parameter", "messages[0].content[0].text"),
+        ),
+        (
+            *(CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}),
+            *("invalid_parameter", "messages[0].content[0].text"),
+        ),
+        (
+            *(CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}),
+            *("unsupported_value", "messages[0].content[0]"),
+        ),
+        (TEXT, {"n": 2}, "unsupported_value", "n"),
+        (TEXT, {"echo": True}, "unsupported_value", "echo"),
+        (TEXT, {"logprobs": 0}, "unsupported_value", "logprobs"),
+        (TEXT, {"best_of": 2}, "unsupported_value", "best_of"),
+        (TEXT, {"max_tokens": 0}, "unsupported_value", "max_tokens"),
+        (TEXT, {"prompt": []}, "invalid_parameter", "prompt"),
+        (TEXT, {"prompt": ["a", "b"]}, "unsupported_value", "prompt"),
+        (TEXT, {"prompt": [1, 1000]}, "invalid_parameter", "prompt[1]"),
+        (TEXT, {"prompt": [1, "x"]}, "invalid_parameter", "prompt[1]"),
+        (TEXT, {"prompt": [1, True]}, "invalid_parameter", "prompt[1]"),
+        (TEXT, {"prompt": [-1]}, "invalid_parameter", "prompt[0]"),
+        (TEXT, {"prompt": [[-1]]}, "invalid_parameter", "prompt[0][0]"),
+        (TEXT, {"prompt": [None]}, "invalid_parameter", "prompt[0]"),
+    ],
+)  # fmt: skip
+def test_a_body_that_asks_for_something_else_is_refused(path: str, fields: Any, code: str, param: str) -> None:
+    error = refusal(path, **fields)
+    assert (error.status, error.code, error.param) == (400, code, param)
+
+
+@pytest.mark.parametrize(
+    ("sent", "text"),
+    [
+        pytest.param("Hi", "Hi", id="a string"),
+        pytest.param([TEXT_PART, {"type": "text", "text": " No."}], "What is this? No.", id="parts are joined"),
+        pytest.param([{"type": "refusal", "refusal": "No."}], "No.", id="a refusal is text"),
+        pytest.param("", "", id="nothing"),
+        pytest.param("a\ud83db", "a\ufffdb", id="half an emoji"),
+        pytest.param("\ud83d\ude42", "🙂", id="both halves of an emoji"),
+        pytest.param("a\0b", "a\ufffdb", id="NUL would end the text in the tokenizer"),
+    ],
+)
+def test_content_becomes_text(sent: object, text: str) -> None:
+    messages = parse(CHAT, messages=[{"role": "user", "content": sent}]).messages
+    assert messages == (phi_server.Message("user", text),)
+
+
+def test_developer_is_another_name_of_system() -> None:
+    messages = parse(CHAT, messages=[{"role": "developer", "content": "x"}]).messages
+    assert messages == (phi_server.Message("system", "x"),)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "max_tokens"),
+    [
+        (CHAT, {}, None),
+        (CHAT, {"max_tokens": 5}, 5),
+        (CHAT, {"max_completion_tokens": 6}, 6),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, 6),
+        (TEXT, {}, 16),
+        (TEXT, {"max_tokens": 5}, 5),
+    ],
+)
+def test_a_reply_is_bounded_by_max_tokens(path: str, fields: dict[str, object], max_tokens: int | None) -> None:
+    assert parse(path, **fields).generation.max_tokens == max_tokens
+
+
+@pytest.mark.parametrize(
+    ("stop", "texts"),
+    [("x", ("x",)), (["x", "", "yz"], ("x", "yz")), ("", ()), ([], ()), (list("abcdef"), tuple("abcdef"))],
+)
+def test_stop_is_a_string_or_a_list_and_empty_ones_are_dropped(stop: object, texts: tuple[str, ...]) -> None:
+    assert parse(CHAT, stop=stop).generation.stop == texts
+
+
+def test_sampling_fields_arrive_in_the_sampler() -> None:
+    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "presence_penalty": 1, "seed": -5}
+    fields |= {"frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {"7": -3}}
+    sampling = dataclasses.asdict(parse(CHAT, **fields).generation.sampling)
+    assert sampling == fields | {"logit_bias": {7: -3}}
+
+
+def test_top_k_minus_one_is_off() -> None:
+    assert parse(CHAT, top_k=-1).generation.sampling.top_k == 0
+
+
+def test_text_outside_ascii_and_cut_emoji_reach_the_model(server: Server) -> None:
+    messages = [{"role": "user", "content": "\ud83d é"}]
+    assert post(server, CHAT, {"messages": messages, "max_tokens": 1}).status == 200
+
+
+def test_the_content_type_of_a_request_does_not_matter(server: Server) -> None:
+    reply = post(server, CHAT, HELLO | {"max_tokens": 1}, "Content-Type: application/x-www-form-urlencoded")
+    assert reply.status == 200
+
+
+def test_an_alias_is_accepted_and_the_reply_names_the_served_model(strict_server: Server) -> None:
+    assert chat(strict_server, "Hi", model="gpt-4o-mini", max_tokens=1)["model"] == "strict"
+    assert get(strict_server, "/v1/models/gpt-4o").json["id"] == "strict"
+    assert post(strict_server, CHAT, HELLO | {"model": "gpt-4"}).error["code"] == "model_not_found"
+
+
+def test_a_star_among_the_aliases_accepts_any_model(wide_server: Server) -> None:
+    assert chat(wide_server, "Hi", model="anything", max_tokens=1)["model"] == wide_server.model
+
+
+# ---- Model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model(model_folder: Path) -> Any:
+    """The model in this process, with four rows."""
+    return phi_server.Model(phi_server.ModelConfig.read(model_folder), 512, 4, phi_server.usable_cpus())
+
+
+def changed(model_folder: Path, folder: Path, **changes: object) -> Path:
+    """A folder with the model's files and another genai_config.json; a change of None removes the key."""
+    for path in model_folder.iterdir():
+        if path.name != "genai_config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((model_folder / "genai_config.json").read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        place = config["model"]["decoder"] if key in config["model"]["decoder"] else config["model"]
+        place[key] = value
+        if value is None:
+            del place[key]
+    (folder / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_the_capital_of_france_is_paris(server: Server) -> None:
+    reply = chat(server, "What is the capital of France?")
+    assert content(reply) == "The capital of France is Paris."
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        pytest.param(turns("What is the capital of France?"), id="one turn"),
+        pytest.param(turns("Héllo 🙂", "Hi!", "What is 12345 + 6?"), id="three turns"),
+        pytest.param([{"role": "system", "content": "Be brief."}, *turns("Hi")], id="system"),
+    ],
+)
+def test_usage_counts_every_token_of_template_and_reply(server: Server, tokenizer: Any, messages: Any) -> None:
+    reply = post(server, CHAT, {"messages": messages, "temperature": 0, "max_tokens": 40}).json
+    prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+    prompt_tokens, completion_tokens = len(tokenizer.encode(prompt)), len(tokenizer.encode(content(reply)))
+    assert reply["usage"]["prompt_tokens"] == prompt_tokens
+    assert reply["usage"]["completion_tokens"] == completion_tokens
+    assert reply["usage"]["total_tokens"] == prompt_tokens + completion_tokens
+
+
+def test_the_reply_ends_with_length_when_max_tokens_are_used_up(server: Server) -> None:
+    reply = chat(server, "What is the capital of France?", max_tokens=4)
+    assert content(reply) == "The capital of France"
+    assert reply["choices"][0]["finish_reason"] == "length"
+    assert reply["usage"]["completion_tokens"] == 4
+
+
+def test_ignore_eos_goes_on_past_the_end_token(server: Server) -> None:
+    reply = chat(server, "What is the capital of France?", max_tokens=12, ignore_eos=True)
+    assert reply["usage"]["completion_tokens"] == 12
+    assert reply["choices"][0]["finish_reason"] == "length"
+
+
+def test_developer_messages_are_rendered_as_system_messages(server: Server) -> None:
+    replies = [
+        post(server, CHAT, {"messages": [{"role": role, "content": "Be rude."}, *turns("Hi")], "max_tokens": 1}).json
+        for role in ("system", "developer")
+    ]
+    assert replies[0]["usage"]["prompt_tokens"] == replies[1]["usage"]["prompt_tokens"]
+
+
+def test_a_prompt_of_tokens_is_the_prompt_of_their_text(server: Server, tokenizer: Any) -> None:
+    text = "Once upon a time there was"
+    tokens = [int(token) for token in tokenizer.encode(text)]
+    replies = [complete(server, prompt, max_tokens=8) for prompt in (text, tokens, [text], [tokens])]
+    assert len({reply["choices"][0]["text"] for reply in replies}) == 1
+    assert {reply["usage"]["prompt_tokens"] for reply in replies} == {len(tokens)}
+
+
+def test_the_text_of_a_control_token_is_that_token_in_a_text_prompt(server: Server, tokenizer: Any) -> None:
+    prompt = tokenizer.apply_chat_template(
+        json.dumps(turns("What is the capital of France?")), add_generation_prompt=True
+    )
+    reply = complete(server, prompt, max_tokens=20)
+    assert reply["choices"][0]["text"] == "The capital of France is Paris."
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("prompt", ["", [""], [[]]])
+def test_a_prompt_without_a_token_starts_from_the_start_token(server: Server, prompt: object) -> None:
+    assert complete(server, prompt, max_tokens=2)["usage"]["prompt_tokens"] == 1
+
+
+def test_text_completions_have_16_tokens_unless_told_otherwise(server: Server) -> None:
+    assert complete(server, "Once upon a time", ignore_eos=True)["usage"]["completion_tokens"] == 16
+
+
+def test_every_end_token_ends_a_reply(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    paris = int(tokenizer.encode(" Paris")[-1])
+    eos = phi_server.ModelConfig.read(model_folder).eos_tokens
+    with running(MODEL_PATH=changed(model_folder, tmp_path, eos_token_id=[*eos, paris])) as server:
+        reply = chat(server, "What is the capital of France?")
+        assert content(reply) == "The capital of France is"
+        assert reply["choices"][0]["finish_reason"] == "stop"
+        assert reply["usage"]["completion_tokens"] == 5
+        assert content(chat(server, "What is the capital of Japan?")).endswith(".")
+
+
+def test_turns_that_the_template_refuses_are_a_400(model_folder: Path, tmp_path: Path) -> None:
+    folder = changed(model_folder, tmp_path)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}", encoding="utf-8")
+    with running(MODEL_PATH=folder) as server:
+        reply = post(server, CHAT, HELLO)
+        assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "invalid_parameter", "messages")
+        assert "roles must alternate" in reply.error["message"]
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        pytest.param({}, phi_server.PHI_TEMPLATE, id="none is Phi-3.5's"),
+        pytest.param({"tokenizer_config.json": "{}"}, phi_server.PHI_TEMPLATE, id="none in tokenizer_config.json"),
+        pytest.param({"tokenizer_config.json": '{"chat_template": "T"}'}, "T", id="tokenizer_config.json"),
+        pytest.param(
+            {"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "T"}]}'},
+            "T",
+            id="named templates",
+        ),
+        pytest.param({"chat_template.jinja": "J", "tokenizer_config.json": '{"chat_template": "T"}'}, "J", id="a file"),
+    ],
+)  # fmt: skip
+def test_the_chat_template_is_the_folders_own(tmp_path: Path, files: dict[str, str], template: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert phi_server.read_template(tmp_path) == template
+
+
+def test_phis_template_renders_system_user_and_assistant(tokenizer: Any) -> None:
+    messages = json.dumps([{"role": "system", "content": "S"}, *turns("U", "A", "V")])
+    prompt = tokenizer.apply_chat_template(messages, template_str=phi_server.PHI_TEMPLATE, add_generation_prompt=True)
+    assert (
+        prompt
+        == "<|system|>\nS<|end|>\n<|user|>\nU<|end|>\n<|assistant|>\nA<|end|>\n<|user|>\nV<|end|>\n<|assistant|>\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "strips"),
+    [
+        pytest.param({"tokenizer.json": '{"decoder": {"type": "ByteLevel"}}'}, False, id="bytes"),
+        pytest.param({"tokenizer.json": '{"decoder": null}'}, False, id="no decoder"),
+        pytest.param({"tokenizer.json": '{"decoder": {"type": "Metaspace"}}'}, True, id="metaspace"),
+        pytest.param(
+            {"tokenizer.json": '{"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip"}]}}'},
+            True,
+            id="a sequence that strips",
+        ),
+        pytest.param({"tokenizer.model": ""}, True, id="SentencePiece"),
+        pytest.param({}, False, id="neither"),
+    ],
+)
+def test_a_sentencepiece_model_drops_the_leading_space(tmp_path: Path, files: dict[str, str], strips: bool) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert phi_server.strips_leading_space(tmp_path) == strips
+
+
+def damaged(model_folder: Path, folder: Path, damage: str) -> Path:
+    """A model folder with one fault."""
+    layers = phi_server.ModelConfig.read(model_folder).layers
+    changes: dict[str, dict[str, Any]] = {
+        "extra inputs": {"num_hidden_layers": layers - 1},
+        "lacking inputs": {"num_hidden_layers": layers + 1},
+        "no text decoder": {"num_hidden_layers": None},
+        "other graph": {"filename": "missing.onnx"},
+        "encoder": {"encoder": {"filename": "encoder.onnx"}},
+        "wrong vocabulary": {"vocab_size": 100},
+    }
+    changed(model_folder, folder, **changes.get(damage, {}))
+    graph = folder / "model.onnx"
+    if damage in ("junk graph", "no config", "junk config", "no tokenizer"):
+        name = {"junk graph": graph.name, "no tokenizer": "tokenizer.json"}.get(damage, "genai_config.json")
+        (folder / name).unlink()
+        if damage.startswith("junk"):
+            (folder / name).write_text("junk", encoding="utf-8")
+    return folder / "none" if damage == "no folder" else folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("no folder", r"MODEL_PATH .*none does not exist"),
+        ("no config", r".* has no genai_config.json"),
+        ("junk config", r".*genai_config.json cannot be read"),
+        ("no text decoder", r".*genai_config.json lacks 'num_hidden_layers': it describes no text decoder"),
+        ("encoder", r".* is no single text decoder"),
+        ("other graph", r".*missing.onnx is missing, but genai_config.json names it"),
+        ("junk graph", r".*model.onnx cannot be loaded"),
+        ("extra inputs", r".*model.onnx is no plain text decoder: it has the inputs past_key_values"),
+        ("lacking inputs", r".*model.onnx is no decoder with a KV cache: it lacks the inputs past_key_values"),
+        ("wrong vocabulary", r".*model.onnx cannot be run as a text decoder"),
+        ("no tokenizer", r".* has no tokenizer that can be loaded"),
+    ],
+)
+def test_a_folder_that_cannot_be_served_ends_the_start(
+    model_folder: Path, tmp_path: Path, damage: str, reason: str
+) -> None:
+    ended = run(cwd=tmp_path, MODEL_PATH=damaged(model_folder, tmp_path, damage))
+    *_, line = ended.stderr.splitlines()
+    error = json.loads(line)["error"]
+    assert (ended.returncode, error["type"], error["code"]) == (1, "server_error", "model_loading_failed")
+    assert re.match(reason, error["message"])
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_folder_above_the_model_is_told_where_the_model_is(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "deeper").symlink_to(model_folder, target_is_directory=True)
+    inner = tmp_path / "in" / "cpu"
+    inner.mkdir(parents=True)
+    shutil.copy(model_folder / "genai_config.json", inner)
+    with pytest.raises(phi_server.ModelLoadingFailed, match=f"did you mean {re.escape(str(inner))}"):
+        phi_server.ModelConfig.read(tmp_path / "in")
+
+
+def test_a_prompt_in_chunks_gives_the_same_logits_as_at_once(model: Any) -> None:
+    tokens = np.arange(100, 148, dtype=np.int64).reshape(1, 48)
+    whole = model.forward(0, tokens, np.array([0]))[0, -1].copy()
+    for start, stop in [(0, 8), (8, 32), (32, 48)]:
+        chunked = model.forward(1, tokens[:, start:stop], np.array([start]))[0, -1].copy()
+    assert np.array_equal(whole, chunked)
+
+
+def test_rows_of_other_lengths_do_not_change_a_rows_logits(model: Any) -> None:
+    tokens = np.arange(200, 230, dtype=np.int64).reshape(1, 30)
+    for row, length in enumerate((30, 5, 17, 2)):
+        model.forward(row, tokens[:, :length], np.array([0]))
+    step = np.array([[7], [8], [9], [10]])
+    four = model.forward(0, step, np.array([30, 5, 17, 2]))[:2].copy()
+    assert np.array_equal(four, model.forward(0, step[:2], np.array([30, 5])))
+
+
+def kv_cache(model_folder: Path) -> Any:
+    """Rows of three with 64 tokens of 16 numbers, a page for each head; filled with ones."""
+    config = dataclasses.replace(phi_server.ModelConfig.read(model_folder), layers=1, kv_heads=2, head_size=16)
+    cache = phi_server.KvCache(config, np.float32, 3, 64)
+    for array in cache.arrays:
+        array[:] = 1
+    return cache
+
+
+def test_copying_kv_touches_the_tokens_asked_for(model_folder: Path) -> None:
+    cache = kv_cache(model_folder)
+    cache.arrays[0][0] = 5
+    cache.copy(0, 2, 10, 20)
+    assert (cache.arrays[0][2, :, 10:20] == 5).all()
+    assert cache.arrays[0][2].sum() == 2 * 16 * (54 + 10 * 5)
+
+
+def test_swapping_kv_exchanges_two_rows(model_folder: Path) -> None:
+    cache = kv_cache(model_folder)
+    cache.arrays[1][0] = 5
+    cache.swap(0, 2, 20)
+    assert (cache.arrays[1][2, :, :20] == 5).all()
+    assert (cache.arrays[1][0, :, :20] == 1).all()
+    assert (cache.arrays[1][0, :, 20:] == 5).all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems give memory back in their own time")
+def test_released_kv_is_given_back_and_nothing_else(model_folder: Path) -> None:
+    cache = kv_cache(model_folder)
+    cache.release(1, 0, 63)
+    cache.release(1, 1, 64)
+    assert all((array == 1).all() for array in cache.arrays)
+    cache.release(1, 0, 64)
+    assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+ROW = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -9.0], np.float32)
+
+
+def draws(count: int, row: Any = ROW, **fields: Any) -> list[int]:
+    """What a sampler with a seed draws again and again from one row."""
+    sampler = phi_server.Sampler(phi_server.Sampling(**{"seed": 1} | fields), [])
+    return [sampler.pick(row.copy()) for _ in range(count)]
+
+
+def chi_squared(drawn: list[int], weights: Any) -> float:
+    """The distance of draws from what is expected of them; tokens of weight 0 must not be drawn."""
+    counts = np.bincount(drawn, minlength=len(weights))
+    assert not counts[weights == 0].any()
+    expected = weights[weights > 0] / weights.sum() * len(drawn)
+    return float(((counts[weights > 0] - expected) ** 2 / expected).sum())
+
+
+def only(*kept: int) -> Any:
+    """Weights of the row's softmax at temperature 1, with all but these tokens cut off."""
+    return np.where(np.isin(np.arange(len(ROW)), kept), np.exp(ROW), 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        pytest.param({}, np.exp(ROW), id="softmax"),
+        pytest.param({"temperature": 0.5}, np.exp(ROW / 0.5), id="temperature 0.5"),
+        pytest.param({"temperature": 2}, np.exp(ROW / 2), id="temperature 2"),
+        pytest.param({"top_k": 3}, only(0, 1, 2), id="top_k"),
+        pytest.param({"top_k": 100}, np.exp(ROW), id="top_k above the vocabulary"),
+        pytest.param({"top_p": 0.5}, only(0, 1), id="top_p"),
+        pytest.param({"top_p": 0.41}, only(0, 1), id="the token that crosses top_p is in"),
+        pytest.param({"top_p": 0.3}, only(0), id="top_p below the likeliest"),
+        pytest.param({"top_k": 3, "top_p": 0.8}, only(0, 1), id="top_p of what top_k leaves"),
+        pytest.param({"min_p": 0.3}, only(0, 1, 2), id="min_p"),
+        pytest.param({"min_p": 0.3, "temperature": 2}, only(0, 1, 2, 3, 4) ** 0.5, id="min_p after temperature"),
+        pytest.param({"logit_bias": {7: 10.0}}, np.exp(ROW + 10 * (np.arange(8) == 7)), id="logit_bias"),
+        pytest.param({"logit_bias": {0: -100.0}}, only(1, 2, 3, 4, 5, 6, 7), id="logit_bias bans"),
+    ],
+)
+def test_draws_follow_the_distribution(fields: dict[str, Any], weights: Any) -> None:
+    # 33 is what 1 of 30,000 draws exceeds at 7 degrees of freedom; with a seed it is always the same one.
+    assert chi_squared(draws(8000, **fields), weights) < 33
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"top_p": 0}, {"top_k": 1}, {"min_p": 1}, {"temperature": 1e-9}]
+)
+def test_greedy_takes_the_likeliest_token(fields: dict[str, Any]) -> None:
+    assert set(draws(50, **fields)) == {0}
+
+
+def test_a_seed_repeats_its_draws_and_another_one_does_not() -> None:
+    assert draws(50, seed=5) == draws(50, seed=5)
+    assert draws(50, seed=5) != draws(50, seed=6)
+    assert draws(50, seed=-5) == draws(50, seed=-5)
+    assert draws(50, seed=None) != draws(50, seed=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "drawn", "expected"),
+    [
+        pytest.param({"presence_penalty": 1.0}, [0, 0, 1], [-1, -1, 0, 0], id="presence counts a token once"),
+        pytest.param({"frequency_penalty": 1.0}, [0, 0, 1], [-2, -1, 0, 0], id="frequency counts each time"),
+        pytest.param(
+            *({"presence_penalty": 0.5, "frequency_penalty": -1.0}, [0, 0, 1], [1.5, 0.5, 0, 0]), id="both together"
+        ),
+        pytest.param({"logit_bias": {2: 3.0}}, [], [0, 0, 3, 0], id="bias"),
+    ],
+)  # fmt: skip
+def test_penalties_are_openais_formula(fields: dict[str, Any], drawn: list[int], expected: list[float]) -> None:
+    sampler = phi_server.Sampler(phi_server.Sampling(temperature=0, **fields), [3])
+    for token in drawn:
+        sampler.pick(np.where(np.arange(4) == token, 100, -100).astype(np.float32))
+    assert sampler.adjusted(np.zeros(4, np.float32)).tolist() == expected
+
+
+def test_repetition_penalty_pulls_tokens_of_prompt_and_reply_towards_the_unlikely() -> None:
+    sampler = phi_server.Sampler(phi_server.Sampling(temperature=0, repetition_penalty=2.0), [1])
+    assert sampler.pick(np.array([9, 1, 1, 1], np.float32)) == 0
+    assert sampler.adjusted(np.array([4, -4, 4, -4], np.float32)).tolist() == [2, -8, 4, -4]
+
+
+def test_the_models_own_logits_stay_as_they_are() -> None:
+    row = ROW.copy()
+    phi_server.Sampler(phi_server.Sampling(logit_bias={0: 5.0}, seed=1, top_k=2), []).pick(row)
+    assert np.array_equal(row, ROW)
+
+
+def test_top_p_leaves_the_same_tokens_of_a_large_vocabulary_as_a_plain_sort() -> None:
+    weights = np.exp(np.random.Generator(np.random.PCG64(3)).normal(0, 3, 20_000))
+    order = np.argsort(-weights)
+    before = np.cumsum(weights[order]) - weights[order]
+    kept = phi_server.truncated(weights, phi_server.Sampling(top_p=0.9))
+    assert kept is not None
+    assert kept.tolist() == order[before < 0.9 * weights.sum()].tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 1000])
+def test_a_share_of_the_weights_is_found_as_by_a_running_sum(count: int) -> None:
+    weights = np.random.Generator(np.random.PCG64(2)).random(count).astype(np.float32)
+    running_sum = np.cumsum(weights, dtype=np.float64)
+    for share in np.linspace(0.001, 0.999, 333):
+        assert phi_server.at_share(weights, share) == np.searchsorted(running_sum, share * running_sum[-1])
+
+
+def test_logit_bias_steers_a_reply(server: Server, tokenizer: Any) -> None:
+    rome = int(tokenizer.encode(" Rome")[-1])
+    reply = chat(server, "What is the capital of France?", logit_bias={str(rome): 100}, max_tokens=3)
+    assert content(reply) == " Rome Rome Rome"
+
+
+def test_temperature_zero_is_greedy_and_a_seed_is_not_needed(server: Server) -> None:
+    replies = {content(chat(server, "Write a line about the sea.", max_tokens=12)) for _ in range(2)}
+    assert len(replies) == 1
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+
+def splits(text: str) -> Iterator[list[str]]:
+    """All ways to split a text into three pieces, some of them empty."""
+    for i, j in itertools.combinations_with_replacement(range(len(text) + 1), 2):
+        yield [text[:i], text[i:j], text[j:]]
+
+
+def streamed(pieces: list[str], *stop: str) -> tuple[str, bool]:
+    """What a text stream sends of these pieces, and whether a stop string ended it."""
+    stream = phi_server.TextStream(None, stop, False)  # type: ignore[arg-type]
+    sent = ""
+    for piece in pieces:
+        sent += stream.before_stop(piece)
+        if stream.stopped:
+            return sent, True
+    return sent + stream.finish(), False
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "sent"),
+    [
+        pytest.param("one STOP two", ["STOP"], "one ", id="in the middle"),
+        pytest.param("STOP two", ["STOP"], "", id="at the beginning"),
+        pytest.param("one STOP", ["STOP"], "one ", id="at the end"),
+        pytest.param("one STO", ["STOP"], None, id="a beginning that goes no further"),
+        pytest.param("aab aaab", ["aaab"], "aab ", id="one that begins again within itself"),
+        pytest.param("ababac", ["abac"], "ab", id="one that overlaps itself"),
+        pytest.param("one two three", ["three", "two"], "one ", id="the first of several"),
+        pytest.param("one\n\ntwo", ["\n\n"], "one", id="an empty line"),
+        pytest.param("tschüß 🙂", ["🙂"], "tschüß ", id="an emoji"),
+        pytest.param("nothing", ["x"], None, id="none"),
+    ],
+)
+def test_a_stop_string_ends_the_text_however_it_is_split(text: str, stop: list[str], sent: str | None) -> None:
+    expected = (text, False) if sent is None else (sent, True)
+    for pieces in splits(text):
+        assert streamed(pieces, *stop) == expected, pieces
+
+
+def test_text_that_cannot_begin_a_stop_string_is_not_held_back() -> None:
+    stream = phi_server.TextStream(None, ("STOP",), False)  # type: ignore[arg-type]
+    assert [stream.before_stop(piece) for piece in ("one", " S", "T", "x")] == ["one", " ", "", "STx"]
+
+
+def test_the_leading_space_of_a_sentencepiece_reply_is_dropped_once(tokenizer: Any) -> None:
+    stream = phi_server.TextStream(tokenizer.create_stream(), (), True)
+    tokens = [int(token) for token in tokenizer.encode(" one two")]
+    assert "".join(stream.push(token) for token in tokens) == "one two"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("stop", "sent"),
+    [
+        pytest.param("Paris", "The capital of France is ", id="a part of a token"),
+        pytest.param(["e is Par"], "The capital of Franc", id="across tokens"),
+        pytest.param(["The"], "", id="the first token"),
+        pytest.param(["nowhere", "."], "The capital of France is Paris", id="the last token"),
+    ],
+)
+def test_a_stop_string_is_not_returned(server: Server, stop: object, sent: str, stream: bool) -> None:
+    fields = {"messages": turns("What is the capital of France?"), "stop": stop}
+    if stream:
+        *_, end, _ = parts = events(server, CHAT, **fields)
+        text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts[:-1])
+        assert (text, end["choices"][0]["finish_reason"]) == (sent, "stop")
+    else:
+        choice = chat(server, "What is the capital of France?", stop=stop)["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (sent, "stop")
+
+
+def test_a_stop_string_that_did_not_come_is_returned_as_far_as_it_went(server: Server) -> None:
+    reply = chat(server, "What is the capital of France?", stop="Paris.\n")
+    assert content(reply) == "The capital of France is Paris."
+
+
+def test_no_event_splits_a_character(server: Server) -> None:
+    parts = events(server, TEXT, prompt="🙂 🎉 é 漢字 🙂 🎉 é 漢字 🙂 🎉 é", max_tokens=24)
+    texts = [part["choices"][0]["text"] for part in parts[:-1]]
+    assert "漢" in texts
+    assert not any("\ufffd" in text for text in texts)
+
+
+# ---- Engine ----------------------------------------------------------------------------------------------------------
+
+STORY = "Write a long story about a lighthouse keeper."
+QUESTIONS = ["Name three colours.", "What is the capital of Italy?", "Write a line about rain.", "What is 2 + 2?"]
+
+
+def seeded(server: Server, *contents: str, max_tokens: int = 64) -> str:
+    """The reply at temperature 1 with a seed."""
+    return content(chat(server, *contents, temperature=1, seed=7, max_tokens=max_tokens, ignore_eos=True))
+
+
+@contextlib.contextmanager
+def busy(server: Server, count: int, **fields: object) -> Iterator[list[Wire]]:
+    """Runs other replies of all kinds at the same time."""
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(stream_forever(server, f"{i} {STORY}", **fields)) for i in range(count)]
+        for wire in wires:
+            wire.read_until(FIRST_TEXT)
+        assert metric(server, "running_sequences") == count
+        yield wires
+    assert eventually(lambda: is_idle(server))
+
+
+def test_a_greedy_reply_is_the_same_alone_and_in_a_batch(server: Server) -> None:
+    ask = [functools.partial(chat, server, question, max_tokens=24, seed=1) for question in QUESTIONS]
+    alone = [content(call()) for call in ask]
+    together = [content(reply) for reply in concurrently(*ask)]
+    assert together == alone
+
+
+def test_a_seed_gives_the_same_reply_alone_among_others_and_after_them(wide_server: Server) -> None:
+    alone = seeded(wide_server, "Tell me about owls.")
+    with busy(wide_server, 7):
+        among = seeded(wide_server, "Tell me about owls.")
+    assert among == alone
+    assert seeded(wide_server, "Tell me about owls.") == alone
+
+
+def test_a_seed_gives_the_same_reply_on_another_server(server: Server, wide_server: Server) -> None:
+    assert seeded(server, "Tell me about foxes.", max_tokens=24) == seeded(
+        wide_server, "Tell me about foxes.", max_tokens=24
+    )
+
+
+def test_without_a_seed_replies_differ(server: Server) -> None:
+    replies = {content(chat(server, STORY, temperature=1, max_tokens=16)) for _ in range(3)}
+    assert len(replies) > 1
+
+
+FACTS = (
+    "Here are some facts. The lighthouse was built in 1850, it is 31 metres high, and its keeper is called Ines. " * 3
+)
+
+
+def test_the_second_turn_of_a_conversation_reuses_the_first_ones_kv(server: Server) -> None:
+    first = chat(server, FACTS + "Who is the keeper?", max_tokens=24)
+    second = chat(server, FACTS + "Who is the keeper?", content(first), "How high is it?", max_tokens=4)
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["prompt_tokens"] // 8 * 8
+
+
+def test_a_reply_after_reuse_equals_that_of_a_cold_start(server: Server, wide_server: Server) -> None:
+    question = "Now: " + FACTS + "Who is the keeper?"
+    answer = seeded(server, question, max_tokens=16)
+    warm = chat(server, question, answer, "And how high?", temperature=1, seed=3, max_tokens=24)
+    cold = chat(wide_server, question, answer, "And how high?", temperature=1, seed=3, max_tokens=24)
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    assert content(warm) == content(cold)
+
+
+def test_a_prefix_shared_with_another_conversation_is_reused_and_nothing_past_it(
+    server: Server, wide_server: Server
+) -> None:
+    system = {"role": "system", "content": "Rules: " + FACTS}
+    secret, asked = [
+        {"messages": [system, *turns(text)], "temperature": 0, "seed": 1, "max_tokens": 24}
+        for text in ("My name is Bartholomew, and I like chess.", "My name is what? Which game do I like?")
+    ]
+    post(server, CHAT, secret)
+    shared, cold = post(server, CHAT, asked).json, post(wide_server, CHAT, asked).json
+    assert shared["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    assert content(shared) == content(cold)
+
+
+def test_a_running_conversation_shares_its_prefix_too(server: Server) -> None:
+    with stream_forever(server, "Read: " + FACTS) as wire:
+        wire.read_until(FIRST_TEXT)
+        reply = chat(server, "Read: " + FACTS + "Who?", max_tokens=4)
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+
+
+def test_an_unrelated_prompt_has_no_cached_tokens(server: Server) -> None:
+    reply = complete(server, "Zebras: " + FACTS, max_tokens=1)
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_the_same_prompt_again_leaves_two_tokens_to_prefill(server: Server) -> None:
+    prompt = list(range(500, 564))
+    complete(server, prompt, max_tokens=1)
+    reply = complete(server, prompt, max_tokens=1)
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 56
+
+
+def test_a_side_request_does_not_evict_a_conversation(strict_server: Server) -> None:
+    answer = content(chat(strict_server, FACTS, max_tokens=4))
+    chat(strict_server, "Write a title.", max_tokens=4)
+    second = chat(strict_server, FACTS, answer, "And now?", max_tokens=4)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        pytest.param(CHAT, {}, id="while streaming"),
+        pytest.param(CHAT, {"stream": False}, id="while not streaming"),
+        pytest.param(TEXT, {"prompt": list(range(1000, 4000)), "max_tokens": 500}, id="during a long prefill"),
+    ],
+)
+def test_a_client_that_leaves_cancels_its_reply(server: Server, path: str, fields: dict[str, Any]) -> None:
+    name = secrets.token_hex(8)
+    with stream_forever(server, STORY, path=path, request_id=name, **fields):
+        assert eventually(lambda: metric(server, "running_sequences") == 1)
+    left = time.monotonic()
+    assert eventually(lambda: is_idle(server))
+    assert time.monotonic() - left < 5  # alone it would take much longer
+    entry = server.logged(request_id=name)
+    assert (entry["status"], entry["finish_reason"]) == (499, "cancelled")
+
+
+def test_one_request_above_the_limit_is_refused_at_once_while_health_answers(strict_server: Server) -> None:
+    with busy(strict_server, 1):
+        reply = post(strict_server, CHAT, HELLO)
+        assert (reply.status, reply.error["type"], reply.error["code"]) == (
+            429,
+            "rate_limit_error",
+            "rate_limit_exceeded",
+        )
+        assert int(reply.headers["retry-after"]) >= 1
+        assert get(strict_server, "/health").json == {"status": "ok"}
+
+
+def test_a_full_server_still_tells_what_is_wrong_with_a_request(strict_server: Server) -> None:
+    with busy(strict_server, 1):
+        assert post(strict_server, CHAT, {}).error["code"] == "missing_parameter"
+        stream = post(strict_server, CHAT, HELLO | {"stream": True})
+        assert (stream.status, stream.headers["content-type"]) == (429, "application/json")
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one(server: Server) -> None:
+    with stream_forever(server, "", path=TEXT, prompt=list(range(2000, 5000)), max_tokens=5) as wire:
+        assert eventually(lambda: metric(server, "running_sequences") == 1)
+        chat(server, "Hi", max_tokens=4)
+        assert not wire.stream.peek(1).count(b"data:") and metric(server, "running_sequences") == 1
+
+
+def test_a_running_stream_goes_on_while_a_long_prompt_is_prefilled(server: Server) -> None:
+    with busy(server, 1) as (wire,), stream_forever(server, "", path=TEXT, prompt=list(range(3000, 6000))):
+        assert eventually(lambda: metric(server, "running_sequences") == 2)
+        for _ in range(4):
+            wire.read_until(b"data: ")
+        assert metric(server, "generated_tokens_total") > 0
+
+
+@pytest.mark.parametrize("max_tokens", [40, 41, 42, 43])
+def test_a_reply_that_repeats_itself_loses_nothing_to_guessed_tokens(server: Server, max_tokens: int) -> None:
+    ask = functools.partial(complete, server, "7," * 20, max_tokens=max_tokens)
+    guessed, plain = ask(), ask(stop="never")
+    assert guessed["choices"] == plain["choices"]
+    assert guessed["usage"]["completion_tokens"] == max_tokens
+
+
+def guesses(tokens: list[int], prompt: int) -> list[list[int]]:
+    """What a lookup guesses at each step, as these tokens come one by one after a prompt of so many."""
+    known = tokens[:prompt]
+    lookup = phi_server.PromptLookup(known)
+    drafts = []
+    for token in tokens[prompt:]:
+        drafts.append(lookup.draft(100))
+        known.append(token)
+    return drafts
+
+
+def test_a_copied_text_is_guessed_once_a_few_guesses_have_come_true() -> None:
+    tokens = [*range(100), *range(50)]
+    drafts = guesses(tokens, 103)
+    assert drafts[0] == []
+    assert any(drafts)
+    assert all(draft == tokens[103 + i :][: len(draft)] for i, draft in enumerate(drafts) if i < 30)
+    assert max(map(len, drafts)) <= phi_server.LONGEST_DRAFT
+
+
+def test_prose_is_never_guessed() -> None:
+    tokens = np.random.Generator(np.random.PCG64(1)).integers(0, 12, 2000).tolist()
+    assert not any(guesses(tokens, 100))
+
+
+@pytest.fixture
+def engine(model: Any) -> Any:
+    """An engine that is not running."""
+    return phi_server.Engine(model, phi_server.Metrics(), 4, 1 << 34)
+
+
+def sequence(prompt: list[int], seed: int | None) -> Any:
+    sampler = phi_server.Sampler(phi_server.Sampling(seed=seed), [])
+    text = phi_server.TextStream(None, (), False)  # type: ignore[arg-type]
+    return phi_server.Sequence(prompt, 100, frozenset(), sampler, text)
+
+
+@pytest.mark.parametrize(("seed", "rows"), [(None, [1, 2, 3, 4]), (1, [2, 2, 4, 4])], ids=["no seed", "seed"])
+def test_a_sequence_with_a_seed_decodes_among_an_even_number_of_rows(
+    engine: Any, seed: int | None, rows: list[int]
+) -> None:
+    for slot in engine.slots:
+        slot.sequence, slot.tokens = sequence([1, 2, 3], seed), [1, 2]
+    planned = [engine.plan_decode(engine.slots[:count]).tokens.shape[0] for count in (1, 2, 3, 4)]
+    assert planned == rows
+
+
+@pytest.mark.parametrize(
+    ("seed", "prompt", "shared"),
+    [
+        pytest.param(None, 60, 40, id="all that is kept"),
+        pytest.param(None, 41, 32, id="two tokens are left to prefill"),
+        pytest.param(None, 42, 40, id="exactly two tokens are left"),
+        pytest.param(1, 60, 16, id="with a seed only what was prefilled"),
+    ],
+)
+def test_a_prompt_reuses_kept_kv_in_whole_blocks(engine: Any, seed: int | None, prompt: int, shared: int) -> None:
+    engine.slots[2].keep(list(range(45)), 20)
+    slot, length = engine.find_prefix(sequence(list(range(prompt)), seed))
+    assert (slot, length) == (engine.slots[2], shared)
+
+
+def test_guessed_tokens_are_kept_up_to_the_first_wrong_one(engine: Any) -> None:
+    slot = engine.slots[0]
+    slot.sequence, slot.tokens = sequence([1, 2, 3], None), [1, 2]
+    plan = engine.plan_verify(slot, [5, 6, 7])
+    certain = 1000 * np.eye(10, dtype=np.float32)
+    assert engine.verify(plan, certain[[5, 9, 7, 8]]) == [5, 9]
+    assert engine.verify(plan, certain[[5, 6, 7, 8]]) == [5, 6, 7, 8]
+
+
+def test_a_new_conversation_takes_an_empty_slot_else_the_least_recently_used(engine: Any) -> None:
+    for slot, used in zip(engine.slots, (4, 2, 3, 1), strict=True):
+        slot.keep([900 + slot.row] * 20, 20)
+        slot.used = used
+    assert engine.choose_slot(sequence([1] * 20, None), engine.slots) is engine.slots[3]
+    engine.slots[0].keep([], 0)
+    assert engine.choose_slot(sequence([1] * 20, None), engine.slots) is engine.slots[0]
+
+
+def test_a_conversation_goes_on_in_its_slot_and_one_that_only_begins_alike_does_not_take_it(engine: Any) -> None:
+    engine.slots[1].keep(list(range(100)), 100)
+    assert engine.choose_slot(sequence(list(range(120)), None), engine.slots) is engine.slots[1]
+    assert engine.choose_slot(sequence([*range(50), *range(900, 950)], None), engine.slots) is not engine.slots[1]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("speed", [1.0, 90.0, 5000.0])
+def test_a_chunk_never_has_a_single_token_nor_leaves_one(engine: Any, speed: float, shared: bool) -> None:
+    engine.prefill_speed = speed
+    for pending in range(2, 700):
+        count = engine.chunk_length(pending, shared)
+        assert 2 <= count <= phi_server.LONGEST_CHUNK + 1
+        assert count == pending or (count % phi_server.CHUNK_BORDER == 0 and pending - count >= 2)
+
+
+def test_chunks_are_shorter_while_others_decode(engine: Any) -> None:
+    engine.prefill_speed = 200.0
+    assert engine.chunk_length(5000, False) == 200
+    assert engine.chunk_length(5000, True) == 48
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 100])
+def test_the_common_prefix_of_two_lists_is_found(length: int) -> None:
+    a = list(range(100))
+    assert phi_server.common_prefix(a, a[:length] + [-1] * 5) == length
+    assert phi_server.common_prefix(a[:length], a) == length
+
+
+TRAP = 13_666  # a token that the forward pass below cannot bear
+RAISING = f"""
+import sys, phi_server
+forward = phi_server.Model.forward
+def raising(model, low, tokens, lengths):
+    if {TRAP} in tokens: raise RuntimeError("injected fault")
+    return forward(model, low, tokens, lengths)
+phi_server.Model.forward = raising
+sys.exit(phi_server.main([]))
+"""
+
+
+@pytest.fixture(scope="module")
+def raising_server() -> Iterator[Server]:
+    """A server whose forward pass raises when it is fed the token TRAP."""
+    with running(script=RAISING) as server:
+        yield server
+
+
+def test_a_forward_pass_that_raises_is_an_internal_error(raising_server: Server) -> None:
+    reply = post(raising_server, TEXT, {"prompt": [5, TRAP, 6]})
+    assert (reply.status, reply.error["type"], reply.error["code"]) == (500, "server_error", "internal_error")
+    assert reply.headers["x-request-id"] in reply.error["message"]
+    assert "injected" not in reply.error["message"]
+
+
+def test_a_forward_pass_that_raises_ends_a_stream_with_an_error_event(raising_server: Server) -> None:
+    fields = {"messages": turns("Hi"), "stream": True, "logit_bias": {str(TRAP): 100}}
+    reply = post(raising_server, CHAT, fields)
+    *_, last, end = reply.body.decode().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert end == ""
+    assert "[DONE]" not in reply.body.decode()
+
+
+def test_the_server_goes_on_after_a_forward_pass_that_raised(raising_server: Server) -> None:
+    post(raising_server, TEXT, {"prompt": [5, TRAP, 6]})
+    assert content(chat(raising_server, "What is the capital of France?")) == "The capital of France is Paris."
+    assert is_idle(raising_server)
+
+
+def test_nothing_is_reused_of_a_sequence_that_failed(raising_server: Server) -> None:
+    prompt = list(range(700, 1000))  # more than one chunk
+    post(raising_server, TEXT, {"prompt": [*prompt, TRAP, 6]})
+    reply = complete(raising_server, prompt, max_tokens=1)
+    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
+    post(raising_server, TEXT, {"prompt": [5, TRAP, 6]}, "x-request-id: traced")
+    assert raising_server.logged(request_id="traced")["status"] == 500
+    assert (
+        "RuntimeError: injected fault"
+        in raising_server.logged(level="error", message="a step of the engine failed")["trace"]
+    )
+
+
+@pytest.fixture(scope="module", params=[96, 104], ids=["whole pages", "a part of a page"])
+def tight_server(request: pytest.FixtureRequest, model: Any) -> Iterator[Server]:
+    """A server whose KV memory holds little more than one reply, a number of tokens."""
+    tokens = request.param + 4 * model.kv.tokens_per_page
+    with running(KV_MEMORY=tokens * model.kv.bytes_per_token, CACHE_SLOTS=0) as server:
+        assert server.logged(message="serving")["context_length"] == request.param
+        yield server
+
+
+def test_sequences_that_do_not_fit_into_kv_memory_together_wait_for_one_another(tight_server: Server) -> None:
+    ask = [functools.partial(complete, tight_server, f"{i} owls", max_tokens=60, ignore_eos=True) for i in range(3)]
+    replies = concurrently(*ask)
+    assert [reply["usage"]["completion_tokens"] for reply in replies] == [60, 60, 60]
+    assert metric(tight_server, "kv_resident_bytes") <= metric(tight_server, "kv_limit_bytes")
+
+
+def test_sequences_wait_in_line_for_kv_memory(tight_server: Server) -> None:
+    with stream_forever(tight_server, "Hi", max_tokens=55) as wire:
+        wire.read_until(b"data: ")
+        with stream_forever(tight_server, "Ho", max_tokens=55):
+            assert eventually(lambda: metric(tight_server, "waiting_sequences") == 1)
+            assert metric(tight_server, "running_sequences") == 1
+    assert eventually(lambda: is_idle(tight_server))
+
+
+def test_a_reply_may_fill_the_kv_memory(tight_server: Server) -> None:
+    usage = chat(tight_server, "Hi", ignore_eos=True)["usage"]
+    assert usage["total_tokens"] == tight_server.logged(message="serving")["context_length"]
+
+
+def test_a_prompt_beyond_the_kv_memory_is_refused_at_once(tight_server: Server) -> None:
+    reply = post(tight_server, TEXT, {"prompt": [5] * 170})
+    limit = tight_server.logged(message="serving")["context_length"]
+    assert reply.error["code"] == "context_length_exceeded"
+    assert f"maximum context length is {limit} tokens" in reply.error["message"]
+
+
+def test_kv_memory_for_less_than_16_tokens_ends_the_start(tmp_path: Path) -> None:
+    ended = run(cwd=tmp_path, KV_MEMORY="1KiB")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("phi_server: KV_MEMORY: 1,024 bytes hold less than 16 tokens")
+
+
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
+# Requests stand in the tests as they go over the wire.
+
+CHAT_BODY = (
+    b'{"model":"gpt-4o","messages":[{"role":"user","content":"What is the capital of France?"}],"temperature":0}'
+)
+REQUESTS = [
+    pytest.param(raw("GET /health HTTP/1.1", "Host: a"), 200, id="get"),
+    pytest.param(raw("HEAD /health HTTP/1.1", "Host: a"), 200, id="head"),
+    pytest.param(raw("OPTIONS /v1/models HTTP/1.1", "Host: a"), 204, id="options"),
+    pytest.param(b"\r\n\r\n" + raw("GET /health HTTP/1.1", "Host: a"), 200, id="empty lines before it"),
+    pytest.param(raw("GET http://a/v1/models?x=1 HTTP/1.1", "Host: a"), 200, id="absolute target"),
+    pytest.param(raw("GET /v1/models/?x=1 HTTP/1.1", "hOST:a  ", "X:\t y\t"), 200, id="other case and space"),
+    pytest.param(raw("GET /health HTTP/1.0", "Connection: keep-alive"), 200, id="HTTP/1.0 with keep-alive"),
+    pytest.param(raw("GET /none HTTP/1.1", "Host: a"), 404, id="unknown URL"),
+    pytest.param(raw("BREW /health HTTP/1.1", "Host: a"), 405, id="unknown method"),
+    pytest.param(raw("POST /v1/completions HTTP/1.1", "Host: a", "Content-Length: 2", body=b"[]"), 400, id="body"),
+    pytest.param(
+        raw("POST /v1/chat/completions HTTP/1.1", "Host: a", f"Content-Length: {len(CHAT_BODY)}", body=CHAT_BODY),
+        200,
+        id="chat",
+    ),
+    pytest.param(
+        raw(
+            *("POST /v1/completions HTTP/1.1", "Host: a", "Transfer-Encoding: chunked"),
+            body=b"1\r\n[\r\n1\r\n]\r\n0\r\n\r\n",
+        ),
+        400,
+        id="chunked body",
+    ),
+    pytest.param(
+        raw(
+            *("POST /v1/completions HTTP/1.1", "Host: a", "Transfer-Encoding: Chunked", "Trailer: t"),
+            body=b'1;x="y"\r\n[\r\n0001 ;z\r\n]\r\n00;end\r\nt: 1\r\nu: 2\r\n\r\n',
+        ),
+        400,
+        id="chunk extensions and trailers",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS)
+def test_a_request_sent_whole_is_answered(wide_server: Server, request_bytes: bytes, status: int) -> None:
+    (reply,) = exchange(wide_server, request_bytes, 1)
+    assert reply.status == status
+    assert reply.version == "HTTP/1.1"
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS)
+def test_a_request_sent_byte_by_byte_is_answered(wide_server: Server, request_bytes: bytes, status: int) -> None:
+    with Wire(wide_server) as wire:
+        for byte in request_bytes:
+            wire.socket.sendall(bytes([byte]))
+        reply = wire.read_reply(is_head=b"HEAD" in request_bytes)
+    assert reply
+    assert reply.status == status
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS)
+def test_requests_sent_at_once_are_answered_in_turn(wide_server: Server, request_bytes: bytes, status: int) -> None:
+    last = raw("GET /v1/models HTTP/1.1", "Host: a", "x-request-id: last", "Connection: close")
+    replies = exchange(wide_server, request_bytes * 2 + last)
+    assert [reply.status for reply in replies] == [status, status, 200]
+    assert replies[2].headers["x-request-id"] == "last"
+
+
+BODY = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        pytest.param(["Host: a", "Content-Length: 0", "Transfer-Encoding: chunked"], 400, id="two kinds of length"),
+        pytest.param(["Host: a", "Content-Length: 0", "Content-Length: 34"], 400, id="two lengths"),
+        pytest.param(["Host: a", "Content-Length: 0, 34"], 400, id="a list of lengths"),
+        pytest.param(["Host: a", "Content-Length: +0"], 400, id="length with a sign"),
+        pytest.param(["Host: a", "Content-Length: 0x0"], 400, id="hexadecimal length"),
+        pytest.param(["Host: a", "Content-Length: -1"], 400, id="negative length"),
+        pytest.param(["Host: a", "Content-Length:"], 400, id="empty length"),
+        pytest.param(["Host: a", "Content-Length: \xb2"], 400, id="length in other digits"),
+        pytest.param(["Host: a", "Content-Length : 0"], 400, id="space before the colon"),
+        pytest.param(["Host: a", "X: y", " Content-Length: 34"], 400, id="continued line"),
+        pytest.param(["Host: a", "Content-Length"], 400, id="no colon"),
+        pytest.param(["Host: a", "X: a\nContent-Length: 34"], 400, id="bare line feed"),
+        pytest.param(["Host: a", "X: a\rContent-Length: 34"], 400, id="bare carriage return"),
+        pytest.param(["Host: a", "X: a\0b"], 400, id="NUL in a value"),
+        pytest.param(["Host: a", "X\0: a"], 400, id="NUL in a name"),
+        pytest.param(["Host: a", ": a"], 400, id="no name"),
+        pytest.param(["Host: a", "Transfer-Encoding: gzip, chunked"], 501, id="another coding"),
+        pytest.param(["Host: a", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"], 501, id="chunked twice"),
+        pytest.param(["Host: a", "Transfer-Encoding: xchunked"], 501, id="not quite chunked"),
+        pytest.param(["Host: a", "Transfer-Encoding: chunked\x0b"], 400, id="chunked and a control character"),
+        pytest.param(["Host: a", "Transfer-Encoding:"], 501, id="empty coding"),
+        pytest.param(["X: y"], 400, id="no host"),
+        pytest.param(["Host: a", "Host: b"], 400, id="two hosts"),
+        pytest.param(["Host: a", "Expect: 200-ok"], 417, id="another expectation"),
+    ],
+)
+def test_a_request_with_two_readings_is_refused_and_the_connection_closed(
+    server: Server, lines: list[str], status: int
+) -> None:
+    replies = exchange(server, raw("POST /v1/completions HTTP/1.1", *lines, body=BODY))
+    assert [reply.status for reply in replies] == [status]
+    assert replies[0].error["code"] == "malformed_request"
+    assert replies[0].headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        pytest.param("GET /health", 400, id="HTTP/0.9"),
+        pytest.param("GET /health HTTP/2.0", 505, id="HTTP/2"),
+        pytest.param("GET  /health HTTP/1.1", 400, id="two spaces"),
+        pytest.param("GET /he alth HTTP/1.1", 400, id="space in the target"),
+        pytest.param("GET /health HTTP/1.1 ", 400, id="space at the end"),
+        pytest.param("GET /health http/1.1", 400, id="lower case"),
+        pytest.param("GET /health HTTP/1.10", 400, id="long version"),
+        pytest.param("G(T /health HTTP/1.1", 400, id="method that is no token"),
+        pytest.param("GET health HTTP/1.1", 400, id="target that is no path"),
+        pytest.param("GET http://[ HTTP/1.1", 400, id="absolute target with half an address"),
+        pytest.param("CONNECT a:80 HTTP/1.1", 400, id="a proxy's request"),
+        pytest.param("\x16\x03\x01\x02", 400, id="TLS"),
+    ],
+)
+def test_a_request_line_that_is_none_is_refused(server: Server, line: str, status: int) -> None:
+    replies = exchange(server, raw(line, "Host: a"))
+    assert [(reply.status, reply.error["code"]) for reply in replies] == [(status, "malformed_request")]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"x\r\n", id="no number"),
+        pytest.param(b"\r\n", id="empty"),
+        pytest.param(b"0x1\r\n[\r\n", id="prefix"),
+        pytest.param(b"-1\r\n[\r\n", id="sign"),
+        pytest.param(b"1\r\n[]]0\r\n\r\n", id="longer than its size"),
+        pytest.param(b"1\n[\r\n", id="bare line feed"),
+        pytest.param(b"1;a\rb\r\n[\r\n0\r\n\r\n", id="carriage return in an extension"),
+    ],
+)
+def test_a_chunk_that_is_none_is_refused_and_the_connection_closed(server: Server, body: bytes) -> None:
+    head = ("POST /v1/completions HTTP/1.1", "Host: a", "Transfer-Encoding: chunked")
+    replies = exchange(server, raw(*head, body=body + BODY))
+    assert [(reply.status, reply.error["code"]) for reply in replies] == [(400, "malformed_request")]
+
+
+@pytest.mark.parametrize(
+    ("headers", "minor_version", "length"),
+    [
+        pytest.param({}, 1, 0, id="none"),
+        pytest.param({"content-length": "0"}, 1, 0, id="zero"),
+        pytest.param({"content-length": "007"}, 0, 7, id="leading zeros"),
+        pytest.param({"transfer-encoding": "chunked"}, 1, phi_server.CHUNKED, id="chunked"),
+        pytest.param({"transfer-encoding": "CHUNKED"}, 1, phi_server.CHUNKED, id="chunked in capitals"),
+        pytest.param({"transfer-encoding": "chunked"}, 0, None, id="chunked by HTTP/1.0"),
+        pytest.param({"transfer-encoding": "chunked", "content-length": "5"}, 1, None, id="both"),
+        pytest.param({"transfer-encoding": "identity"}, 1, None, id="identity"),
+        pytest.param({"content-length": "1" * 19}, 1, None, id="beyond any size"),
+        pytest.param({"content-length": "\u0661"}, 1, None, id="digits of another script"),
+        pytest.param({"content-length": "5\n"}, 1, None, id="a line feed"),
+        pytest.param({"content-length": "1_0"}, 1, None, id="an underscore"),
+    ],
+)
+def test_the_length_of_a_body_has_one_reading(headers: dict[str, str], minor_version: int, length: int | None) -> None:
+    if length is None:
+        with pytest.raises(phi_server.ApiError) as caught:
+            phi_server.body_length(headers, minor_version)
+        assert caught.value.code == "malformed_request"
+    else:
+        assert phi_server.body_length(headers, minor_version) == length
+
+
+@pytest.mark.parametrize(("line", "size"), [(b"0", 0), (b"a", 10), (b"00fF", 255), (b"1 ;x=y", 1), (b"2;", 2)])
+def test_a_chunks_size_is_hexadecimal(line: bytes, size: int) -> None:
+    assert phi_server.chunk_size(line) == size
+
+
+@pytest.mark.parametrize("line", [b"", b" 1", b"1 x", b"+1", b"0x1", b"1_0", b"1\n", b"1" * 16, b"\xb2"])
+def test_a_chunks_size_that_is_none_is_refused(line: bytes) -> None:
+    with pytest.raises(phi_server.ApiError, match="a chunk's size is no hexadecimal number"):
+        phi_server.chunk_size(line)
+
+
+def test_repeated_headers_are_joined_and_names_are_lower_case() -> None:
+    headers = phi_server.parse_headers([b"Accept: a", b"X-Y:", b"ACCEPT:\tb \t"])
+    assert headers == {"accept": "a, b", "x-y": ""}
+
+
+@pytest.mark.parametrize(
+    ("lines", "limit"),
+    [
+        pytest.param(["X: " + "y" * 70_000], "65536 bytes", id="one long line"),
+        pytest.param(["X: " + "y" * 30_000] * 3, "65536 bytes", id="long lines"),
+        pytest.param(["X: y"] * 200, "128 lines", id="many lines"),
+    ],
+)
+def test_a_header_that_is_too_large_is_refused(server: Server, lines: list[str], limit: str) -> None:
+    replies = exchange(server, raw("GET /health HTTP/1.1", "Host: a", *lines))
+    assert [(reply.status, reply.error["code"]) for reply in replies] == [(431, "request_too_large")]
+    assert replies[0].error["message"] == f"The request's header is larger than {limit}."
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        pytest.param("Content-Length: 16385", b"", id="by its length"),
+        pytest.param("Transfer-Encoding: chunked", b"2000\r\n" + b" " * 8192 + b"\r\n2001\r\n", id="by its chunks"),
+        pytest.param("Transfer-Encoding: chunked", b"fffffffffffffff\r\n", id="by one chunk"),
+    ],
+)
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(strict_server: Server, head: str, body: bytes) -> None:
+    replies = exchange(strict_server, raw("POST /v1/completions HTTP/1.1", "Host: a", head, body=body))
+    assert [(reply.status, reply.error["code"]) for reply in replies] == [(413, "request_too_large")]
+    assert replies[0].error["message"] == "The request's body is larger than 16384 bytes."
+
+
+def test_a_body_of_the_largest_size_is_read(strict_server: Server) -> None:
+    assert post(strict_server, CHAT, b" " * 16384).error["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"G", id="request line"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: a\r\n", id="headers"),
+        pytest.param(raw("POST /v1/completions HTTP/1.1", "Host: a", "Content-Length: 9", body=b"{"), id="body"),
+        pytest.param(raw("POST /v1/completions HTTP/1.1", "Host: a", "Transfer-Encoding: chunked"), id="chunks"),
+    ],
+)
+def test_a_client_that_stops_in_the_middle_of_a_request_is_told_so(strict_server: Server, data: bytes) -> None:
+    replies = exchange(strict_server, data)
+    assert [(reply.status, reply.error["code"]) for reply in replies] == [(408, "request_timeout")]
+    assert replies[0].headers["connection"] == "close"
+
+
+def test_a_client_that_trickles_bytes_has_no_more_time(strict_server: Server) -> None:
+    with Wire(strict_server) as wire:
+        wire.send(b"GET /")
+        started = time.monotonic()
+        while not wire.is_readable(0.1) and time.monotonic() - started < PATIENCE:
+            wire.send(b"x")
+        reply = wire.read_reply()
+    assert reply
+    assert reply.status == 408
+
+
+def test_an_idle_connection_is_closed_in_silence(strict_server: Server) -> None:
+    with Wire(strict_server) as wire:
+        wire.send(raw("GET /health HTTP/1.1", "Host: a"))
+        assert wire.read_reply()
+        assert wire.read_reply() is None
+
+
+def test_a_request_cut_off_in_its_middle_is_malformed(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.send(b"GET /health HTTP/1.1\r\nHost")
+        wire.socket.shutdown(socket.SHUT_WR)
+        reply = wire.read_reply()
+    assert reply
+    assert (reply.status, reply.error["code"]) == (400, "malformed_request")
+
+
+@pytest.mark.parametrize(
+    ("lines", "connection", "stays_open"),
+    [
+        (["GET /health HTTP/1.1", "Host: a"], None, True),
+        (["GET /health HTTP/1.1", "Host: a", "Connection: keep-alive"], None, True),
+        (["GET /health HTTP/1.1", "Host: a", "Connection: close"], "close", False),
+        (["GET /health HTTP/1.1", "Host: a", "Connection: TE, Close"], "close", False),
+        (["GET /health HTTP/1.0"], "close", False),
+        (["GET /health HTTP/1.0", "Connection: Keep-Alive"], "keep-alive", True),
+        (["GET /none HTTP/1.1", "Host: a"], None, True),
+        (["GET /health HTTP/1.1", "Host: a", "Content-Length: 5"], "close", False),
+        (["POST /none HTTP/1.1", "Host: a", "Content-Length: 5"], "close", False),
+    ],
+)
+def test_connection_is_honest(server: Server, lines: list[str], connection: str | None, stays_open: bool) -> None:
+    with Wire(server) as wire:
+        wire.send(raw(*lines))
+        reply = wire.read_reply()
+        assert reply
+        assert reply.headers.get("connection") == connection
+        if stays_open:
+            wire.send(raw("GET /health HTTP/1.1", "Host: a"))
+        assert bool(wire.read_reply()) == stays_open
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/none", "/none"])
+def test_head_is_get_without_the_body(server: Server, path: str) -> None:
+    get_reply, head_reply = (
+        exchange(server, raw(f"{method} {path} HTTP/1.1", "Host: a", "Connection: close"))[0]
+        for method in ("GET", "HEAD")
+    )
+    assert head_reply.body == b""
+    assert head_reply.status == get_reply.status
+    assert set(head_reply.headers) == set(get_reply.headers)
+
+
+def test_expect_100_continue_is_told_to_go_on_once_the_head_is_good(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.send(raw("POST /v1/completions HTTP/1.1", "Host: a", "Content-Length: 2", "Expect: 100-continue"))
+        assert wire.read_head() == ("HTTP/1.1", 100, {})
+        wire.send(b"[]")
+        reply = wire.read_reply()
+    assert reply
+    assert reply.error["message"] == "Invalid body: expected an object, but got an array instead."
+
+
+def test_expect_100_continue_is_refused_with_the_final_answer_when_the_head_is_not_good(strict_server: Server) -> None:
+    head = ("POST /v1/completions HTTP/1.1", "Host: a", "Content-Length: 99999", "Expect: 100-continue")
+    assert [reply.status for reply in exchange(strict_server, raw(*head))] == [413]
+
+
+def test_to_http_1_0_a_stream_is_not_chunked_and_ends_with_the_connection(wide_server: Server) -> None:
+    body = CHAT_BODY[:-1] + b',"stream":true}'
+    head = ("POST /v1/chat/completions HTTP/1.0", "Connection: keep-alive", f"Content-Length: {len(body)}")
+    (reply,) = exchange(wide_server, raw(*head, body=body))
+    assert "transfer-encoding" not in reply.headers
+    assert reply.headers["connection"] == "close"
+    assert reply.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_to_http_1_1_a_stream_is_chunked_and_the_connection_kept(wide_server: Server) -> None:
+    body = CHAT_BODY[:-1] + b',"stream":true}'
+    one = raw("POST /v1/chat/completions HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", body=body)
+    replies = exchange(wide_server, one * 2, 2)
+    assert [reply.headers["transfer-encoding"] for reply in replies] == ["chunked", "chunked"]
+    assert all(reply.body.endswith(b"data: [DONE]\n\n") for reply in replies)
+
+
+def test_replies_have_a_date(server: Server) -> None:
+    date = get(server, "/health").headers["date"]
+    assert re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", date)
+
+
+# ---- Routes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/", "/"),
+        ("/v1", "/"),
+        ("/v1/", "/"),
+        ("/health", "/health"),
+        ("/v1/health", "/health"),
+        ("/chat/completions", "/chat/completions"),
+        ("/v1/chat/completions/", "/chat/completions"),
+        ("/v1//models", "/models"),
+        ("/v1/models/a/b", "/models/{id}"),
+        ("/models/x/", "/models/{id}"),
+        ("/v1x/models", "/v1x/models"),
+        ("/V1/models", "/V1/models"),
+    ],
+)
+def test_a_path_with_or_without_v1_and_a_slash_at_its_end_is_a_route(path: str, route: str) -> None:
+    assert phi_server.find_route(path) == route
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/models/?limit=5"])
+def test_the_served_model_is_listed(server: Server, path: str) -> None:
+    listed = get(server, path).json
+    assert listed["object"] == "list"
+    (entry,) = listed["data"]
+    assert entry == {"id": server.model, "object": "model", "created": entry["created"], "owned_by": "phi_server"}
+    assert abs(time.time() - entry["created"]) < 1000
+
+
+def test_the_served_model_is_shown_by_its_name_alone(server: Server) -> None:
+    assert get(server, f"/v1/models/{server.model}/").json["id"] == server.model
+    error = get(server, "/v1/models/org%2Fother").error
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "`org/other`" in error["message"]
+
+
+def test_health_and_index_answer(server: Server) -> None:
+    assert get(server, "/health").json == {"status": "ok"}
+    assert get(server, "/").status == 200
+
+
+def test_a_chat_completion_is_openais_object(server: Server) -> None:
+    reply = chat(server, "What is the capital of France?")
+    message = {"role": "assistant", "content": "The capital of France is Paris.", "refusal": None}
+    assert re.fullmatch(r"chatcmpl-[0-9A-Za-z]{24,}", reply["id"])
+    assert reply == {
+        **{name: reply[name] for name in ("id", "created", "usage", "system_fingerprint")},
+        "object": "chat.completion",
+        "model": server.model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+    }
+    assert sorted(reply["usage"]) == ["completion_tokens", "prompt_tokens", "prompt_tokens_details", "total_tokens"]
+
+
+def test_a_text_completion_is_openais_object(server: Server) -> None:
+    reply = complete(server, "The capital of France is", max_tokens=1)
+    assert re.fullmatch(r"cmpl-[0-9A-Za-z]{24,}", reply["id"])
+    assert reply == {
+        **{name: reply[name] for name in ("id", "created", "usage", "system_fingerprint")},
+        "object": "text_completion",
+        "model": server.model,
+        "choices": [{"index": 0, "text": " Paris", "logprobs": None, "finish_reason": "length"}],
+    }
+    assert abs(time.time() - reply["created"]) < 60
+
+
+def test_each_reply_has_its_own_id(server: Server) -> None:
+    assert chat(server, "Hi", max_tokens=1)["id"] != chat(server, "Hi", max_tokens=1)["id"]
+
+
+ASKED = {"messages": turns("What is the capital of France?"), "prompt": "Once upon a time", "max_tokens": 12}
+USAGE = {"stream_options": {"include_usage": True}}
+
+
+def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(server: Server) -> None:
+    first, *middle, last, done = events(server, CHAT, **ASKED)
+    assert first["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert all(list(part["choices"][0]["delta"]) == ["content"] for part in middle)
+    assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    assert done == "[DONE]"
+
+
+def test_a_streamed_text_completion_ends_with_the_reason(server: Server) -> None:
+    *parts, last, done = events(server, TEXT, **ASKED)
+    assert all(part["choices"][0]["finish_reason"] is None for part in parts)
+    assert last["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}]
+    assert done == "[DONE]"
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_all_chunks_have_the_same_id_and_say_what_they_are(server: Server, path: str) -> None:
+    parts = events(server, path, **ASKED)[:-1]
+    kind = "chat.completion.chunk" if path == CHAT else "text_completion"
+    heads = {tuple(part[name] for name in ("id", "created", "model", "object")) for part in parts}
+    ((_, _, model, name),) = heads
+    assert (model, name) == (server.model, kind)
+    assert not any("usage" in part for part in parts)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_usage_comes_last_and_is_null_before(server: Server, path: str) -> None:
+    *parts, last, _ = events(server, path, **ASKED, **USAGE)
+    assert all(part["usage"] is None and part["choices"] for part in parts)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] in (7, 12)
+
+
+def test_a_streamed_chat_is_the_whole_one_in_pieces(server: Server) -> None:
+    whole = chat(server, "Write a line about the sea.", max_tokens=20, seed=5, temperature=1)
+    fields = {"messages": turns("Write a line about the sea."), "max_tokens": 20, "seed": 5, "temperature": 1}
+    *parts, end, usage, _ = events(server, CHAT, **fields, **USAGE)
+    assert "".join(part["choices"][0]["delta"]["content"] for part in parts) == content(whole)
+    assert end["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
+def test_a_streamed_text_completion_is_the_whole_one_in_pieces(server: Server) -> None:
+    whole = complete(server, "Once upon a time", max_tokens=20)
+    *parts, usage, _ = events(server, TEXT, prompt="Once upon a time", max_tokens=20, **USAGE)
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole["choices"][0]["text"]
+    assert usage["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    assert len(parts) > 10
+
+
+def test_a_stream_has_the_headers_that_keep_proxies_from_holding_it_back(server: Server) -> None:
+    reply = post(server, CHAT, ASKED | {"stream": True})
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert reply.headers["cache-control"] == "no-cache"
+    assert reply.headers["x-accel-buffering"] == "no"
+
+
+@pytest.mark.parametrize(("path", "first"), [(CHAT, b'"role":"assistant"'), (TEXT, b"text/event-stream")])
+def test_a_stream_begins_before_its_prompt_is_prefilled(server: Server, path: str, first: bytes) -> None:
+    long = " ".join(str(i) for i in range(700))
+    generated = metric(server, "generated_tokens_total")
+    with stream_forever(server, long, path=path) as wire:
+        wire.read_until(first)
+        assert metric(server, "generated_tokens_total") == generated
+    assert eventually(lambda: is_idle(server))
+
+
+def test_text_comes_as_it_is_generated(server: Server) -> None:
+    with stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        wire.read_until(FIRST_TEXT)
+        assert metric(server, "running_sequences") == 1
+    assert eventually(lambda: is_idle(server))
+
+
+def test_the_official_client_works(server: Server) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    asked = {"model": server.model, "messages": ASKED["messages"], "temperature": 0}
+    assert client.chat.completions.create(**asked).choices[0].message.content == "The capital of France is Paris."
+    with client.chat.completions.create(**asked, stream=True) as chunks:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "The capital of France is Paris."
+    assert [model.id for model in client.models.list()] == [server.model]
+
+
+def test_the_official_asynchronous_client_works(server: Server) -> None:
+    openai = pytest.importorskip("openai")
+
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+            asked = {"model": server.model, "prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
+            replies = await asyncio.gather(*(client.completions.create(**asked) for _ in range(3)))
+            return [reply.choices[0].text for reply in replies]
+
+    assert asyncio.run(ask()) == [" Paris"] * 3
+
+
+def test_the_official_client_recognises_errors(server: Server, strict_server: Server) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=ASKED["messages"])
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=server.model, messages=turns("a " * 5000))
+    assert caught.value.code == "context_length_exceeded"
+    with busy(strict_server, 1), pytest.raises(openai.RateLimitError):
+        client.with_options(base_url=strict_server.url).chat.completions.create(model="strict", messages=turns("Hi"))
+
+
+# ---- Server ----------------------------------------------------------------------------------------------------------
+
+EXPOSED = "x-request-id, Retry-After"
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/none"])
+def test_any_origin_may_read_replies_by_default(server: Server, path: str) -> None:
+    headers = get(server, path, "Origin: https://a.example").headers
+    assert headers["access-control-allow-origin"] == "*"
+    assert headers["access-control-expose-headers"] == EXPOSED
+    assert "access-control-allow-credentials" not in headers
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [("https://a.example", True), ("https://b.example", True), ("https://c.example", False), ("null", False)],
+)
+def test_with_a_list_only_its_origins_may_read_replies(strict_server: Server, origin: str, allowed: bool) -> None:
+    headers = get(strict_server, "/health", f"Origin: {origin}").headers
+    assert headers.get("access-control-allow-origin") == (origin if allowed else None)
+    assert headers["vary"] == "Origin"
+
+
+def test_a_stream_may_be_read_by_other_origins(server: Server) -> None:
+    headers = post(server, CHAT, ASKED | {"stream": True}, "Origin: https://a.example").headers
+    assert headers["access-control-allow-origin"] == "*"
+    assert headers["access-control-expose-headers"] == EXPOSED
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/none", "*"])
+def test_a_preflight_allows_the_headers_that_are_asked_for(server: Server, path: str) -> None:
+    asked = "Access-Control-Request-Headers: authorization, x-stainless-os,no token, content-type"
+    (reply,) = exchange(server, raw(f"OPTIONS {path} HTTP/1.1", "Host: a", "Origin: https://a.example", asked), 1)
+    assert (reply.status, reply.body) == (204, b"")
+    assert reply.headers["access-control-allow-headers"] == "authorization, x-stainless-os, content-type"
+    assert "POST" in reply.headers["access-control-allow-methods"]
+    assert int(reply.headers["access-control-max-age"]) > 0
+
+
+def test_a_preflight_of_an_origin_that_is_not_on_the_list_is_not_allowed(strict_server: Server) -> None:
+    (reply,) = exchange(strict_server, raw("OPTIONS /v1/models HTTP/1.1", "Host: a", "Origin: https://c.example"), 1)
+    assert reply.status == 204
+    assert "access-control-allow-origin" not in reply.headers
+    assert "content-length" not in reply.headers
+
+
+@pytest.mark.parametrize("sent", ["abc-123", "~" * 128])
+def test_a_sane_request_id_is_echoed(server: Server, sent: str) -> None:
+    assert get(server, "/health", f"x-request-id: {sent}").headers["x-request-id"] == sent
+    assert get(server, "/none", f"x-request-id: {sent}").headers["x-request-id"] == sent
+
+
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "caf\xe9", '"quoted"'])
+def test_another_request_id_is_replaced(server: Server, sent: str) -> None:
+    given = get(server, "/health", f"x-request-id: {sent}").headers["x-request-id"]
+    assert re.fullmatch(r"req_[0-9a-f]{32}", given)
+
+
+def test_one_log_line_tells_of_a_request(server: Server) -> None:
+    body = {"messages": turns("Say xylophone."), "temperature": 0, "max_tokens": 5, "seed": 1}
+    reply = post(server, CHAT, body, "x-request-id: logged")
+    entry = server.logged(request_id="logged")
+    expected = {"level": "info", "method": "POST", "path": CHAT, "status": 200, "model": server.model, "stream": False}
+    assert expected.items() <= entry.items()
+    assert entry["parameters"] == {"temperature": 0, "max_tokens": 5, "seed": 1}
+    assert {name: entry[name] for name in ("prompt_tokens", "completion_tokens")}.items() <= reply.json["usage"].items()
+    assert entry["finish_reason"] == reply.json["choices"][0]["finish_reason"]
+    assert re.match(r"127\.0\.0\.1:\d+$", entry["client"])
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$", entry["time"])
+
+
+def test_the_log_tells_how_long_a_request_took(server: Server) -> None:
+    post(server, CHAT, HELLO | {"max_tokens": 5, "ignore_eos": True}, "x-request-id: timed")
+    entry = server.logged(request_id="timed")
+    assert 0 < entry["time_to_first_token_ms"] < entry["inference_time_ms"] <= entry["duration_ms"] < 60_000
+
+
+def test_requests_that_fail_are_logged_too(server: Server) -> None:
+    post(server, CHAT, b"{", "x-request-id: failed")
+    entry = server.logged(request_id="failed")
+    assert (entry["status"], entry["path"]) == (400, CHAT)
+    assert "parameters" not in entry
+
+
+def test_prompts_and_replies_are_not_logged(server: Server) -> None:
+    fields = {"stop": "quagga", "max_tokens": 24, "temperature": 0, "user": "quokka"}
+    reply = post(server, CHAT, {"messages": turns("Tell me about the axolotl."), **fields}, "x-request-id: secret")
+    post(server, CHAT, {"messages": [{"role": "axolotl", "content": "axolotl"}]}, "x-request-id: refused")
+    server.logged(request_id="refused")
+    log = json.dumps(server.log)
+    assert not any(word in log for word in ("axolotl", "quagga", "quokka"))
+    assert content(reply.json)[:20] not in log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_server(number: signal.Signals) -> None:
+    with running() as server, stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        server.process.send_signal(number)
+        assert server.process.wait(PATIENCE) == 0
+        server.reader.join(PATIENCE)
+    assert [entry for entry in server.log if "trace" in entry or "Traceback" in entry["message"]] == []
+
+
+def test_the_text_format_of_the_log_is_for_people() -> None:
+    record = phi_server.logger.makeRecord(
+        "phi_server", 20, "", 0, "request", (), None, extra={"fields": {"status": 200}}
+    )
+    line = phi_server.LogFormatter(is_json=False).format(record)
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info +request status=200$", line)
+
+
+# ---- Demo model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "smollm2-135m"),
+        ({"MODEL_PATH": "/models/phi"}, "phi-3.5-mini"),
+        ({"MODEL_NAME": "mine"}, "mine"),
+        ({"MODEL_PATH": "/models/phi", "MODEL_NAME": "mine"}, "mine"),
+    ],
+)
+def test_the_model_is_named_after_what_is_served(settings: dict[str, str], name: str) -> None:
+    assert phi_server.served_name(phi_server.read_settings(settings)) == name
+
+
+def test_a_demo_model_in_the_cache_is_served_as_it_is(model_folder: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "phi_server" / phi_server.DEMO_FOLDER
+    kept.parent.mkdir()
+    kept.symlink_to(model_folder, target_is_directory=True)
+    with running(MODEL_PATH="", XDG_CACHE_HOME=tmp_path, PIP_NO_INDEX=1) as server:
+        assert server.model == "smollm2-135m"
+        assert not any(entry["message"].startswith(("Downloading", "Converting")) for entry in server.log)
+
+
+def test_without_a_package_index_the_start_ends_with_a_hint_and_leaves_nothing(tmp_path: Path) -> None:
+    ended = run(cwd=tmp_path, MODEL_PATH="", XDG_CACHE_HOME=tmp_path / "cache", PIP_NO_INDEX=1)
+    error = json.loads(ended.stderr.splitlines()[-1])["error"]
+    assert (ended.returncode, error["code"]) == (1, "model_loading_failed")
+    assert re.match(r"pip could not download the demo model: .*Set MODEL_PATH to a model folder", error["message"])
+    assert list((tmp_path / "cache" / "phi_server").iterdir()) == []
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
+    name, version = phi_server.DEMO_WHEEL.replace("-", "_").split("==")
+    with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        info = f"{name}-{version}.dist-info"
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    pip = {"PIP_NO_INDEX": 1, "PIP_FIND_LINKS": tmp_path}
+    ended = run(cwd=tmp_path, MODEL_PATH="", XDG_CACHE_HOME=tmp_path / "cache", **pip)
+    message = json.loads(ended.stderr.splitlines()[-1])["error"]["message"]
+    assert ended.returncode == 1
+    assert re.match(rf"sha256 of {name}.*: expected {phi_server.DEMO_WHEEL_SHA256}, got [0-9a-f]{{64}}", message)
+    assert list((tmp_path / "cache" / "phi_server").iterdir()) == []
+
+
+def test_quantized_weights_are_within_half_a_step() -> None:
+    weights = np.random.Generator(np.random.PCG64(1)).normal(0, 1, (4, 64)).astype(np.float32)
+    codes, scales, zeros = phi_server.quantize(weights)
+    unpacked = np.stack([codes & 15, codes >> 4], axis=-1).reshape(4, 2, 32).astype(np.float32)
+    offsets = np.stack([zeros & 15, zeros >> 4], axis=-1).reshape(4, 2, 1)
+    restored = (unpacked - offsets) * scales.reshape(4, 2, 1)
+    assert np.abs(restored - weights.reshape(4, 2, 32)).max() < 0.75 * scales.max()
+
+
+def test_protobuf_messages_are_encoded_as_its_documentation_shows() -> None:
+    assert phi_server.protobuf((1, 150)) == bytes.fromhex("089601")
+    assert phi_server.protobuf((2, "testing")) == bytes.fromhex("120774657374696e67")
+    assert phi_server.protobuf((3, phi_server.protobuf((1, 150)))) == bytes.fromhex("1a03089601")
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return FILE.with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_settings_table_is_the_programs(readme: str) -> None:
+    rows = re.findall(r"^\| *`([A-Z_]+)` *\| *(.*?) *\| *(.*?) *\|$", readme, re.MULTILINE)
+    table = [(name, default.strip("`"), meaning) for name, default, meaning in rows]
+    assert table == [  # a bar would end the cell
+        (name, default or "unset", meaning.replace(" | ", " / "))
+        for name, default, meaning in phi_server.settings_table()
+    ]
+
+
+@pytest.mark.parametrize("command", ["python phi_server.py", "python -m pytest"])
+def test_the_readme_shows_the_two_commands(readme: str, command: str) -> None:
+    assert f"pip install -r requirements.txt && {command}" in readme
+
+
+def test_the_readme_names_every_endpoint(readme: str) -> None:
+    for path in ("/v1/models", CHAT, TEXT, "/health", "/metrics"):
+        assert path in readme
+
+
+# ---- Bench -----------------------------------------------------------------------------------------------------------
+# Measured with `python -m pytest -m bench -s`; MODEL_PATH chooses the model. No time is asserted.
+
+TOKENS = 64
+BENCH_PROMPT = "Write a long story about a lighthouse keeper and the sea. " * 3
+BARE_LOOP = f"""
+import sys, time, numpy, phi_server
+model = phi_server.Model(phi_server.ModelConfig.read(phi_server.Path(sys.argv[1])), 4096, 2, phi_server.usable_cpus())
+prompt = model.encode(model.render_chat([phi_server.Message("user", {BENCH_PROMPT!r})]))
+best = 1e9
+for _ in range(5):
+    start = time.perf_counter()
+    logits = model.forward(0, numpy.array([prompt]), numpy.array([0]))
+    for length in range(len(prompt), len(prompt) + {TOKENS} - 1):
+        token = int(logits[0, -1].argmax())
+        logits = model.forward(0, numpy.array([[token]]), numpy.array([length]))
+    best = min(best, time.perf_counter() - start)
+print({TOKENS} / best)
+"""
+
+
+def show(*cells: object) -> None:
+    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+
+
+def memory(server: Server) -> str:
+    """The server's resident memory, where the system tells."""
+    status = Path(f"/proc/{server.process.pid}/status")
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return f"{int(found[1]) // 1024} MiB" if found else "unknown"
+
+
+def first_text_seconds(server: Server, *contents: str, **fields: object) -> float:
+    """The time from a request to its first text."""
+    start = time.perf_counter()
+    with stream_forever(server, *contents, temperature=0, **fields) as wire:
+        wire.read_until(FIRST_TEXT)
+        return time.perf_counter() - start
+
+
+def speed(server: Server, clients: int) -> float:
+    """Tokens a second of so many clients together; each prompt is another one."""
+    ask = [
+        functools.partial(chat, server, f"{time.time_ns()} {i} {BENCH_PROMPT}", max_tokens=TOKENS, ignore_eos=True)
+        for i in range(clients)
+    ]
+    start = time.perf_counter()
+    concurrently(*ask)
+    return clients * TOKENS / (time.perf_counter() - start)
+
+
+def health_percentiles(server: Server, is_over: Callable[[], bool]) -> str:
+    """Milliseconds that GET /health takes until something is over, as 50th and 99th percentile and longest."""
+    client = http.client.HTTPConnection(*server.address)
+    times = []
+    while not is_over() or len(times) < 100:
+        start = time.perf_counter()
+        client.request("GET", "/health")
+        client.getresponse().read()
+        times.append(1000 * (time.perf_counter() - start))
+    client.close()
+    middle, high, longest = np.percentile(times, [50, 99, 100])
+    return f"{middle:.1f} / {high:.1f} / {longest:.1f} ms"
+
+
+def show_speed(server: Server, model_folder: Path) -> None:
+    command = [sys.executable, "-c", BARE_LOOP, str(model_folder)]
+    path = environment(PYTHONPATH=FILE.parent)
+    bare = float(subprocess.run(command, env=path, capture_output=True, check=True, text=True).stdout)
+    show("bare session loop", f"{bare:.1f} tokens/s", "")
+    one = 0.0
+    for clients in (1, 2, 4, 8):
+        rate = max(speed(server, clients) for _ in range(3))
+        one = one or rate
+        show(f"{clients} clients", f"{rate:.1f} tokens/s", f"{rate / bare:.2f} of bare, {rate / one:.2f} of one client")
+
+
+def show_first_text(server: Server) -> None:
+    said = []
+    for turn in range(1, 11):
+        said.append(f"{turn}. {STORY}")
+        seconds = first_text_seconds(server, *said)
+        assert eventually(lambda: is_idle(server))
+        said.append(content(chat(server, *said, max_tokens=40)))
+        show(f"first text, turn {turn}", f"{1000 * seconds:.0f} ms", "")
+    system = "Rule: answer in one word, and be kind. " * 100
+    for client in ("first", "second"):
+        seconds = first_text_seconds(server, f"{system} {client}")
+        show(f"first text, {client} client with a 1,000-token system prompt", f"{1000 * seconds:.0f} ms", "")
+
+
+def show_health(server: Server) -> None:
+    ask = [functools.partial(chat, server, f"{i} {STORY}", max_tokens=200, ignore_eos=True) for i in range(4)]
+    with ThreadPoolExecutor(5) as pool:
+        work = [pool.submit(call) for call in ask]
+        latency = health_percentiles(server, lambda: all(future.done() for future in work))
+        show("health while 4 generate, p50 / p99 / longest", latency, "")
+        long = pool.submit(complete, server, [i % 1000 + 100 for i in range(3000)], max_tokens=1)
+        show("health during a 3,000-token prefill, p50 / p99 / longest", health_percentiles(server, long.done), "")
+
+
+@pytest.mark.bench
+def test_bench(model_folder: Path) -> None:
+    print()
+    show("measured", "value", "ratio")
+    show("---", "---", "---")
+    start = time.perf_counter()
+    with running(MAX_CONCURRENT_REQUESTS=8) as server:
+        show("start to serving", f"{time.perf_counter() - start:.1f} s", "")
+        show_speed(server, model_folder)
+        show_first_text(server)
+        show_health(server)
+    with running(CONTEXT_LENGTH=8192) as server:
+        show("resident memory after loading", memory(server), "")
+        for question in QUESTIONS:
+            chat(server, question, max_tokens=32)
+        show("resident memory after 4 short chats, CONTEXT_LENGTH=8192", memory(server), "")
