@@ -119,6 +119,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         text = environ.get(declared.name.upper(), "").strip()
         if text:
             chosen[declared.name] = convert(declared, text)
+    memory_bound(chosen.get("kv_memory", "50%"), free=0)  # says what is wrong before a model is loaded for nothing
     return Settings(**chosen)
 
 
@@ -302,6 +303,11 @@ def invalid_value(param: str, reason: str) -> ApiError:
     return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
 
 
+def invalid_schema(param: str, reason: str) -> ApiError:
+    """400: a JSON schema that the grammar engine refuses."""
+    return ApiError(400, "invalid_parameter", f"Invalid schema for '{param}': {reason}", param)
+
+
 def unsupported(param: str, what: str) -> ApiError:
     """400: asks for what this server does not serve."""
     return ApiError(400, "unsupported_value", f"Unsupported value: '{param}': {what}", param)
@@ -357,9 +363,7 @@ def too_slow(seconds: float) -> ApiError:
 
 def overloaded(limit: int) -> ApiError:
     """429: as many requests as allowed are already generating."""
-    message = (
-        f"Rate limit reached: {limit} requests are being generated, the most this server runs at once. Please retry."
-    )
+    message = f"Rate limit reached: this server generates {limit} requests at once. Please try again."
     return ApiError(429, "rate_limit_exceeded", message, Retry_After="1")
 
 
@@ -447,15 +451,45 @@ JSON_NAMES = {
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
+MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a function, as the model made it; the arguments are JSON in a string."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat; a tool's result has the role tool, and names the call it answers."""
 
     role: str
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str
+    parameters: dict[str, Json]  # a JSON schema
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """The tools that a chat offers, and whether the reply must call one."""
+
+    offered: tuple[Tool, ...] = ()
+    is_forced: bool = False
+    is_parallel: bool = True
 
 
 @dataclass(frozen=True)
@@ -478,9 +512,11 @@ class Generation:
     """What chat and text completions have in common."""
 
     model: str
+    n: int
     max_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
+    top_logprobs: int | None  # how many alternatives to tell with each token; None for no log probabilities at all
     stream: bool
     include_usage: bool
     sampling: Sampling
@@ -491,14 +527,17 @@ class ChatRequest:
     """A checked body of POST /v1/chat/completions."""
 
     messages: tuple[Message, ...]
+    tools: ToolUse
+    schema: dict[str, Json] | None  # that the reply must fit
     generation: Generation
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A checked body of POST /v1/completions; the prompt is text or token ids."""
+    """A checked body of POST /v1/completions; a prompt is text or token ids."""
 
-    prompt: str | list[int]
+    prompts: tuple[str | list[int], ...]
+    echo: bool
     generation: Generation
 
 
@@ -513,6 +552,10 @@ class Fields:
         """The dotted path of a field."""
         return f"{self.path}.{name}" if self.path else name
 
+    def has(self, name: str) -> bool:
+        """Whether a field is there and not null."""
+        return self.values.get(name) is not None
+
     def value(self, name: str, kinds: tuple[type, ...], expected: str) -> Json:
         """A field of one of these JSON types, or None when absent or null."""
         value = self.values.get(name)
@@ -522,7 +565,7 @@ class Fields:
 
     def required(self, name: str) -> Fields:
         """These fields themselves, having checked that one is there."""
-        if self.values.get(name) is None:
+        if not self.has(name):
             raise missing(self.param(name))
         return self
 
@@ -530,9 +573,10 @@ class Fields:
         """A string, "" when absent."""
         return well_formed(self.value(name, (str,), "a string") or "")
 
-    def boolean(self, name: str) -> bool:
-        """A boolean, false when absent."""
-        return bool(self.value(name, (bool,), "a boolean"))
+    def boolean(self, name: str, default: bool = False) -> bool:
+        """A boolean."""
+        value = self.value(name, (bool,), "a boolean")
+        return default if value is None else bool(value)
 
     def integer(self, name: str, low: int, high: int) -> int | None:
         """An integer within its bounds, or None when absent."""
@@ -551,9 +595,17 @@ class Fields:
             raise not_a_choice(self.param(name), choices, value)
         return value or ""
 
-    def array(self, name: str, expected: str = "an array") -> list[Json]:
+    def array(self, name: str, expected: str = "an array of objects") -> list[Json]:
         """An array, empty when absent."""
         return self.value(name, (list,), expected) or []
+
+    def objects(self, name: str) -> list[Fields]:
+        """The fields of each object of an array."""
+        items = [(f"{self.param(name)}[{i}]", item) for i, item in enumerate(self.array(name))]
+        for path, item in items:
+            if not isinstance(item, dict):
+                raise wrong_type(path, "an object", JSON_NAMES[type(item)])
+        return [Fields(item, path) for path, item in items]
 
     def object(self, name: str) -> Fields:
         """An object's fields, none when absent."""
@@ -564,40 +616,40 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     """Checks a body of POST /v1/chat/completions; raises ApiError."""
     fields = parse_json(body)
     fields.required("model").required("messages")
-    messages = parse_messages(fields)
     for name in ("functions", "function_call"):
-        if fields.values.get(name) is not None:
+        if fields.has(name):
             raise unsupported(name, "this field is deprecated; use 'tools' and 'tool_choice'.")
-    refuse_tools(fields)
-    refuse_response_format(fields)
-    wants_logprobs = fields.boolean("logprobs")
-    if fields.integer("top_logprobs", 0, 20) is not None and not wants_logprobs:
+    wants_logprobs, top_logprobs = (fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 20))
+    if top_logprobs is not None and not wants_logprobs:
         raise invalid_value("top_logprobs", "it is only allowed when 'logprobs' is true.")
-    if wants_logprobs:
-        raise unsupported("logprobs", "log probabilities are not served.")
-    max_tokens = fields.integer("max_tokens", 1, 1 << 31)
-    max_completion_tokens = fields.integer("max_completion_tokens", 1, 1 << 31)
-    generation = parse_generation(fields, vocab_size, max_completion_tokens or max_tokens)
-    return ChatRequest(messages, generation)
+    max_tokens = fields.integer("max_tokens", 1, MOST_TOKENS)
+    max_completion_tokens = fields.integer("max_completion_tokens", 1, MOST_TOKENS)
+    return ChatRequest(
+        messages=parse_messages(fields),
+        tools=parse_tools(fields),
+        schema=parse_response_format(fields),
+        generation=parse_generation(
+            fields, vocab_size, max_completion_tokens or max_tokens, (top_logprobs or 0) if wants_logprobs else None
+        ),
+    )
 
 
 def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     """Checks a body of POST /v1/completions; raises ApiError."""
     fields = parse_json(body)
     fields.required("model").required("prompt")
-    prompt = parse_prompt(fields, vocab_size)
+    prompts = parse_prompts(fields, vocab_size)
     if fields.string("suffix"):
         raise unsupported("suffix", "text can only be continued, not inserted.")
-    if fields.boolean("echo"):
-        raise unsupported("echo", "the prompt is not returned.")
-    if fields.integer("logprobs", 0, 5) is not None:
-        raise unsupported("logprobs", "log probabilities are not served.")
-    if (fields.integer("best_of", 1, 20) or 1) > 1:
+    max_tokens = fields.integer("max_tokens", 0, MOST_TOKENS)
+    generation = parse_generation(
+        fields, vocab_size, 16 if max_tokens is None else max_tokens, fields.integer("logprobs", 0, 5)
+    )
+    if (fields.integer("best_of", 1, 20) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
-    max_tokens = fields.integer("max_tokens", 0, 1 << 31)
-    if max_tokens == 0:
-        raise unsupported("max_tokens", "0 needs 'echo', which is not served.")
-    return CompletionRequest(prompt, parse_generation(fields, vocab_size, max_tokens or 16))
+    if generation.n * len(prompts) > MOST_CHOICES:
+        raise out_of_range("n", "integer", "<=", MOST_CHOICES // len(prompts), generation.n)
+    return CompletionRequest(prompts, fields.boolean("echo"), generation)
 
 
 def parse_json(body: bytes) -> Fields:
@@ -616,19 +668,19 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def parse_generation(fields: Fields, vocab_size: int, max_tokens: int | None) -> Generation:
+def parse_generation(fields: Fields, vocab_size: int, max_tokens: int | None, top_logprobs: int | None) -> Generation:
     """The fields that chat and text completions share."""
-    if (fields.integer("n", 1, MOST_CHOICES) or 1) > 1:
-        raise unsupported("n", "one choice is served for each request.")
     stream = fields.boolean("stream")
     include_usage = fields.object("stream_options").boolean("include_usage")
-    if fields.values.get("stream_options") is not None and not stream:
+    if fields.has("stream_options") and not stream:
         raise invalid_value("stream_options", "it is only allowed when 'stream' is true.")
     return Generation(
         model=fields.string("model"),
+        n=fields.integer("n", 1, MOST_CHOICES) or 1,
         max_tokens=max_tokens,
         stop=parse_stop(fields),
         ignore_eos=fields.boolean("ignore_eos"),
+        top_logprobs=top_logprobs,
         stream=stream,
         include_usage=include_usage,
         sampling=parse_sampling(fields, vocab_size),
@@ -640,7 +692,7 @@ def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
     return Sampling(
         temperature=fields.number("temperature", 0, 2, default=1),
         top_p=fields.number("top_p", 0, 1, default=1),
-        top_k=max(0, fields.integer("top_k", -1, 1 << 31) or 0),
+        top_k=max(0, fields.integer("top_k", -1, MOST_TOKENS) or 0),
         min_p=fields.number("min_p", 0, 1, default=0),
         presence_penalty=fields.number("presence_penalty", -2, 2, default=0),
         frequency_penalty=fields.number("frequency_penalty", -2, 2, default=0),
@@ -655,9 +707,8 @@ def parse_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     bias = {}
     for key in fields.values:
         if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
-            raise invalid_value(
-                fields.param(key), f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
-            )
+            expected = f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
+            raise invalid_value(fields.param(key), expected)
         bias[int(key)] = fields.number(key, -100, 100, default=0)
     return bias
 
@@ -674,66 +725,66 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
 
 def parse_messages(fields: Fields) -> tuple[Message, ...]:
     """The turns of a chat, at least one."""
-    messages = fields.array("messages", "an array of objects")
+    messages = fields.objects("messages")
     if not messages:
         raise empty_array("messages")
-    return tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(messages))
+    return tuple(parse_message(message) for message in messages)
 
 
-def parse_message(message: Json, path: str) -> Message:
-    """One turn; developer is the new name of system."""
-    if not isinstance(message, dict):
-        raise wrong_type(path, "an object", JSON_NAMES[type(message)])
-    fields = Fields(message, path).required("role")
-    role = fields.choice("role", ROLES)
-    if role in ("tool", "function"):
-        raise unsupported(fields.param("role"), "tools are not served.")
-    if fields.array("tool_calls"):
-        raise unsupported(fields.param("tool_calls"), "tools are not served.")
-    fields.required("content")
-    return Message("system" if role == "developer" else role, parse_content(fields))
+def parse_message(fields: Fields) -> Message:
+    """One turn; developer is the new name of system, and function the old one of tool."""
+    role = fields.required("role").choice("role", ROLES)
+    role = {"developer": "system", "function": "tool"}.get(role, role)
+    tool_calls = tuple(parse_tool_call(call) for call in fields.objects("tool_calls")) if role == "assistant" else ()
+    if not tool_calls:
+        fields.required("content")
+    return Message(role, parse_content(fields), tool_calls, fields.string("tool_call_id"))
+
+
+def parse_tool_call(fields: Fields) -> ToolCall:
+    """One call of an assistant's turn."""
+    function = fields.required("function").object("function").required("name").required("arguments")
+    return ToolCall(fields.string("id"), function.string("name"), function.string("arguments"))
 
 
 def parse_content(fields: Fields) -> str:
-    """A turn's text: a string, or text parts that are joined."""
+    """A turn's text: a string, or text parts that are joined; "" when absent."""
     content = fields.value("content", (str, list), "one of a string or array of objects")
-    path = fields.param("content")
-    if isinstance(content, str):
-        return well_formed(content)
+    if not isinstance(content, list):
+        return well_formed(content or "")
     if not content:
-        raise empty_array(path)
-    return "".join(parse_part(part, f"{path}[{i}]") for i, part in enumerate(content))
+        raise empty_array(fields.param("content"))
+    return "".join(parse_part(part) for part in fields.objects("content"))
 
 
-def parse_part(part: Json, path: str) -> str:
+def parse_part(fields: Fields) -> str:
     """The text of one content part; images, audio and files are not served."""
-    if not isinstance(part, dict):
-        raise wrong_type(path, "an object", JSON_NAMES[type(part)])
-    fields = Fields(part, path).required("type")
-    kind = fields.choice("type", TEXT_PARTS + OTHER_PARTS)
+    kind = fields.required("type").choice("type", TEXT_PARTS + OTHER_PARTS)
     if kind in OTHER_PARTS:
-        raise unsupported(path, f"content of type '{kind}' is not supported by this model, only text is.")
+        raise unsupported(fields.path, f"content of type '{kind}' is not supported by this model, only text is.")
     return fields.required(kind).string(kind)
 
 
-def parse_prompt(fields: Fields, vocab_size: int) -> str | list[int]:
-    """A text completion's prompt: text, token ids, or an array with one of these."""
-    prompt = fields.value(
-        "prompt", (str, list), "one of a string, array of strings, array of tokens or array of token arrays"
-    )
+def parse_prompts(fields: Fields, vocab_size: int) -> tuple[str | list[int], ...]:
+    """A text completion's prompts: text, token ids, or an array of either."""
+    expected = "one of a string, array of strings, array of tokens or array of token arrays"
+    prompt = fields.value("prompt", (str, list), expected)
     if isinstance(prompt, str):
-        return well_formed(prompt)
+        return (well_formed(prompt),)
     if not prompt:
         raise empty_array("prompt")
     if isinstance(prompt[0], int):
-        return parse_tokens(prompt, "prompt", vocab_size)
-    if len(prompt) > 1:
-        raise unsupported("prompt", "one prompt is served for each request.")
-    if isinstance(prompt[0], str):
-        return well_formed(prompt[0])
-    if isinstance(prompt[0], list):
-        return parse_tokens(prompt[0], "prompt[0]", vocab_size)
-    raise wrong_type("prompt[0]", "one of a string, an integer or an array of integers", JSON_NAMES[type(prompt[0])])
+        return (parse_tokens(prompt, "prompt", vocab_size),)
+    return tuple(parse_prompt(item, f"prompt[{i}]", vocab_size) for i, item in enumerate(prompt))
+
+
+def parse_prompt(prompt: Json, path: str, vocab_size: int) -> str | list[int]:
+    """One of several prompts: text or token ids."""
+    if isinstance(prompt, str):
+        return well_formed(prompt)
+    if isinstance(prompt, list):
+        return parse_tokens(prompt, path, vocab_size)
+    raise wrong_type(path, "one of a string or array of tokens", JSON_NAMES[type(prompt)])
 
 
 def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
@@ -745,22 +796,50 @@ def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
     return tokens
 
 
-def refuse_tools(fields: Fields) -> None:
-    """Raises ApiError for requests that need tools."""
-    if fields.array("tools", "an array of objects"):
-        raise unsupported("tools", "tools are not served.")
-    choice = fields.value("tool_choice", (str, dict), "one of a string or object")
-    if choice not in (None, "none", "auto"):
+def parse_tools(fields: Fields) -> ToolUse:
+    """The tools that the reply may call, with tool_choice and parallel_tool_calls."""
+    tools = tuple(parse_tool(tool) for tool in fields.objects("tools"))
+    is_parallel = fields.boolean("parallel_tool_calls", default=True)
+    choice = fields.value("tool_choice", (str, dict), "one of a string or object") or "auto"
+    if isinstance(choice, dict):
+        chosen = fields.object("tool_choice").required("type")
+        chosen.choice("type", ("function",))
+        choice = "required"
+        name = chosen.required("function").object("function").required("name").string("name")
+        tools = tuple(tool for tool in tools if tool.name == name)
+        if not tools:
+            raise invalid_value("tool_choice", f"there is no function '{name}' among the tools.")
+    elif fields.choice("tool_choice", ("none", "auto", "required")) == "none":
+        return ToolUse()
+    if choice == "required" and not tools:
         raise invalid_value("tool_choice", "it is only allowed when 'tools' are specified.")
+    return ToolUse(tools, choice == "required", is_parallel)
 
 
-def refuse_response_format(fields: Fields) -> None:
-    """Raises ApiError for reply formats other than text."""
-    if fields.values.get("response_format") is None:
-        return
+def parse_tool(fields: Fields) -> Tool:
+    """One function, whose name OpenAI limits so that it needs no quoting."""
+    fields.required("type").choice("type", ("function",))
+    function = fields.required("function").object("function").required("name")
+    name = function.string("name")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        reason = f"expected 1 to 64 letters, digits, underscores and dashes, but got '{name}' instead."
+        raise invalid_value(function.param("name"), reason)
+    parameters = function.object("parameters").values or {"type": "object", "properties": {}}
+    return Tool(name, function.string("description"), parameters)
+
+
+def parse_response_format(fields: Fields) -> dict[str, Json] | None:
+    """The JSON schema that the reply must fit, None for plain text."""
+    if not fields.has("response_format"):
+        return None
     wanted = fields.object("response_format").required("type")
-    if wanted.choice("type", ("text", "json_object", "json_schema")) != "text":
-        raise unsupported("response_format", "only replies of type 'text' are served.")
+    kind = wanted.choice("type", ("text", "json_object", "json_schema"))
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
+    named = wanted.required("json_schema").object("json_schema").required("name")
+    named.string("name")
+    named.boolean("strict")
+    return named.object("schema").values
 
 
 Number = TypeVar("Number", int, float)
@@ -792,6 +871,9 @@ Integers = npt.NDArray[np.int64]
 LONGEST_CHUNK = (
     256  # prompt tokens of one call: full speed from 64 on, and its logits are 50 MB at SmolLM2's vocabulary
 )
+
+# A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control token can span one.
+CUT = "\ufdd0"
 
 # microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders that have no template of their own.
 PHI_TEMPLATE = (
@@ -934,6 +1016,99 @@ def virtual_memory(size: int) -> mmap.mmap:
     return memory
 
 
+class Grammars:
+    """Makes guides that keep a sequence to a grammar, with onnxruntime-genai's own search over a stub of a model.
+
+    The stub is a graph that yields logits of zeros, Shape(input_ids) -> Concat(vocab) -> Expand(0): its search is
+    fed the real logits, masks what the grammar does not allow, and takes the likeliest of the rest.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        overlay = {"type": "llama", "decoder": {"filename": "stub.onnx", "num_hidden_layers": 0}}
+        stub = onnxruntime_genai.Config(str(config.folder))
+        stub.overlay(json.dumps({"model": overlay}))
+        stub.add_model_data("stub.onnx", stub_graph(config.vocab_size))
+        self.vocab_size = config.vocab_size
+        self.start_token = config.start_token
+        self.context_length = config.context_length
+        self.model = onnxruntime_genai.Model(stub)
+
+    def guide(self, kind: str, grammar: str) -> Guide:
+        """A guide of kind json_schema or lark_grammar; raises ValueError with the reason of a refusal."""
+        parameters = onnxruntime_genai.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=self.context_length, do_sample=False)
+        parameters.set_guidance(kind, grammar)
+        try:
+            generator = onnxruntime_genai.Generator(self.model, parameters)
+        except RuntimeError as error:
+            raise ValueError(str(error).removeprefix("Error creating grammar: ")) from None
+        generator.append_tokens([self.start_token])  # the search wants a prompt; the grammar begins behind it
+        return Guide(generator)
+
+
+class Guide:
+    """Keeps one sequence to a grammar."""
+
+    def __init__(self, generator: onnxruntime_genai.Generator) -> None:
+        self.generator = generator
+
+    def pick(self, scores: Floats) -> int:
+        """The token of the highest score [vocab] that the grammar allows next."""
+        self.generator.get_logits()  # the stub's, without which the search takes no others
+        self.generator.set_logits(scores.reshape(1, 1, -1))
+        self.generator.generate_next_token()
+        return int(self.generator.get_next_tokens()[0])
+
+
+def stub_graph(vocab_size: int) -> bytes:
+    """An ONNX model of logits [batch, sequence, vocab] that are zero; field numbers are onnx.proto's."""
+    nodes = [
+        protobuf((1, "input_ids"), (2, "shape"), (4, "Shape")),
+        protobuf((1, "shape"), (1, "vocab"), (2, "sizes"), (4, "Concat"), (5, protobuf((1, "axis"), (3, 0), (20, 2)))),
+        protobuf((1, "zero"), (1, "sizes"), (2, "logits"), (4, "Expand")),
+    ]
+    vocab = protobuf((1, 1), (2, 7), (8, "vocab"), (9, struct.pack("<q", vocab_size)))
+    zero = protobuf((2, 1), (8, "zero"), (9, bytes(4)))
+    ports = [
+        tensor_port("input_ids", 7, ("batch", "sequence")),
+        tensor_port("logits", 1, ("batch", "sequence", vocab_size)),
+    ]
+    graph: list[tuple[int, str | bytes]] = [
+        *((1, node) for node in nodes),
+        (2, "stub"),
+        (5, vocab),
+        (5, zero),
+        (11, ports[0]),
+        (12, ports[1]),
+    ]
+    return protobuf((1, 8), (7, protobuf(*graph)), (8, protobuf((1, ""), (2, 14))))
+
+
+def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
+    """An input or output of an ONNX graph; the kind is onnx.proto's (1 float32, 7 int64)."""
+    sizes = [(1, protobuf((1, size) if isinstance(size, int) else (2, size))) for size in shape]
+    return protobuf((1, name), (2, protobuf((1, protobuf((1, kind), (2, protobuf(*sizes)))))))
+
+
+def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
+    """Encodes a protobuf message of (field number, value): a message inside is bytes, a repeated field repeats."""
+    out = bytearray()
+    for number, value in fields:
+        if isinstance(value, int):
+            out += varint(number << 3) + varint(value)
+        elif isinstance(value, float):
+            out += varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            data = value.encode() if isinstance(value, str) else value
+            out += varint(number << 3 | 2) + varint(len(data)) + data
+    return bytes(out)
+
+
+def varint(value: int) -> bytes:
+    """Encodes a number in seven bits a byte, lowest first."""
+    return bytes([value & 127 | 128]) + varint(value >> 7) if value >> 7 else bytes([value])
+
+
 class Model:
     """The decoder graph, its KV cache, tokenizer and chat template."""
 
@@ -944,7 +1119,9 @@ class Model:
         self.session = load_session(config, threads)
         self.tokenizer = load_tokenizer(config.folder)
         self.template = read_template(config.folder)
+        self.control_tokens = read_control_tokens(config.folder)
         self.drops_leading_space = strips_leading_space(config.folder)
+        self.vocabulary: dict[int, bytes] | None = None  # read when log probabilities are first asked for
         past = next(value for value in self.session.get_inputs() if value.name == config.inputs["past_key_names"] % 0)
         dtype = np.dtype(np.float16 if past.type == "tensor(float16)" else np.float32)
         capacity = (
@@ -963,6 +1140,7 @@ class Model:
         )  # + 1: the last chunk may take one token more, rather than leave it alone
         self.logits_memory = virtual_memory(positions * config.vocab_size * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
+        self.grammars = Grammars(config)
         self.has_position_ids = any(value.name == config.inputs["position_ids"] for value in self.session.get_inputs())
         self.warm_up()
 
@@ -977,16 +1155,36 @@ class Model:
         """Token ids of a text; the text of a control token is that token."""
         return [int(token) for token in self.tokenizer.encode(text)]
 
-    def render_chat(self, messages: Iterable[Message]) -> str:
-        """The prompt that the model's template makes of a chat; raises ApiError when the template refuses the turns."""
-        turns = json.dumps([{"role": message.role, "content": message.content} for message in messages])
+    def encode_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> list[int]:
+        """Token ids of a chat in the model's template, in which only the template can write control tokens."""
+        parts = self.render_chat(messages, tools).split(CUT)
+        return [token for part in parts for token in self.encode(part)]
+
+    def render_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
+        """The prompt that the template makes of a chat, with CUT within forged control tokens; raises ApiError."""
+        if "tools" not in self.template:
+            messages, tools = spelled_out(messages, tools), ()
+        turns = self.disarmed([turn_object(message) for message in messages])
+        offered = {"tools": self.disarmed([tool_object(tool) for tool in tools])} if tools else {}
         try:
-            prompt = self.tokenizer.apply_chat_template(turns, template_str=self.template, add_generation_prompt=True)
+            prompt = self.tokenizer.apply_chat_template(
+                turns, template_str=self.template, add_generation_prompt=True, **offered
+            )
         except RuntimeError as error:  # the template's own raise_exception, as for roles that do not alternate
-            raise invalid_value(
-                "messages", f"the model's chat template refuses them: {str(error).partition(' at row')[0]}"
-            ) from None
+            reason = str(error).partition(" at row")[0]
+            raise invalid_value("messages", f"the model's chat template refuses them: {reason}") from None
         return str(prompt)
+
+    def disarmed(self, value: Json) -> str:
+        """The JSON of a value, with CUT behind the first character of each text that spells a control token."""
+        text = json.dumps(value, ensure_ascii=False).replace(CUT, "")
+        return self.control_tokens.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token adds to the text, which may be a part of a character; none for control tokens."""
+        if self.vocabulary is None:
+            self.vocabulary = read_vocabulary(self.config.folder)
+        return self.vocabulary.get(token, b"")
 
     def token_stream(self) -> onnxruntime_genai.TokenizerStream:
         """A decoder whose decode(token) gives the token's text, '' until a UTF-8 character is whole."""
@@ -1080,6 +1278,99 @@ def read_template(folder: Path) -> str:
     return PHI_TEMPLATE
 
 
+def read_control_tokens(folder: Path) -> re.Pattern[str]:
+    """A pattern of the texts that the folder's tokenizer takes for control tokens, wherever they stand."""
+    texts: list[str] = []
+    with contextlib.suppress(FileNotFoundError):  # a SentencePiece model alone has none
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+        texts = [entry["content"] for entry in added if entry["special"] or entry["content"].startswith("<")]
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
+
+
+def read_vocabulary(folder: Path) -> dict[int, bytes]:
+    """The bytes of each token in the folder's tokenizer.json, control tokens left out."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    is_bytewise = "ByteLevel" in json.dumps([tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")])
+    spell = bytewise_token if is_bytewise else sentencepiece_token
+    vocabulary = {token: spell(text) for text, token in tokenizer["model"]["vocab"].items()}
+    for added in tokenizer.get("added_tokens", []):
+        vocabulary[added["id"]] = b"" if added["special"] else added["content"].encode()
+    return vocabulary
+
+
+def bytewise_token(text: str) -> bytes:
+    """The bytes of a token of a byte-level BPE, which spells each byte as a printable character."""
+    return bytes(BYTE_OF_CHARACTER[character] for character in text)
+
+
+def sentencepiece_token(text: str) -> bytes:
+    """The bytes of a SentencePiece token: U+2581 is a space, and <0xE2> a byte."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", text):
+        return bytes([int(text[3:5], 16)])
+    return text.replace("\u2581", " ").encode()
+
+
+# GPT-2's spelling of bytes (github.com/openai/gpt-2, encoder.py): printable ones as themselves, others from U+0100 on.
+PRINTABLE_BYTES = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {chr(256 + i): b for i, b in enumerate(OTHER_BYTES)}
+
+
+def turn_object(message: Message) -> dict[str, Json]:
+    """A turn as chat templates expect it, with the arguments of its tool calls as objects."""
+    turn: dict[str, Json] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        calls = [{"name": call.name, "arguments": json_or_text(call.arguments)} for call in message.tool_calls]
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def json_or_text(text: str) -> Json:
+    """The value of a JSON text, or the text itself when it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def tool_object(tool: Tool) -> dict[str, Json]:
+    """A tool as OpenAI and chat templates write it."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+# The markup of Hermes and Qwen, on which many models are trained; others are told of it in the system prompt.
+CALL_BEGIN = "<tool_call>"
+CALL_END = "</tool_call>"
+TOOL_PROMPT = (
+    "You may call functions. To call one, reply with nothing but a JSON object between tags, on lines of their own:\n"
+    '<tool_call>\n{"name": "the function\'s name", "arguments": {"an argument": "its value"}}\n</tool_call>\n'
+    "The functions, each with the JSON schema of its arguments:\n"
+)
+
+
+def spelled_out(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[Message, ...]:
+    """A chat for a template that knows no tools: the system prompt tells of them, calls and results are text."""
+    turns = [plain_turn(message) for message in messages]
+    if not tools:
+        return tuple(turns)
+    told = TOOL_PROMPT + "\n".join(json.dumps(tool_object(tool)["function"]) for tool in tools)
+    if turns[0].role == "system":
+        return (Message("system", f"{turns[0].content}\n\n{told}"), *turns[1:])
+    return (Message("system", told), *turns)
+
+
+def plain_turn(message: Message) -> Message:
+    """A turn without tool calls and tool roles."""
+    if message.role == "tool":
+        return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
+    calls = [{"name": call.name, "arguments": json_or_text(call.arguments)} for call in message.tool_calls]
+    marked = [f"{CALL_BEGIN}\n{json.dumps(call)}\n{CALL_END}" for call in calls]
+    return Message(message.role, "\n".join([message.content, *marked] if message.content else marked))
+
+
 def strips_leading_space(folder: Path) -> bool:
     """Whether the tokenizer's own decoder strips the space that SentencePiece puts before a text."""
     with contextlib.suppress(FileNotFoundError):
@@ -1094,14 +1385,36 @@ def strips_leading_space(folder: Path) -> bool:
 
 
 SUM_BLOCK = 256  # weights; a vocabulary has about as many blocks
+TRUNCATED_PENALTY = np.float32(1e4)  # more than logits and noise span
 LEAST_TEMPERATURE = 1e-5  # below it float32 divides by zero, and the draw is greedy long before
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token's log probability (None for a prompt's first one), and the likeliest tokens at its place with theirs."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A sampled token, and its log probability when that was asked for."""
+
+    token: int
+    scored: Scored | None = None
 
 
 class Sampler:
     """Draws the tokens of one sequence."""
 
-    def __init__(self, sampling: Sampling, prompt: Iterable[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: Iterable[int], guide: Guide | None = None, top_logprobs: int | None = None
+    ) -> None:
         self.sampling = sampling
+        self.guide = guide
+        self.top_logprobs = top_logprobs
         self.is_greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
         self.generator = np.random.Generator(
             np.random.PCG64(None if sampling.seed is None else sampling.seed % (1 << 64))
@@ -1111,17 +1424,29 @@ class Sampler:
         self.penalizes = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self.adjusts = self.penalizes or bool(sampling.logit_bias) or sampling.repetition_penalty != 1
 
-    def pick(self, logits: npt.NDArray[Any]) -> int:
+    def pick(self, logits: npt.NDArray[Any]) -> Pick:
         """Draws one token from logits [vocab] and remembers it for the penalties."""
         row: Floats = logits.astype(np.float32, copy=self.adjusts)
         if self.adjusts:
             row = self.adjusted(row)
-        token = int(row.argmax()) if self.is_greedy else self.draw(row)
+        if self.guide:
+            token = self.guide.pick(row if self.is_greedy else self.perturbed(row))
+        else:
+            token = int(row.argmax()) if self.is_greedy else self.draw(row)
         if self.penalizes:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.sampling.repetition_penalty != 1:
             self.seen.add(token)
-        return token
+        return Pick(token, self.score(logits, token) if self.top_logprobs is not None else None)
+
+    def score(self, logits: npt.NDArray[Any], token: int) -> Scored:
+        """The token's log probability by the model's own logits [vocab], before anything changed them."""
+        row: Floats = logits.astype(np.float32, copy=False)
+        whole = float(row.max()) + math.log(float(np.exp(row - row.max()).sum(dtype=np.float64)))
+        count = self.top_logprobs or 0
+        likeliest = np.argpartition(row, -count)[-count:] if count else np.empty(0, np.int64)
+        top = sorted(((int(other), float(row[other]) - whole) for other in likeliest), key=lambda pair: -pair[1])
+        return Scored(token, float(row[token]) - whole, tuple(top))
 
     def adjusted(self, row: Floats) -> Floats:
         """The row [vocab], changed in place by penalties and bias (OpenAI's formula; repetition_penalty as in CTRL)."""
@@ -1142,15 +1467,35 @@ class Sampler:
 
     def draw(self, row: Floats) -> int:
         """Draws a token from the truncated distribution of row [vocab]."""
-        weights = np.exp((row - row.max()) / np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE)))
+        weights = np.exp(self.tempered(row))
         tokens = truncated(weights, self.sampling)
         place = at_share(weights if tokens is None else weights[tokens], self.generator.random())
         return place if tokens is None else int(tokens[place])
 
+    def perturbed(self, row: Floats) -> Floats:
+        """Scores [vocab] whose largest one among any set of tokens is a draw from that set: the Gumbel-max trick.
+
+        So a grammar's mask, which only its guide knows, comes after the draw. Tokens that are truncated away are put
+        behind all others, for a grammar may allow no other.
+        """
+        scores = self.tempered(row)
+        tokens = truncated(np.exp(scores), self.sampling)
+        noise = self.generator.standard_exponential(len(scores), dtype=np.float32)
+        perturbed: Floats = scores - np.log(noise + np.finfo(np.float32).tiny)
+        if tokens is not None:
+            perturbed[tokens] += TRUNCATED_PENALTY
+            perturbed -= TRUNCATED_PENALTY
+        return perturbed
+
+    def tempered(self, row: Floats) -> Floats:
+        """The row [vocab] over the temperature, its largest value 0."""
+        scores: Floats = (row - row.max()) / np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE))
+        return scores
+
 
 def at_share(weights: Floats, share: float) -> int:
     """The index in weights [n] up to which `share` (0 to 1) of their sum lies."""
-    # By blocks, for a running sum of a vocabulary takes 0.5 ms. The last of each is left out: rounding may exceed the sum.
+    # By blocks, for a running sum of a vocabulary takes 0.5 ms. [:-1] because rounding may exceed the sum.
     sums = np.add.reduceat(weights, np.arange(0, len(weights), SUM_BLOCK), dtype=np.float64).cumsum()
     block = int(np.searchsorted(sums[:-1], share * sums[-1], side="right"))
     rest = share * sums[-1] - (sums[block - 1] if block else 0.0)
@@ -1182,6 +1527,14 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
 # string, nothing after one.
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Text to send, and the scored tokens it comes from, each with the place in the whole text where its own begins."""
+
+    text: str
+    tokens: tuple[tuple[Scored, int], ...] = ()
+
+
 class TextStream:
     """Turns the tokens of one sequence into pieces of text."""
 
@@ -1193,13 +1546,40 @@ class TextStream:
         self.drops_leading_space = drops_leading_space
         self.held = ""
         self.stopped = False
+        self.decoded = 0  # characters
+        self.sent = 0
+        self.scored: deque[tuple[Scored, int]] = deque()  # whose text has not been sent yet
 
-    def push(self, token: int) -> str:
-        """The text that a token adds, '' if that is not known yet; sets `stopped` when a stop string is complete."""
+    def push(self, token: int, scored: Scored | None = None) -> Piece:
+        """What a token adds, '' if that is not known yet; sets `stopped` when a stop string is complete."""
+        text = self.decode(token, scored)
+        return self.piece(self.before_stop(text) if self.stop else text)
+
+    def echo(self, prompt: Iterable[Scored]) -> Piece:
+        """The text of a prompt, in which no stop string counts."""
+        return self.piece("".join([self.decode(scored.token, scored) for scored in prompt]))
+
+    def finish(self) -> Piece:
+        """The text that was held back for a stop string that did not come."""
+        return self.piece(self.held)
+
+    def decode(self, token: int, scored: Scored | None) -> str:
+        """The text of one token, '' until a character is whole."""
         text = str(self.decoder.decode(token))
         if self.drops_leading_space and text:
             text, self.drops_leading_space = text.removeprefix(" "), False
-        return self.before_stop(text) if self.stop else text
+        if scored:
+            self.scored.append((scored, self.decoded))
+        self.decoded += len(text)
+        return text
+
+    def piece(self, text: str) -> Piece:
+        """Text to send, with the tokens of which it is at least a part."""
+        self.sent += len(text)
+        begun = []
+        while self.scored and self.scored[0][1] < self.sent:
+            begun.append(self.scored.popleft())
+        return Piece(text, tuple(begun))
 
     def before_stop(self, text: str) -> str:
         """What may be sent of the held text and this one."""
@@ -1211,15 +1591,135 @@ class TextStream:
         self.held = text[sent:]
         return text[:sent]
 
-    def finish(self) -> str:
-        """The text that was held back for a stop string that did not come."""
-        return self.held
-
 
 def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id of the prefix and 32 hexadecimal digits."""
+    return prefix + secrets.token_hex(16)
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of a tool call: the first one of a call has its id and name, the others have parts of its arguments."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class ToolCallReader:
+    """Tells text from tool calls while a reply streams; nothing of their markup becomes text."""
+
+    HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+    LONGEST_HEAD = 200  # characters; what has no head by then is no call
+
+    def __init__(self, tools: Iterable[Tool]) -> None:
+        self.names = {tool.name for tool in tools}
+        self.read: Callable[[], str | CallDelta | None] = self.read_text
+        self.held = ""
+        self.calls = 0
+        # within the arguments of a call
+        self.depth = 0
+        self.is_quoted = False
+        self.is_escaped = False
+
+    def push(self, text: str) -> list[str | CallDelta]:
+        """What a piece of the reply adds: text, and pieces of tool calls."""
+        self.held += text
+        deltas = []
+        while (delta := self.read()) is not None:
+            deltas.append(delta)
+        return [delta for delta in deltas if delta]
+
+    def finish(self) -> list[str | CallDelta]:
+        """The text that was held back for a call that did not come."""
+        if self.read == self.read_head:
+            return [CALL_BEGIN + self.held]
+        return (
+            [self.held]
+            if self.read == self.read_text and self.held and not (self.calls and self.held.isspace())
+            else []
+        )
+
+    def read_text(self) -> str | CallDelta | None:
+        """Text up to the next call; white space waits, since around a call it belongs to the markup."""
+        text, begin, rest = self.held.partition(CALL_BEGIN)
+        if begin:
+            self.held, self.read = rest, self.read_head
+            return "" if text.isspace() else text.rstrip()
+        text = text[: len(text) - overlap(text, CALL_BEGIN)].rstrip()
+        self.held = self.held[len(text) :]
+        return text or None
+
+    def read_head(self) -> str | CallDelta | None:
+        """The beginning of a call up to its arguments, or the text that looked like one."""
+        head = self.HEAD.match(self.held)
+        if head and head[1] in self.names:
+            self.held, self.read = self.held[head.end() :], self.read_arguments
+            self.calls += 1
+            return CallDelta(self.calls - 1, new_id("call_"), head[1])
+        if not head and CALL_END not in self.held and len(self.held) < self.LONGEST_HEAD:
+            return None
+        text, self.held, self.read = CALL_BEGIN + self.held, "", self.read_text
+        return text
+
+    def read_arguments(self) -> str | CallDelta | None:
+        """Arguments as far as they have come, to the bracket that closes them."""
+        arguments = ""
+        for character in self.held:
+            arguments += character
+            if self.ends_with(character):
+                self.read = self.read_tail
+                break
+        self.held = self.held[len(arguments) :]
+        return CallDelta(self.calls - 1, arguments=arguments) if arguments else None
+
+    def ends_with(self, character: str) -> bool:
+        """Whether this character closes the JSON object that is being read."""
+        if self.is_quoted:
+            self.is_quoted = self.is_escaped or character != '"'
+            self.is_escaped = character == "\\" and not self.is_escaped
+            return False
+        self.is_quoted = character == '"'
+        self.depth += (character in "{[") - (character in "}]")
+        return self.depth == 0
+
+    def read_tail(self) -> str | CallDelta | None:
+        """The end of a call."""
+        _, end, rest = self.held.partition(CALL_END)
+        if not end:
+            return None
+        self.held, self.read = rest, self.read_text
+        return ""
+
+
+def tool_grammar(tools: ToolUse, schema: dict[str, Json] | None) -> str:
+    """A grammar (llguidance's Lark) of calls, or of an answer that fits the schema where no call is forced."""
+    more = f'("\\n" call){{0,{MOST_CALLS - 1}}}' if tools.is_parallel else ""
+    lines = [f"start: calls{'' if tools.is_forced or schema is None else ' | answer'}", f"calls: call {more}"]
+    end = json.dumps("}\n" + CALL_END)
+    lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools.offered))))
+    for i, tool in enumerate(tools.offered):
+        begin = json.dumps(f'{CALL_BEGIN}\n{{"name": "{tool.name}", "arguments": ')
+        lines.append(f"call_{i}: {begin} arguments_{i} {end}")
+        lines.append(f"arguments_{i}: %json {compact_schema(tool.parameters)}")
+    if schema is not None:
+        lines.append(f"answer: %json {compact_schema(schema)}")
+    return "\n".join(lines)
+
+
+MOST_CALLS = 16  # in one reply; without a bound a small model calls until its tokens are used up
+
+
+def compact_schema(schema: dict[str, Json]) -> str:
+    """A schema for llguidance, without white space between tokens, of which a small model may never stop."""
+    return json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
 
 
 # ---- Engine ----------------------------------------------------------------------------------------------------------
@@ -1250,8 +1750,8 @@ THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwrit
 class PromptLookup:
     """Guesses how tokens go on: as they did after the last earlier occurrence of their last three.
 
-    It pays for text that repeats its prompt, such as an edit of it. Confidence is learned from every guess, also from those
-    that were not tried, so that ordinary prose costs nothing.
+    It pays for text that repeats its prompt, such as an edit of it. Confidence is learned from every guess,
+    also from those that were not tried, so that ordinary prose costs nothing.
     """
 
     def __init__(self, tokens: list[int]) -> None:
@@ -1278,44 +1778,60 @@ class PromptLookup:
 
 
 class Sequence:
-    """One reply in the making; iterate it asynchronously for its pieces of text."""
+    """One reply in the making: a choice of a request, which may have several."""
 
     def __init__(
-        self, prompt: list[int], limit: int, eos_tokens: frozenset[int], sampler: Sampler, text: TextStream
+        self,
+        index: int,
+        prompt: list[int],
+        limit: int,
+        eos_tokens: frozenset[int],
+        sampler: Sampler,
+        text: TextStream,
+        outlet: Outlet,
+        echoes: bool = False,
+        leader: Sequence | None = None,
     ) -> None:
+        # for the request
+        self.index = index
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
         self.limit = limit  # of prompt and reply together
         self.eos_tokens = eos_tokens
         self.sampler = sampler
-        self.text = text
         self.is_seeded = sampler.sampling.seed is not None
+        self.text = text
+        self.outlet = outlet
+        self.leader = leader  # the choice that prefills the same prompt for all
+        self.scores_prompt = echoes and sampler.top_logprobs is not None and leader is None
+        self.prompt: list[Scored] = leader.prompt if leader else [Scored(token) for token in prompt if echoes]
+        # as it goes
+        self.echoes = echoes  # until that is done
         self.lookup = PromptLookup(self.tokens)
         self.cached_tokens = 0
         self.finish_reason = ""  # stop, length, cancelled or error
         self.is_closed = False
-        self.pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        self.started = 0.0
-        self.first_token = 0.0  # both in seconds of time.perf_counter, 0 until then
+        self.first_token = 0.0  # when it was sampled, in seconds of time.perf_counter; 0 until then
 
     @property
     def completion_tokens(self) -> int:
         """How many tokens have been sampled, the end token apart."""
         return len(self.tokens) - self.prompt_tokens
 
-    def __aiter__(self) -> Sequence:
-        return self
-
-    async def __anext__(self) -> str:
-        piece = await self.pieces.get()
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
+    @property
+    def is_drafted(self) -> bool:
+        """Whether its next tokens may be guessed: no seed must be kept to, and nothing ends it within a draft."""
+        return not (self.is_seeded or self.text.stop or self.sampler.guide)
 
     def close(self, reason: str) -> None:
-        """Ends the iteration once the pieces so far are read."""
-        self.finish_reason, self.is_closed = reason, True
-        self.pieces.put_nowait(None)
+        """Ends it for its reader, once the pieces so far are read."""
+        if not self.is_closed:
+            self.finish_reason, self.is_closed = reason, True
+            self.outlet.put_nowait((self, None))
+
+
+# Where all choices of a request put their pieces, and None when they end.
+Outlet = asyncio.Queue[tuple[Sequence, "Piece | None"]]
 
 
 class Slot:
@@ -1362,7 +1878,7 @@ class Plan:
 
     @property
     def samples(self) -> bool:
-        """Whether the prompt of the fed sequences ends with this call, so that its last logits are their next token's."""
+        """Whether nothing is left to feed after this call, so that its last logits are the next token's."""
         return self.slots[0].pending + len(self.draft) == self.count
 
 
@@ -1374,7 +1890,10 @@ class Engine:
         self.metrics = metrics
         self.most_requests = most_requests
         self.slots = [Slot(row) for row in range(model.kv.rows)]
-        self.kv_tokens = kv_bytes // model.kv.bytes_per_token - model.kv.rows * model.kv.tokens_per_page
+        page = model.kv.tokens_per_page
+        self.kv_tokens = (
+            kv_bytes // model.kv.bytes_per_token // page - model.kv.rows
+        ) * page  # a page for throwaway tokens
         self.context_length = min(model.context_length, self.kv_tokens)
         if self.context_length < 16:
             raise SettingsError(
@@ -1386,31 +1905,26 @@ class Engine:
         self.requests = 0
         self.waiting: deque[Sequence] = deque()
         self.chores: list[Callable[[], None]] = []
-        self.sampled: list[tuple[Sequence, int]] = []
+        self.sampled: list[tuple[Sequence, Pick | None, str]] = []  # to deliver: token, and why the sequence ends
         self.steps = 0
         self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
 
     # what requests call
 
-    def submit(self, sequence: Sequence) -> None:
-        """Takes a sequence in; raises ApiError when as many as allowed are running."""
+    def submit(self, sequences: list[Sequence]) -> None:
+        """Takes a request's sequences in; raises ApiError when as many requests as allowed are running."""
         if self.requests >= self.most_requests:
             raise overloaded(self.most_requests)
         self.requests += 1
-        sequence.started = time.perf_counter()
-        self.waiting.append(sequence)
+        self.waiting += sequences
         self.wake.set()
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence that nobody reads any more; its slot is free at the next step."""
-        if not sequence.is_closed:
-            self.close(sequence, "cancelled")
-
-    def close(self, sequence: Sequence, reason: str) -> None:
-        """Ends a sequence for its reader."""
-        sequence.close(reason)
+    def withdraw(self, sequences: list[Sequence]) -> None:
+        """Ends a request, and those of its sequences that still run; their slots are free at the next step."""
         self.requests -= 1
+        for sequence in sequences:
+            sequence.close("cancelled")
 
     def observe(self) -> None:
         """Brings the gauges up to date."""
@@ -1445,13 +1959,16 @@ class Engine:
         picks, seconds = await forward
         self.absorb(plan, picks, seconds)
 
-    def forward(self, plan: Plan) -> tuple[list[list[int]], float]:
+    def forward(self, plan: Plan) -> tuple[list[list[Pick]], float]:
         """Runs one plan, in the executor; returns the tokens sampled for each slot, and the call's seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
         logits = self.model.forward(plan.low, plan.tokens, plan.lengths)
         seconds = time.perf_counter() - start
+        sequence = plan.slots[0].sequence
+        if sequence and sequence.scores_prompt and plan.is_chunk:
+            self.score_prompt(plan.slots[0], logits[0])
         if not plan.samples:
             return [[] for _ in plan.slots], seconds
         if plan.draft:
@@ -1459,21 +1976,28 @@ class Engine:
         samplers = [(slot.row - plan.low, slot.sequence.sampler) for slot in plan.slots if slot.sequence]
         return [[sampler.pick(logits[row, -1])] for row, sampler in samplers], seconds
 
-    def verify(self, plan: Plan, logits: npt.NDArray[Any]) -> list[int]:
+    def score_prompt(self, slot: Slot, logits: npt.NDArray[Any]) -> None:
+        """Scores the prompt's tokens behind those of a chunk, by the chunk's logits [count, vocab]."""
+        sequence, start = slot.sequence, len(slot.tokens) + 1
+        assert sequence
+        for place, row in zip(range(start, sequence.prompt_tokens), logits, strict=False):
+            sequence.prompt[place] = sequence.sampler.score(row, sequence.tokens[place])
+
+    def verify(self, plan: Plan, logits: npt.NDArray[Any]) -> list[Pick]:
         """Samples from logits [count, vocab] as long as the draft has guessed the token before.
 
-        That is rejection sampling for a draft that is certain of its guess: what is drawn has the model's own distribution.
+        That is rejection sampling for a draft that is certain: what is drawn has the model's own distribution.
         """
         sequence = plan.slots[0].sequence
         assert sequence
-        picked: list[int] = []
+        picked: list[Pick] = []
         for row, guess in zip(logits, [*plan.draft, None], strict=True):
             picked.append(sequence.sampler.pick(row))
-            if picked[-1] != guess or guess in sequence.eos_tokens:
+            if picked[-1].token != guess or guess in sequence.eos_tokens:
                 break
         return picked
 
-    def absorb(self, plan: Plan, picks: list[list[int]], seconds: float) -> None:
+    def absorb(self, plan: Plan, picks: list[list[Pick]], seconds: float) -> None:
         """Notes what a step has computed: KV, speed, and the next tokens of each sequence."""
         self.steps += 1
         self.prefill_seconds = self.prefill_seconds + seconds if plan.is_chunk else 0.0
@@ -1482,54 +2006,62 @@ class Engine:
         sequences = [slot.sequence for slot in plan.slots if slot.sequence]
         for slot, sequence, picked in zip(plan.slots, sequences, picks, strict=True):
             start, fed = len(slot.tokens), plan.count if plan.is_chunk else len(picked)
-            slot.tokens += (sequence.tokens[start : start + fed] + picked)[:fed]
+            slot.tokens += (sequence.tokens[start : start + fed] + [pick.token for pick in picked])[:fed]
             slot.used = self.steps
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
-            for token in picked:
-                self.accept(sequence, token)
+            for pick in picked:
+                self.accept(sequence, pick)
 
-    def accept(self, sequence: Sequence, token: int) -> None:
+    def accept(self, sequence: Sequence, pick: Pick) -> None:
         """Appends a sampled token, unless its sequence has ended in the meantime."""
         if sequence.finish_reason:
             return
         sequence.first_token = sequence.first_token or time.perf_counter()
-        if token in sequence.eos_tokens:
+        if len(sequence.tokens) >= sequence.limit:  # max_tokens 0: the prompt alone was wanted
+            sequence.finish_reason = "length"
+        elif pick.token in sequence.eos_tokens:
             sequence.finish_reason = "stop"
         else:
-            sequence.tokens.append(token)
+            sequence.tokens.append(pick.token)
             self.metrics.generated_tokens.add()
-            if len(sequence.tokens) >= sequence.limit:
-                sequence.finish_reason = "length"
-        self.sampled.append((sequence, token))
+            is_full = len(sequence.tokens) >= sequence.limit
+            sequence.finish_reason = "length" if is_full else ""
+            self.sampled.append((sequence, pick, sequence.finish_reason))
+            return
+        self.sampled.append((sequence, None, sequence.finish_reason))
 
     def deliver(self) -> None:
         """Hands the text of the last step's tokens to the readers, and ends sequences that have come to their end."""
         sampled, self.sampled = self.sampled, []
-        for sequence, token in sampled:
+        for sequence, pick, reason in sampled:
             if sequence.is_closed:
                 continue
-            piece = "" if token in sequence.eos_tokens else sequence.text.push(token)
+            pieces = []
+            if sequence.echoes:
+                pieces.append(sequence.text.echo(sequence.prompt))
+                sequence.echoes = False
+            if pick:
+                pieces.append(sequence.text.push(pick.token, pick.scored))
             if sequence.text.stopped:
-                sequence.finish_reason = "stop"
-            elif sequence.finish_reason:
-                piece += sequence.text.finish()
-            if piece:
-                sequence.pieces.put_nowait(piece)
-            if sequence.finish_reason:
-                self.close(sequence, sequence.finish_reason)
+                reason = "stop"
+            elif reason:
+                pieces.append(sequence.text.finish())
+            for piece in pieces:
+                if piece.text:
+                    sequence.outlet.put_nowait((sequence, piece))
+            if reason:
+                sequence.close(reason)
 
     def fail(self) -> None:
         """Ends all sequences with an error; what the rows of those that ran hold is unknown now."""
-        self.sampled, self.chores = [], []
-        while self.waiting:
-            sequence = self.waiting.popleft()
-            if not sequence.is_closed:
-                self.close(sequence, "error")
+        self.sampled = []
+        for sequence in self.waiting:
+            sequence.close("error")
+        self.waiting.clear()
         for slot in self.slots:
             if slot.sequence:
-                if not slot.sequence.is_closed:
-                    self.close(slot.sequence, "error")
+                slot.sequence.close("error")
                 slot.sequence = None
                 slot.keep([], 0)
 
@@ -1544,9 +2076,7 @@ class Engine:
         decoding = [slot for slot in self.slots if slot.pending == 1]
         prefilling = [slot for slot in self.slots if slot.pending > 1]
         if prefilling:
-            slot = min(
-                prefilling, key=lambda slot: slot.used
-            )  # in turn, so that a short prompt need not wait for a long one
+            slot = self.next_prompt(prefilling)
             self.reuse_prefix(slot)
             count = self.chunk_length(slot.pending, bool(decoding))
             if count:
@@ -1554,6 +2084,12 @@ class Engine:
         if len(decoding) == 1 and not prefilling and (draft := self.draft(decoding[0])):
             return self.plan_verify(decoding[0], draft)
         return self.plan_decode(decoding) if decoding else None
+
+    def next_prompt(self, prefilling: list[Slot]) -> Slot:
+        """Whose chunk is next: all take turns, so that a short prompt need not wait for a long one."""
+        leaders = [slot.sequence for slot in prefilling]
+        led = [slot for slot in prefilling if slot.sequence and slot.sequence.leader in leaders]
+        return min((slot for slot in prefilling if slot not in led), key=lambda slot: slot.used)
 
     def chunk_length(self, pending: int, shared: bool) -> int:
         """How many of a prompt's pending tokens to prefill now; 0 when it is the turn of those that decode."""
@@ -1576,7 +2112,7 @@ class Engine:
         """Guesses how the only running sequence goes on; [] when there is no good guess, or it must be reproducible."""
         sequence = slot.sequence
         assert sequence
-        if sequence.is_seeded or sequence.text.stop:  # a stop string may end the reply within a draft
+        if not sequence.is_drafted:
             return []
         return sequence.lookup.draft(sequence.limit - len(sequence.tokens) - 1)
 
@@ -1588,7 +2124,7 @@ class Engine:
     def plan_decode(self, decoding: list[Slot]) -> Plan:
         """A call that feeds one token to every decoding slot."""
         self.tighten(decoding)
-        low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
+        low, high = (min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1)
         if (high - low) % 2 and any(slot.sequence.is_seeded for slot in decoding if slot.sequence):
             low, high = (low, high + 1) if high < len(self.slots) else (low - 1, high)
         tokens = np.full((high - low, 1), THROWAWAY, np.int64)
@@ -1652,6 +2188,8 @@ class Engine:
         """The slot, idle or busy, that holds most of a sequence's prompt, and how many tokens it may reuse of it."""
         best: Slot | None = None
         most = 0
+        if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
+            return best, most
         for slot in self.slots:
             shared = common_prefix(slot.tokens, sequence.tokens)
             shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
@@ -1987,7 +2525,8 @@ def target_path(target: str) -> str:
     if target.startswith("/") or target == "*":
         return target.partition("?")[0]
     if target.lower().startswith(("http://", "https://")):
-        return urlsplit(target).path or "/"
+        with contextlib.suppress(ValueError):  # half an IPv6 address
+            return urlsplit(target).path or "/"
     raise malformed(f"its target {target[:40]!r} is no path")
 
 
@@ -2071,16 +2610,19 @@ class Reply:
     model: str
     fingerprint: str
     generation: Generation
-    sequence: Sequence
+    choices: list[Sequence]
+    outlet: Outlet
 
     def usage(self) -> dict[str, object]:
-        """OpenAI's usage object."""
-        sequence = self.sequence
+        """OpenAI's usage object; a prompt counts once, however many choices it has."""
+        prompts = [sequence for sequence in self.choices if sequence.leader is None]
+        prompt_tokens = sum(sequence.prompt_tokens for sequence in prompts)
+        completion_tokens = sum(sequence.completion_tokens for sequence in self.choices)
         return {
-            "prompt_tokens": sequence.prompt_tokens,
-            "completion_tokens": sequence.completion_tokens,
-            "total_tokens": len(sequence.tokens),
-            "prompt_tokens_details": {"cached_tokens": sequence.cached_tokens},
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in prompts)},
         }
 
 
@@ -2094,7 +2636,8 @@ class Api:
         self.engine = engine
         self.metrics = metrics
         self.created = int(time.time())
-        self.fingerprint = "fp_" + hashlib.sha256(f"{VERSION} {model.config}".encode()).hexdigest()[:12]
+        described = (model.config.folder / "genai_config.json").read_bytes()
+        self.fingerprint = "fp_" + hashlib.sha256(VERSION.encode() + described).hexdigest()[:12]
 
     # what needs no model
 
@@ -2136,125 +2679,340 @@ class Api:
         """POST /v1/chat/completions."""
         request = parse_chat(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        prompt = self.model.encode(self.model.render_chat(request.messages))
-        reply = self.prepare("chatcmpl-", prompt, "messages", request.generation, self.model.drops_leading_space)
+        prompt = self.model.encode_chat(request.messages, request.tools.offered)
+        guides = functools.partial(self.chat_guide, request)
+        drops_space = self.model.drops_leading_space
+        reply = self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
+        writer = ChatWriter(reply, request.tools.offered, self.model)
         if request.generation.stream:
-            return EventStream(self.chat_events(exchange, reply))
+            return EventStream(self.events(exchange, reply, writer))
         with self.generating(exchange, reply):
-            text = "".join([piece async for piece in pieces(exchange, reply)])
-        return json_response(chat_object(reply, text))
+            texts, scores = await gather(exchange, reply)
+        choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
+        return json_response(chat_object(reply, choices))
+
+    def chat_guide(self, request: ChatRequest) -> Guide | None:
+        """A guide for one choice of a chat, None where nothing is forced; raises ApiError for a refused schema."""
+        if not request.tools.is_forced and request.schema is None:
+            return None
+        try:
+            if request.tools.offered:
+                return self.model.grammars.guide("lark_grammar", tool_grammar(request.tools, request.schema))
+            return self.model.grammars.guide("json_schema", compact_schema(request.schema or {}))
+        except ValueError as error:
+            raise invalid_schema(self.refused_schema(request), str(error)) from None
+
+    def refused_schema(self, request: ChatRequest) -> str:
+        """Which of a chat's schemas the grammar engine refuses."""
+        for i, tool in enumerate(request.tools.offered):
+            try:
+                self.model.grammars.guide("json_schema", compact_schema(tool.parameters))
+            except ValueError:
+                return f"tools[{i}].function.parameters"
+        return "response_format"
 
     async def completions(self, exchange: Exchange) -> HttpResponse | EventStream:
         """POST /v1/completions: the prompt as it is, without a template."""
         request = parse_completion(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        prompt = self.model.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
-        reply = self.prepare("cmpl-", prompt or [self.model.config.start_token], "prompt", request.generation, False)
+        encoded = [self.model.encode(text) if isinstance(text, str) else text for text in request.prompts]
+        prompts = [prompt or [self.model.config.start_token] for prompt in encoded]
+        drops_space = self.model.drops_leading_space and request.echo
+        reply = self.prepare("cmpl-", "prompt", prompts, request.generation, no_guide, drops_space, request.echo)
+        writer = CompletionWriter(reply, self.model)
         if request.generation.stream:
-            return EventStream(self.completion_events(exchange, reply))
+            return EventStream(self.events(exchange, reply, writer))
         with self.generating(exchange, reply):
-            text = "".join([piece async for piece in pieces(exchange, reply)])
-        return json_response(completion_object(reply, text, reply.sequence.finish_reason) | {"usage": reply.usage()})
+            texts, scores = await gather(exchange, reply)
+        choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
+        return json_response(completion_object(reply, choices) | {"usage": reply.usage()})
 
-    def prepare(self, prefix: str, prompt: list[int], param: str, generation: Generation, drops_space: bool) -> Reply:
-        """Makes the sequence and the identity of a reply; raises ApiError when the prompt leaves no room for it."""
-        room = self.engine.context_length - len(prompt)
-        if room < 1:
-            raise context_exceeded(param, self.engine.context_length, len(prompt))
-        limit = len(prompt) + min(room, generation.max_tokens or room)
+    def prepare(
+        self,
+        prefix: str,
+        param: str,
+        prompts: list[list[int]],
+        generation: Generation,
+        guides: Callable[[], Guide | None],
+        drops_space: bool,
+        echoes: bool = False,
+    ) -> Reply:
+        """Makes the sequences and the identity of a reply; raises ApiError when a prompt leaves no room for one."""
+        outlet: Outlet = asyncio.Queue()
+        choices: list[Sequence] = []
         eos_tokens = frozenset[int]() if generation.ignore_eos else self.model.config.eos_tokens
-        text = TextStream(self.model.token_stream(), generation.stop, drops_space)
-        sequence = Sequence(prompt, limit, eos_tokens, Sampler(generation.sampling, prompt), text)
-        return Reply(new_id(prefix), int(time.time()), self.model_name, self.fingerprint, generation, sequence)
+        for prompt in prompts:
+            room = self.engine.context_length - len(prompt)
+            if room < (generation.max_tokens != 0):
+                raise context_exceeded(param, self.engine.context_length, len(prompt))
+            limit = len(prompt) + min(room, room if generation.max_tokens is None else generation.max_tokens)
+            leader: Sequence | None = None
+            for i in range(generation.n):
+                sampler = Sampler(seeded(generation.sampling, i), prompt, guides(), generation.top_logprobs)
+                text = TextStream(self.model.token_stream(), generation.stop, drops_space)
+                index = len(choices)
+                choices.append(Sequence(index, prompt, limit, eos_tokens, sampler, text, outlet, echoes, leader))
+                leader = leader or choices[-1]
+        created = int(time.time())
+        return Reply(new_id(prefix), created, self.model_name, self.fingerprint, generation, choices, outlet)
 
     @contextlib.contextmanager
     def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
-        """Generates a reply's sequence while somebody waits within; raises ApiError when the server is full."""
+        """Generates a reply's choices while somebody waits within; raises ApiError when the server is full."""
         exchange.details |= parameters(reply)
-        self.engine.submit(reply.sequence)
+        self.engine.submit(reply.choices)
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.engine.cancel(reply.sequence)
-            exchange.details |= outcome(exchange, reply.sequence)
+            self.engine.withdraw(reply.choices)
+            exchange.details |= outcome(exchange, reply, started)
 
-    async def chat_events(self, exchange: Exchange, reply: Reply) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed chat; the first one comes when the request is admitted, before prefill."""
+    async def events(
+        self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed reply; the first one comes when the request is admitted, before prefill."""
         with self.generating(exchange, reply):
-            yield sse(chat_chunk(reply, {"role": "assistant", "content": ""}))
-            async for piece in pieces(exchange, reply):
-                yield sse(chat_chunk(reply, {"content": piece})) if piece else KEEPALIVE_EVENT
-            yield sse(chat_chunk(reply, {}, reply.sequence.finish_reason))
+            yield writer.begin()
+            async for sequence, piece in pieces(exchange, reply):
+                if sequence is None:
+                    yield KEEPALIVE_EVENT
+                    continue
+                for chunk in writer.push(sequence, piece) if piece else writer.finish(sequence):
+                    yield chunk
             if reply.generation.include_usage:
-                yield sse(chat_chunk(reply, {}) | {"choices": [], "usage": reply.usage()})
-        yield DONE_EVENT
-
-    async def completion_events(self, exchange: Exchange, reply: Reply) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed text completion; the first, empty one sends the headers."""
-        streamed = {"usage": None} if reply.generation.include_usage else {}
-        with self.generating(exchange, reply):
-            yield b""
-            async for piece in pieces(exchange, reply):
-                yield sse(completion_object(reply, piece, None) | streamed) if piece else KEEPALIVE_EVENT
-            yield sse(completion_object(reply, "", reply.sequence.finish_reason) | streamed)
-            if reply.generation.include_usage:
-                yield sse(completion_object(reply, "", None) | {"choices": [], "usage": reply.usage()})
+                yield sse(writer.chunk([]) | {"usage": reply.usage()})
         yield DONE_EVENT
 
 
-async def pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[str]:
-    """The pieces of a reply, '' after each SILENCE_SECONDS without one; raises ApiError when the engine failed."""
-    while True:
+def no_guide() -> None:
+    """No guide: text completions have no grammar."""
+
+
+def seeded(sampling: Sampling, choice: int) -> Sampling:
+    """The sampling of one choice: with a seed, each has its own, seed, seed + 1 and so on."""
+    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + choice)
+
+
+async def pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[tuple[Sequence | None, Piece | None]]:
+    """The pieces of all choices as they come, None at the end of each; raises ApiError when the engine failed.
+
+    After each SILENCE_SECONDS without one comes (None, None).
+    """
+    running = len(reply.choices)
+    while running:
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                piece = await anext(reply.sequence)
+                sequence, piece = await reply.outlet.get()
         except TimeoutError:
-            piece = ""
-        except StopAsyncIteration:
-            break
-        yield piece
-    if reply.sequence.finish_reason == "error":
-        raise internal(exchange.request_id)
+            yield None, None
+            continue
+        if piece is None:
+            running -= 1
+            if sequence.finish_reason == "error":
+                raise internal(exchange.request_id)
+        yield sequence, piece
 
 
-def chat_object(reply: Reply, text: str) -> dict[str, object]:
+Scores = list[tuple[Scored, int]]  # tokens with the places of their text, see Piece
+
+
+async def gather(exchange: Exchange, reply: Reply) -> tuple[list[str], list[Scores]]:
+    """The whole text of each choice, and its scored tokens; raises ApiError when the engine failed."""
+    texts = ["" for _ in reply.choices]
+    scores: list[Scores] = [[] for _ in reply.choices]
+    async for sequence, piece in pieces(exchange, reply):
+        if sequence and piece:
+            texts[sequence.index] += piece.text
+            scores[sequence.index] += piece.tokens
+    return texts, scores
+
+
+class ChatWriter:
+    """Writes the choices of a chat, whole or in chunks."""
+
+    def __init__(self, reply: Reply, tools: tuple[Tool, ...], model: Model) -> None:
+        self.reply = reply
+        self.model = model
+        self.readers = [ToolCallReader(tools) if tools else None for _ in reply.choices]
+        self.unsent: list[Scores] = [[] for _ in reply.choices]  # tokens whose text a reader holds back
+
+    def choice(self, sequence: Sequence, text: str, scores: Scores) -> dict[str, object]:
+        """One choice of a whole reply."""
+        reader = self.readers[sequence.index]
+        deltas: list[str | CallDelta] = [*reader.push(text), *reader.finish()] if reader else [text]
+        content = "".join(delta for delta in deltas if isinstance(delta, str))
+        calls = tool_calls([delta for delta in deltas if isinstance(delta, CallDelta)])
+        message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {
+            "index": sequence.index,
+            "message": message,
+            "logprobs": self.logprobs(scores),
+            "finish_reason": self.finish_reason(sequence),
+        }
+
+    def begin(self) -> bytes:
+        """The first event, which tells the role of every choice."""
+        role = {"role": "assistant", "content": ""}
+        return b"".join(sse(self.chunk([self.chunk_choice(sequence, role)])) for sequence in self.reply.choices)
+
+    def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
+        """The events of a piece, none while it may be the beginning of a tool call."""
+        reader = self.readers[sequence.index]
+        self.unsent[sequence.index] += piece.tokens
+        return self.delta_events(sequence, reader.push(piece.text) if reader else [piece.text])
+
+    def finish(self, sequence: Sequence) -> list[bytes]:
+        """The last events of a choice."""
+        reader = self.readers[sequence.index]
+        events = self.delta_events(sequence, reader.finish() if reader else [])
+        ending = self.chunk_choice(sequence, {}, self.finish_reason(sequence))
+        return [*events, sse(self.chunk([ending]))]
+
+    def delta_events(self, sequence: Sequence, deltas: Iterable[str | CallDelta]) -> list[bytes]:
+        """One event for each delta; the first one tells the scores of all tokens so far."""
+        return [sse(self.chunk([self.chunk_choice(sequence, delta_object(delta))])) for delta in deltas]
+
+    def chunk_choice(
+        self, sequence: Sequence, delta: dict[str, object] | dict[str, str], finish_reason: str | None = None
+    ) -> dict[str, object]:
+        """One choice of a chunk."""
+        scores, self.unsent[sequence.index] = self.unsent[sequence.index], []
+        logprobs = self.logprobs(scores) if scores else None
+        return {"index": sequence.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
+        """https://platform.openai.com/docs/api-reference/chat-streaming"""
+        reply = self.reply
+        chunk: dict[str, object] = {
+            "id": reply.id,
+            "object": "chat.completion.chunk",
+            "created": reply.created,
+            "model": reply.model,
+            "system_fingerprint": reply.fingerprint,
+            "choices": choices,
+        }
+        return chunk | {"usage": None} if reply.generation.include_usage else chunk
+
+    def finish_reason(self, sequence: Sequence) -> str:
+        """OpenAI's reason: a reply that stopped after tool calls waits for their results."""
+        reader = self.readers[sequence.index]
+        return "tool_calls" if reader and reader.calls and sequence.finish_reason == "stop" else sequence.finish_reason
+
+    def logprobs(self, scores: Scores) -> dict[str, object] | None:
+        """OpenAI's logprobs object of a chat, None unless asked for."""
+        if self.reply.generation.top_logprobs is None:
+            return None
+        content = []
+        for scored, _ in scores:
+            likeliest = [self.token_object(token, logprob) for token, logprob in scored.top]
+            content.append(self.token_object(scored.token, scored.logprob or 0.0) | {"top_logprobs": likeliest})
+        return {"content": content, "refusal": None}
+
+    def token_object(self, token: int, logprob: float) -> dict[str, object]:
+        """A token with its log probability; the bytes may be a part of a character."""
+        data = self.model.token_bytes(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+
+class CompletionWriter:
+    """Writes the choices of a text completion, whole or in chunks."""
+
+    def __init__(self, reply: Reply, model: Model) -> None:
+        self.reply = reply
+        self.model = model
+
+    def choice(
+        self, sequence: Sequence, text: str, scores: Iterable[tuple[Scored, int]], ended: bool = True
+    ) -> dict[str, object]:
+        """One choice of a whole reply, or of a chunk."""
+        return {
+            "index": sequence.index,
+            "text": text,
+            "logprobs": self.logprobs(scores),
+            "finish_reason": sequence.finish_reason if ended else None,
+        }
+
+    def begin(self) -> bytes:
+        """An empty event, with which the headers go out."""
+        return b""
+
+    def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
+        """The event of a piece."""
+        return [sse(self.chunk([self.choice(sequence, piece.text, piece.tokens, ended=False)]))]
+
+    def finish(self, sequence: Sequence) -> list[bytes]:
+        """The last event of a choice."""
+        return [sse(self.chunk([self.choice(sequence, "", ())]))]
+
+    def chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
+        """A chunk of the stream, which is a completion object."""
+        chunk = completion_object(self.reply, choices)
+        return chunk | {"usage": None} if self.reply.generation.include_usage else chunk
+
+    def logprobs(self, scores: Iterable[tuple[Scored, int]]) -> dict[str, object] | None:
+        """OpenAI's logprobs object of text completions, None unless asked for."""
+        if self.reply.generation.top_logprobs is None:
+            return None
+        lists: dict[str, list[object]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for scored, place in scores:
+            likeliest = {self.token_text(token): logprob for token, logprob in scored.top}
+            lists["tokens"].append(self.token_text(scored.token))
+            lists["token_logprobs"].append(scored.logprob)
+            known = scored.logprob is not None
+            lists["top_logprobs"].append({self.token_text(scored.token): scored.logprob} | likeliest if known else None)
+            lists["text_offset"].append(place)
+        return dict(lists)
+
+    def token_text(self, token: int) -> str:
+        """A token's text, U+FFFD for parts of characters."""
+        return self.model.token_bytes(token).decode("utf-8", "replace")
+
+
+def chat_object(reply: Reply, choices: list[dict[str, object]]) -> dict[str, object]:
     """https://platform.openai.com/docs/api-reference/chat/object"""
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.sequence.finish_reason}
     return {
         "id": reply.id,
         "object": "chat.completion",
         "created": reply.created,
         "model": reply.model,
-        "choices": [choice],
+        "choices": choices,
         "usage": reply.usage(),
         "system_fingerprint": reply.fingerprint,
     }
 
 
-def chat_chunk(reply: Reply, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, object]:
-    """https://platform.openai.com/docs/api-reference/chat-streaming"""
-    chunk: dict[str, object] = {
-        "id": reply.id,
-        "object": "chat.completion.chunk",
-        "created": reply.created,
-        "model": reply.model,
-        "system_fingerprint": reply.fingerprint,
-        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}],
-    }
-    return chunk | {"usage": None} if reply.generation.include_usage else chunk
-
-
-def completion_object(reply: Reply, text: str, finish_reason: str | None) -> dict[str, object]:
-    """https://platform.openai.com/docs/api-reference/completions/object, without usage; also a chunk of its stream."""
+def completion_object(reply: Reply, choices: list[dict[str, object]]) -> dict[str, object]:
+    """https://platform.openai.com/docs/api-reference/completions/object, without usage."""
     return {
         "id": reply.id,
         "object": "text_completion",
         "created": reply.created,
         "model": reply.model,
         "system_fingerprint": reply.fingerprint,
-        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}],
+        "choices": choices,
     }
+
+
+def delta_object(delta: str | CallDelta) -> dict[str, object]:
+    """The delta of a chat chunk."""
+    if isinstance(delta, str):
+        return {"content": delta}
+    if delta.id:
+        function = {"name": delta.name, "arguments": ""}
+        return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]}
+
+
+def tool_calls(deltas: list[CallDelta]) -> list[dict[str, object]]:
+    """The tool calls of a whole message."""
+    calls: list[dict[str, object]] = []
+    for begin in (delta for delta in deltas if delta.id):
+        arguments = "".join(delta.arguments for delta in deltas if delta.index == begin.index)
+        calls.append({"id": begin.id, "type": "function", "function": {"name": begin.name, "arguments": arguments}})
+    return calls
 
 
 def parameters(reply: Reply) -> dict[str, object]:
@@ -2264,19 +3022,22 @@ def parameters(reply: Reply) -> dict[str, object]:
     changed = {name: value for name, value in sampling.items() if value != defaults[name]}
     if reply.generation.max_tokens is not None:
         changed["max_tokens"] = reply.generation.max_tokens
+    if reply.generation.n > 1:
+        changed["n"] = reply.generation.n
     return {"model": reply.model, "stream": reply.generation.stream, "parameters": changed}
 
 
-def outcome(exchange: Exchange, sequence: Sequence) -> dict[str, object]:
-    """What the log tells of a sequence that has ended."""
-    first = milliseconds(exchange.started, sequence.first_token) if sequence.first_token else None
+def outcome(exchange: Exchange, reply: Reply, started: float) -> dict[str, object]:
+    """What the log tells of a reply that has ended."""
+    usage = reply.usage()
+    first = min((sequence.first_token for sequence in reply.choices if sequence.first_token), default=None)
     return {
-        "prompt_tokens": sequence.prompt_tokens,
-        "cached_tokens": sequence.cached_tokens,
-        "completion_tokens": sequence.completion_tokens,
-        "time_to_first_token_ms": first,
-        "inference_time_ms": milliseconds(sequence.started, time.perf_counter()),
-        "finish_reason": sequence.finish_reason,
+        "prompt_tokens": usage["prompt_tokens"],
+        "cached_tokens": sum(sequence.cached_tokens for sequence in reply.choices if sequence.leader is None),
+        "completion_tokens": usage["completion_tokens"],
+        "time_to_first_token_ms": milliseconds(exchange.started, first) if first else None,
+        "inference_time_ms": milliseconds(started, time.perf_counter()),
+        "finish_reason": ",".join(sorted({sequence.finish_reason for sequence in reply.choices})),
     }
 
 
@@ -2293,11 +3054,6 @@ def sse(value: object) -> bytes:
 def to_json(value: object) -> bytes:
     """Compact JSON in UTF-8; a lone surrogate of the client's own becomes '?'."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-def new_id(prefix: str) -> str:
-    """A fresh id of the prefix and 32 hexadecimal digits."""
-    return prefix + secrets.token_hex(16)
 
 
 def milliseconds(start: float, end: float) -> float:
@@ -2373,8 +3129,8 @@ class Server:
         try:
             while await self.exchange(connection):
                 pass
-        except ConnectionError:
-            pass  # the client is gone, and the log line says so
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # the client is gone, or the server stops; asyncio 3.11 would log the cancellation of this task
         finally:
             self.conversations.discard(task)
             await connection.close()
@@ -2599,7 +3355,7 @@ def download_wheel(work: Path) -> Path:
 class Gguf:
     """A GGUF file: its metadata, and its tensors by name (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
-    STRING, ARRAY, NUMBERS = 8, 9, "BbHhIif?  Qqd"  # value types; a number's is its place here
+    STRING, ARRAY, NUMBERS = (8, 9, "BbHhIif?  Qqd")  # value types; a number's is its place here
     # Blocks of 32 weights: scale * code + low, where the low nibbles are the codes 0-15 and the high ones 16-31 (Q4_1);
     # scale * code (Q8_0). See ggml-common.h.
     F32, Q4_1, Q8_0 = 0, 3, 8
@@ -2680,25 +3436,6 @@ def pack_nibbles(codes: Floats) -> Bytes:
     return (pairs | pairs >> 4).astype(np.uint8)
 
 
-def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
-    """Encodes a protobuf message of (field number, value): a message inside is bytes, a repeated field repeats."""
-    out = bytearray()
-    for number, value in fields:
-        if isinstance(value, int):
-            out += varint(number << 3) + varint(value)
-        elif isinstance(value, float):
-            out += varint(number << 3 | 5) + struct.pack("<f", value)
-        else:
-            data = value.encode() if isinstance(value, str) else value
-            out += varint(number << 3 | 2) + varint(len(data)) + data
-    return bytes(out)
-
-
-def varint(value: int) -> bytes:
-    """Encodes a number in seven bits a byte, lowest first."""
-    return bytes([value & 127 | 128]) + varint(value >> 7) if value >> 7 else bytes([value])
-
-
 class GraphWriter:
     """Collects an ONNX graph and writes its constants to a file as they come; field numbers are onnx.proto's."""
 
@@ -2711,9 +3448,7 @@ class GraphWriter:
 
     def port(self, direction: int, name: str, kind: str, shape: list[int | str]) -> str:
         """Adds an input or output of the graph, returns its name."""
-        dims = [(1, protobuf((1, size) if isinstance(size, int) else (2, size))) for size in shape]
-        tensor = protobuf((1, self.TYPES[kind]), (2, protobuf(*dims)))
-        self.parts += protobuf((direction, protobuf((1, name), (2, protobuf((1, tensor))))))
+        self.parts += protobuf((direction, tensor_port(name, self.TYPES[kind], shape)))
         return name
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> str:
@@ -2769,13 +3504,13 @@ class GraphWriter:
         qkv = self.linear(self.norm(stream, block + "attn_norm"), *(f"{block}attn_{part}" for part in "qkv"))
         stream = self.node("Add", stream, self.linear(self.attention(index, qkv), block + "attn_output"))
         normed = self.norm(stream, block + "ffn_norm")
-        gate, up = self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up")
+        gate, up = (self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up"))
         silu = self.node("Mul", gate, self.node("Sigmoid", gate))
         return self.node("Add", stream, self.linear(self.node("Mul", silu, up), block + "ffn_down"))
 
     def attention(self, index: int, qkv: str) -> str:
         """Adds a layer's attention and its part of the KV cache."""
-        heads, kv_heads = self.gguf.setting("attention.head_count"), self.gguf.setting("attention.head_count_kv")
+        heads, kv_heads = (self.gguf.setting("attention.head_count"), self.gguf.setting("attention.head_count_kv"))
         past, present = [
             [f"{when}.{index}.{part}" for part in ("key", "value")] for when in ("past_key_values", "present")
         ]
@@ -2798,7 +3533,7 @@ def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
         graph = GraphWriter(gguf, data)
         ids = graph.port(graph.INPUT, "input_ids", "int64", ["batch", "sequence"])
         mask = graph.port(graph.INPUT, "attention_mask", "int64", ["batch", "total"])
-        one, axis = graph.constant("one", np.array(1)), graph.constant("axis", np.array([1]))
+        one, axis = (graph.constant("one", np.array(1)), graph.constant("axis", np.array([1])))
         last = graph.node("Sub", graph.node("ReduceSum", mask, axis, keepdims=0), one)
         graph.node("Cast", last, outputs=["last_positions"], to=graph.TYPES["int32"])
         width = graph.node("Gather", graph.node("Shape", mask), one)
@@ -2821,7 +3556,7 @@ def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
 
 def write_tokenizer(gguf: Gguf, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
-    tokens, kinds = gguf.metadata["tokenizer.ggml.tokens"], gguf.metadata["tokenizer.ggml.token_type"]
+    tokens, kinds = (gguf.metadata["tokenizer.ggml.tokens"], gguf.metadata["tokenizer.ggml.token_type"])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     control = 3  # GGUF's type of the tokens that text does not spell
     special = [{"id": token, "content": tokens[token], **flags} for token, kind in enumerate(kinds) if kind == control]
