@@ -23,10 +23,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import hmac
+import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -98,7 +102,7 @@ class Settings:
     max_concurrent_requests: int = setting(4, "generating requests at a time; one more gets 429", 1, 256)
     context_length: int = setting(4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20)
     threads: int = setting(0, "threads of the forward pass; 0 takes what CPU affinity and cgroup quota allow", 0, 1024)
-    cache_slots: int = setting(4, "conversations whose KV is kept beyond those that run at once", 0, 256)
+    cache_slots: int = setting(8, "conversations whose KV is kept beyond those that run at once", 0, 256)
     kv_memory: str = setting(
         "50%", "bound of the KV cache: bytes (also 512MiB, 4GiB), or a share of what is free after loading"
     )
@@ -108,6 +112,14 @@ class Settings:
     max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
     keepalive_seconds: float = setting(75.0, "how long an idle connection is kept for its next request", 1, 3600)
     read_seconds: float = setting(30.0, "how long a client may take to send one request", 0.1, 3600)
+    write_seconds: float = setting(30.0, "how long a client may take to read what it was sent", 0.1, 3600)
+    drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", 0, 3600)
+    max_connections: int = setting(1000, "connections at a time; one more gets 503", 1, 65535)
+    api_keys: tuple[str, ...] = setting((), "keys that clients may use, separated by commas; unset: no key is needed")
+    api_keys_file: str = setting("", "file with one such key a line, read again when it changes")
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "names allowed in the Host header besides loopback ones, separated by commas; * for any"
+    )
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("auto", "auto is text on a terminal and json otherwise", choices=("auto", "text", "json"))
 
@@ -190,6 +202,13 @@ def cgroup_cpu_quota() -> float:
             if int(words[0]) > 0:
                 return int(words[0]) / int(period)
     return 1024.0
+
+
+def resident_memory() -> int:
+    """Bytes of RAM that this process has; 0 where the system does not tell (not Linux)."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return 0
 
 
 def free_memory() -> int:
@@ -328,6 +347,22 @@ def unknown_model(model: str, served: str) -> ApiError:
     return ApiError(404, "model_not_found", message, "model")
 
 
+def unauthorized(key: str) -> ApiError:
+    """401: no key was sent, or none of those that are accepted; the message never has the whole key."""
+    challenge = {"WWW_Authenticate": 'Bearer realm="phi_server"'}
+    if not key:
+        message = "You didn't provide an API key. You need to provide your API key in an Authorization header using"
+        return ApiError(401, None, f"{message} Bearer auth (i.e. Authorization: Bearer YOUR_KEY).", **challenge)
+    shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else "..."
+    return ApiError(401, "invalid_api_key", f"Incorrect API key provided: {shown}.", **challenge)
+
+
+def host_not_allowed(host: str) -> ApiError:
+    """403: the Host header names another host, as after DNS rebinding."""
+    message = f"The host '{host}' is not allowed. Set ALLOWED_HOSTS to the names by which this server is reached."
+    return ApiError(403, "host_not_allowed", message)
+
+
 def unknown_url(method: str, path: str) -> ApiError:
     """404: no such path."""
     return ApiError(404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos.")
@@ -372,6 +407,11 @@ def draining() -> ApiError:
     return ApiError(503, "shutting_down", "The server is shutting down. Please retry.", Retry_After="1")
 
 
+def too_many_connections(limit: int) -> ApiError:
+    """503: as many connections as allowed are open."""
+    return ApiError(503, "too_many_connections", f"This server has {limit} connections open.", Retry_After="1")
+
+
 def internal(request_id: str) -> ApiError:
     """500: anything unexpected; the log has the details under the request id."""
     message = "The server had an error while processing your request. Sorry about that! Please retry your request."
@@ -410,21 +450,66 @@ class Metric:
         return "\n".join([f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} {self.kind}", *samples, ""])
 
 
+class Histogram:
+    """One histogram of Prometheus' text format; its buckets are upper bounds, in the unit of the name."""
+
+    def __init__(self, name: str, meaning: str, bounds: tuple[float, ...]) -> None:
+        self.name = name
+        self.meaning = meaning
+        self.bounds = (*bounds, math.inf)
+        self.counts = [0] * len(self.bounds)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts one value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def render(self) -> str:
+        """The family's lines, in which each bucket counts all values up to its bound."""
+        lines = [f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} histogram"]
+        totals = list(itertools.accumulate(self.counts))
+        for bound, total in zip(self.bounds, totals, strict=True):
+            shown = "+Inf" if bound == math.inf else f"{bound:g}"
+            lines.append(f'{self.name}_bucket{{le="{shown}"}} {total}')
+        return "\n".join([*lines, f"{self.name}_sum {self.sum:.15g}", f"{self.name}_count {totals[-1]}", ""])
+
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
 class Metrics:
     """Every series of GET /metrics, each a named attribute."""
 
     def __init__(self) -> None:
         self.requests = Metric("counter", "phi_server_requests_total", "Requests answered, by route and status.")
+        self.rejected = Metric(
+            "counter", "phi_server_rejected_requests_total", "Requests above MAX_CONCURRENT_REQUESTS."
+        )
         self.running = Metric("gauge", "phi_server_running_sequences", "Sequences being prefilled or decoded.")
         self.waiting = Metric("gauge", "phi_server_waiting_sequences", "Sequences waiting for a slot or for KV memory.")
         self.prompt_tokens = Metric("counter", "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences.")
         self.cached_tokens = Metric("counter", "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused.")
         self.generated_tokens = Metric("counter", "phi_server_generated_tokens_total", "Tokens sampled.")
+        self.prefill_speed = Metric("gauge", "phi_server_prefill_tokens_per_second", "Speed of the last long chunks.")
+        self.memory = Metric("gauge", "process_resident_memory_bytes", "Resident memory of the process.")
+        self.batch_size = Histogram(
+            "phi_server_batch_size", "Sequences that decode together in a step.", (1, 2, 3, 4, 6, 8, 12, 16, 32)
+        )
+        self.time_to_first_token = Histogram(
+            "phi_server_time_to_first_token_seconds", "From a request to its first token.", SECONDS
+        )
+        self.time_per_output_token = Histogram(
+            "phi_server_time_per_output_token_seconds", "Between tokens of a reply, its mean.", SECONDS
+        )
+        self.duration = Histogram(
+            "phi_server_generation_duration_seconds", "From a request to its whole reply.", SECONDS
+        )
         self.kv_resident = Metric("gauge", "phi_server_kv_resident_bytes", "KV memory in use, running and kept.")
         self.kv_reserved = Metric("gauge", "phi_server_kv_reserved_bytes", "KV memory promised to running sequences.")
         self.kv_limit = Metric("gauge", "phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets.")
         for metric in vars(self).values():
-            if metric is not self.requests:
+            if isinstance(metric, Metric) and metric is not self.requests:
                 metric.set(0)
 
     def render(self) -> bytes:
@@ -451,6 +536,7 @@ JSON_NAMES = {
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
+MOST_NESTED = 100  # arrays and objects; the grammar engine's recursion has no limit of its own
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
 
@@ -476,8 +562,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call."""
+    """A function that the model may call, and where the request has it."""
 
+    path: str
     name: str
     description: str
     parameters: dict[str, Json]  # a JSON schema
@@ -645,7 +732,7 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     generation = parse_generation(
         fields, vocab_size, 16 if max_tokens is None else max_tokens, fields.integer("logprobs", 0, 5)
     )
-    if (fields.integer("best_of", 1, 20) or generation.n) != generation.n:
+    if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
     if generation.n * len(prompts) > MOST_CHOICES:
         raise out_of_range("n", "integer", "<=", MOST_CHOICES // len(prompts), generation.n)
@@ -660,7 +747,17 @@ def parse_json(body: bytes) -> Fields:
         raise invalid_json(str(error).partition(" (char")[0] or "too deeply nested") from None
     if not isinstance(value, dict):
         raise not_an_object(JSON_NAMES[type(value)])
+    if body.count(b"[") + body.count(b"{") > MOST_NESTED and is_deeper(value, MOST_NESTED):
+        raise invalid_json(f"it is nested more than {MOST_NESTED} deep")
     return Fields(value)
+
+
+def is_deeper(value: Json, depth: int) -> bool:
+    """Whether arrays and objects are nested deeper than this."""
+    if not isinstance(value, (dict, list)):
+        return False
+    children = value.values() if isinstance(value, dict) else value
+    return depth == 0 or any(is_deeper(child, depth - 1) for child in children)
 
 
 def refuse_constant(name: str) -> None:
@@ -800,7 +897,7 @@ def parse_tools(fields: Fields) -> ToolUse:
     """The tools that the reply may call, with tool_choice and parallel_tool_calls."""
     tools = tuple(parse_tool(tool) for tool in fields.objects("tools"))
     is_parallel = fields.boolean("parallel_tool_calls", default=True)
-    choice = fields.value("tool_choice", (str, dict), "one of a string or object") or "auto"
+    choice = fields.value("tool_choice", (str, dict), "one of a string or object")
     if isinstance(choice, dict):
         chosen = fields.object("tool_choice").required("type")
         chosen.choice("type", ("function",))
@@ -825,7 +922,7 @@ def parse_tool(fields: Fields) -> Tool:
         reason = f"expected 1 to 64 letters, digits, underscores and dashes, but got '{name}' instead."
         raise invalid_value(function.param("name"), reason)
     parameters = function.object("parameters").values or {"type": "object", "properties": {}}
-    return Tool(name, function.string("description"), parameters)
+    return Tool(fields.path, name, function.string("description"), parameters)
 
 
 def parse_response_format(fields: Fields) -> dict[str, Json] | None:
@@ -1046,14 +1143,21 @@ class Grammars:
         return Guide(generator)
 
 
+AVOIDED_PENALTY = np.float32(1e5)
+
+
 class Guide:
     """Keeps one sequence to a grammar."""
 
     def __init__(self, generator: onnxruntime_genai.Generator) -> None:
         self.generator = generator
+        self.avoided: list[int] = []  # tokens to take only if the grammar allows no other
 
     def pick(self, scores: Floats) -> int:
         """The token of the highest score [vocab] that the grammar allows next."""
+        if self.avoided:
+            scores = scores.copy()
+            scores[self.avoided] -= AVOIDED_PENALTY
         self.generator.get_logits()  # the stub's, without which the search takes no others
         self.generator.set_logits(scores.reshape(1, 1, -1))
         self.generator.generate_next_token()
@@ -1119,9 +1223,9 @@ class Model:
         self.session = load_session(config, threads)
         self.tokenizer = load_tokenizer(config.folder)
         self.template = read_template(config.folder)
-        self.control_tokens = read_control_tokens(config.folder)
+        self.control_texts = read_control_texts(config.folder)
+        self.control_tokens = re.compile("|".join(map(re.escape, self.control_texts.values())) or r"(?!)")
         self.drops_leading_space = strips_leading_space(config.folder)
-        self.vocabulary: dict[int, bytes] | None = None  # read when log probabilities are first asked for
         past = next(value for value in self.session.get_inputs() if value.name == config.inputs["past_key_names"] % 0)
         dtype = np.dtype(np.float16 if past.type == "tensor(float16)" else np.float32)
         capacity = (
@@ -1180,10 +1284,27 @@ class Model:
         text = json.dumps(value, ensure_ascii=False).replace(CUT, "")
         return self.control_tokens.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
 
+    def guide(self, kind: str, grammar: str) -> Guide:
+        """A guide to a grammar; raises ValueError with the reason when it is refused.
+
+        The grammar engine loses its way when a character that the grammar spells is made of several tokens.
+        """
+        spelled = re.findall(r"[^\x00-\x7f]+", grammar)
+        parts = [token for token, data in self.vocabulary.items() if not is_text(data)] if spelled else []
+        for text in spelled:
+            if not set(parts).isdisjoint(self.encode(text)):
+                raise ValueError(f"the model's tokens split the characters of '{text}', which a grammar cannot force")
+        guide = self.grammars.guide(kind, grammar)
+        guide.avoided = parts
+        return guide
+
+    @functools.cached_property
+    def vocabulary(self) -> dict[int, bytes]:
+        """The bytes of each token but the control tokens, read when they are first asked for."""
+        return read_vocabulary(self.config.folder)
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to the text, which may be a part of a character; none for control tokens."""
-        if self.vocabulary is None:
-            self.vocabulary = read_vocabulary(self.config.folder)
         return self.vocabulary.get(token, b"")
 
     def token_stream(self) -> onnxruntime_genai.TokenizerStream:
@@ -1278,13 +1399,13 @@ def read_template(folder: Path) -> str:
     return PHI_TEMPLATE
 
 
-def read_control_tokens(folder: Path) -> re.Pattern[str]:
-    """A pattern of the texts that the folder's tokenizer takes for control tokens, wherever they stand."""
-    texts: list[str] = []
+def read_control_texts(folder: Path) -> dict[int, str]:
+    """The texts that the folder's tokenizer takes for control tokens wherever they stand, longest first."""
+    added: list[dict[str, Json]] = []
     with contextlib.suppress(FileNotFoundError):  # a SentencePiece model alone has none
         added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
-        texts = [entry["content"] for entry in added if entry["special"] or entry["content"].startswith("<")]
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
+    added.sort(key=lambda token: -len(token["content"]))
+    return {token["id"]: token["content"] for token in added if token["special"] or token["content"].startswith("<")}
 
 
 def read_vocabulary(folder: Path) -> dict[int, bytes]:
@@ -1296,6 +1417,15 @@ def read_vocabulary(folder: Path) -> dict[int, bytes]:
     for added in tokenizer.get("added_tokens", []):
         vocabulary[added["id"]] = b"" if added["special"] else added["content"].encode()
     return vocabulary
+
+
+def is_text(data: bytes) -> bool:
+    """Whether bytes are whole characters in UTF-8."""
+    try:
+        data.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
 
 
 def bytewise_token(text: str) -> bytes:
@@ -1331,7 +1461,7 @@ def json_or_text(text: str) -> Json:
     """The value of a JSON text, or the text itself when it is none."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -1555,9 +1685,15 @@ class TextStream:
         text = self.decode(token, scored)
         return self.piece(self.before_stop(text) if self.stop else text)
 
-    def echo(self, prompt: Iterable[Scored]) -> Piece:
-        """The text of a prompt, in which no stop string counts."""
-        return self.piece("".join([self.decode(scored.token, scored) for scored in prompt]))
+    def echo(self, prompt: Iterable[Scored], control_texts: Mapping[int, str]) -> Piece:
+        """The text of a prompt, in which control tokens show and no stop string counts."""
+        texts = []
+        for scored in prompt:
+            text = self.decode(scored.token, scored)
+            control = "" if text else control_texts.get(scored.token, "")
+            self.decoded += len(control)
+            texts.append(text + control)
+        return self.piece("".join(texts))
 
     def finish(self) -> Piece:
         """The text that was held back for a stop string that did not come."""
@@ -1619,10 +1755,12 @@ class ToolCallReader:
     HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
     LONGEST_HEAD = 200  # characters; what has no head by then is no call
 
-    def __init__(self, tools: Iterable[Tool]) -> None:
-        self.names = {tool.name for tool in tools}
+    def __init__(self, tools: ToolUse) -> None:
+        self.names = {tool.name for tool in tools.offered}
+        self.is_forced = tools.is_forced
         self.read: Callable[[], str | CallDelta | None] = self.read_text
         self.held = ""
+        self.gap = ""  # white space before a call, which is text again if it is none
         self.calls = 0
         # within the arguments of a call
         self.depth = 0
@@ -1639,23 +1777,24 @@ class ToolCallReader:
 
     def finish(self) -> list[str | CallDelta]:
         """The text that was held back for a call that did not come."""
+        if self.is_forced:  # it can only be the beginning of a call that max_tokens has cut
+            return []
         if self.read == self.read_head:
-            return [CALL_BEGIN + self.held]
-        return (
-            [self.held]
-            if self.read == self.read_text and self.held and not (self.calls and self.held.isspace())
-            else []
-        )
+            return [self.gap + CALL_BEGIN + self.held]
+        is_text = self.read == self.read_text and self.held and not (self.calls and self.held.isspace())
+        return [self.held] if is_text else []
 
     def read_text(self) -> str | CallDelta | None:
-        """Text up to the next call; white space waits, since around a call it belongs to the markup."""
+        """Text up to the next call; white space waits, since before a call it belongs to the markup."""
         text, begin, rest = self.held.partition(CALL_BEGIN)
+        if not begin:
+            text = text[: len(text) - overlap(text, CALL_BEGIN)]
+        sent = text.rstrip()
         if begin:
-            self.held, self.read = rest, self.read_head
-            return "" if text.isspace() else text.rstrip()
-        text = text[: len(text) - overlap(text, CALL_BEGIN)].rstrip()
-        self.held = self.held[len(text) :]
-        return text or None
+            self.gap, self.held, self.read = text[len(sent) :], rest, self.read_head
+            return sent
+        self.held = self.held[len(sent) :]
+        return sent or None
 
     def read_head(self) -> str | CallDelta | None:
         """The beginning of a call up to its arguments, or the text that looked like one."""
@@ -1666,8 +1805,8 @@ class ToolCallReader:
             return CallDelta(self.calls - 1, new_id("call_"), head[1])
         if not head and CALL_END not in self.held and len(self.held) < self.LONGEST_HEAD:
             return None
-        text, self.held, self.read = CALL_BEGIN + self.held, "", self.read_text
-        return text
+        self.read = self.read_text
+        return self.gap + CALL_BEGIN
 
     def read_arguments(self) -> str | CallDelta | None:
         """Arguments as far as they have come, to the bracket that closes them."""
@@ -1719,7 +1858,18 @@ MOST_CALLS = 16  # in one reply; without a bound a small model calls until its t
 
 def compact_schema(schema: dict[str, Json]) -> str:
     """A schema for llguidance, without white space between tokens, of which a small model may never stop."""
-    return json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+    guided = {**without_comments(schema), "x-guidance": {"whitespace_flexible": False}}
+    return json.dumps(guided, ensure_ascii=False)
+
+
+def without_comments(value: Json) -> Json:
+    """A schema without what only people read."""
+    if isinstance(value, list):
+        return [without_comments(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    is_comment = ("title", "description", "$comment")
+    return {k: without_comments(v) for k, v in value.items() if not (k in is_comment and isinstance(v, str))}
 
 
 # ---- Engine ----------------------------------------------------------------------------------------------------------
@@ -1777,6 +1927,10 @@ class PromptLookup:
         return self.guess[: max(0, min(likely, most))]
 
 
+# Where all choices of a request put their pieces, and None when they end.
+Outlet = asyncio.Queue[tuple["Sequence", "Piece | None"]]
+
+
 class Sequence:
     """One reply in the making: a choice of a request, which may have several."""
 
@@ -1830,10 +1984,6 @@ class Sequence:
             self.outlet.put_nowait((self, None))
 
 
-# Where all choices of a request put their pieces, and None when they end.
-Outlet = asyncio.Queue[tuple[Sequence, "Piece | None"]]
-
-
 class Slot:
     """Room for the KV of one sequence."""
 
@@ -1850,6 +2000,11 @@ class Slot:
         """Tokens of the sequence that are still to be fed: 1 while it decodes, more while it is prefilled."""
         return len(self.sequence.tokens) - len(self.tokens) if self.sequence else 0
 
+    def vacate(self, most: int) -> None:
+        """Frees the slot for another sequence, keeping at most so many tokens: a throwaway one must fit behind them."""
+        self.sequence = None
+        self.keep(self.tokens[:most], min(self.prefilled, most))
+
     def keep(self, tokens: list[int], prefilled: int) -> None:
         """Notes whose KV the row holds now."""
         self.tokens, self.prefilled = tokens, prefilled
@@ -1865,6 +2020,7 @@ class Plan:
     lengths: Integers  # [rows]
     chores: list[Callable[[], None]]
     draft: list[int]  # guessed tokens, fed behind the last one of the only slot
+    samples: bool  # whether nothing is left to feed then, so that the last logits are the next token's
 
     @property
     def count(self) -> int:
@@ -1876,11 +2032,6 @@ class Plan:
         """Whether the call prefills a part of a prompt."""
         return self.count > 1 and not self.draft
 
-    @property
-    def samples(self) -> bool:
-        """Whether nothing is left to feed after this call, so that its last logits are the next token's."""
-        return self.slots[0].pending + len(self.draft) == self.count
-
 
 class Engine:
     """Generates all sequences by continuous batching."""
@@ -1891,9 +2042,8 @@ class Engine:
         self.most_requests = most_requests
         self.slots = [Slot(row) for row in range(model.kv.rows)]
         page = model.kv.tokens_per_page
-        self.kv_tokens = (
-            kv_bytes // model.kv.bytes_per_token // page - model.kv.rows
-        ) * page  # a page for throwaway tokens
+        pages = kv_bytes // (model.kv.bytes_per_token * page)
+        self.kv_tokens = (pages - model.kv.rows) * page  # a page of each row is for throwaway tokens
         self.context_length = min(model.context_length, self.kv_tokens)
         if self.context_length < 16:
             raise SettingsError(
@@ -1903,6 +2053,7 @@ class Engine:
         self.wake = asyncio.Event()
         # as it runs
         self.requests = 0
+        self.is_draining = False
         self.waiting: deque[Sequence] = deque()
         self.chores: list[Callable[[], None]] = []
         self.sampled: list[tuple[Sequence, Pick | None, str]] = []  # to deliver: token, and why the sequence ends
@@ -1913,8 +2064,11 @@ class Engine:
     # what requests call
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Takes a request's sequences in; raises ApiError when as many requests as allowed are running."""
+        """Takes a request's sequences in; raises ApiError when as many as allowed are running, or the server stops."""
+        if self.is_draining:
+            raise draining()
         if self.requests >= self.most_requests:
+            self.metrics.rejected.add()
             raise overloaded(self.most_requests)
         self.requests += 1
         self.waiting += sequences
@@ -1926,6 +2080,11 @@ class Engine:
         for sequence in sequences:
             sequence.close("cancelled")
 
+    def end(self) -> None:
+        """Ends all sequences because the server stops."""
+        for sequence in [*self.waiting, *(slot.sequence for slot in self.slots if slot.sequence)]:
+            sequence.close("shutdown")
+
     def observe(self) -> None:
         """Brings the gauges up to date."""
         busy = [slot.sequence for slot in self.slots if slot.sequence and not slot.sequence.finish_reason]
@@ -1933,6 +2092,8 @@ class Engine:
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.kv_resident.set(self.model.kv.bytes_per_token * sum(slot.resident for slot in self.slots))
         self.metrics.kv_reserved.set(self.model.kv.bytes_per_token * sum(sequence.limit for sequence in busy))
+        self.metrics.prefill_speed.set(self.prefill_speed)
+        self.metrics.memory.set(resident_memory())
         self.metrics.kv_limit.set(self.model.kv.bytes_per_token * self.kv_tokens)
 
     # the loop
@@ -1974,7 +2135,15 @@ class Engine:
         if plan.draft:
             return [self.verify(plan, logits[0])], seconds
         samplers = [(slot.row - plan.low, slot.sequence.sampler) for slot in plan.slots if slot.sequence]
-        return [[sampler.pick(logits[row, -1])] for row, sampler in samplers], seconds
+        return [self.pick(sampler, logits[row, -1]) for row, sampler in samplers], seconds
+
+    def pick(self, sampler: Sampler, logits: npt.NDArray[Any]) -> list[Pick]:
+        """Samples one token from logits [vocab]; none when that fails, which is this sequence's fault alone."""
+        try:
+            return [sampler.pick(logits)]
+        except Exception:  # a grammar that runs into the engine's limits
+            logger.exception("a token could not be sampled")
+            return []
 
     def score_prompt(self, slot: Slot, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens behind those of a chunk, by the chunk's logits [count, vocab]."""
@@ -2001,17 +2170,22 @@ class Engine:
         """Notes what a step has computed: KV, speed, and the next tokens of each sequence."""
         self.steps += 1
         self.prefill_seconds = self.prefill_seconds + seconds if plan.is_chunk else 0.0
+        if plan.samples and not plan.is_chunk:
+            self.metrics.batch_size.observe(len(plan.slots))
         if plan.is_chunk and plan.count >= 32:  # shorter chunks do not show the speed of long ones
             self.prefill_speed += 0.5 * (plan.count / seconds - self.prefill_speed)
         sequences = [slot.sequence for slot in plan.slots if slot.sequence]
         for slot, sequence, picked in zip(plan.slots, sequences, picks, strict=True):
-            start, fed = len(slot.tokens), plan.count if plan.is_chunk else len(picked)
+            start, fed = len(slot.tokens), len(picked) if plan.draft else plan.count
             slot.tokens += (sequence.tokens[start : start + fed] + [pick.token for pick in picked])[:fed]
             slot.used = self.steps
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
             for pick in picked:
                 self.accept(sequence, pick)
+            if plan.samples and not picked and not sequence.finish_reason:
+                sequence.finish_reason = "error"
+                self.sampled.append((sequence, None, "error"))
 
     def accept(self, sequence: Sequence, pick: Pick) -> None:
         """Appends a sampled token, unless its sequence has ended in the meantime."""
@@ -2039,7 +2213,7 @@ class Engine:
                 continue
             pieces = []
             if sequence.echoes:
-                pieces.append(sequence.text.echo(sequence.prompt))
+                pieces.append(sequence.text.echo(sequence.prompt, self.model.control_texts))
                 sequence.echoes = False
             if pick:
                 pieces.append(sequence.text.push(pick.token, pick.scored))
@@ -2071,7 +2245,7 @@ class Engine:
         """Chooses the next call, a chunk of a prompt or one token for all that decode; None when nothing is to do."""
         for slot in self.slots:
             if slot.sequence and slot.sequence.finish_reason:
-                slot.sequence = None
+                slot.vacate(self.model.context_length - 1)
         self.admit()
         decoding = [slot for slot in self.slots if slot.pending == 1]
         prefilling = [slot for slot in self.slots if slot.pending > 1]
@@ -2142,7 +2316,9 @@ class Engine:
                 lengths[slot.row - low] = len(slot.tokens)
                 slot.resident = max(slot.resident, self.whole_pages(len(slot.tokens) + count))
         chores, self.chores = self.chores, []
-        return Plan(slots, low, tokens, lengths, chores, list(draft))
+        guesses = list(draft)
+        samples = slots[0].pending + len(guesses) == count
+        return Plan(slots, low, tokens, lengths, chores, guesses, samples)
 
     def tighten(self, decoding: list[Slot]) -> None:
         """Moves the last decoding row into the first gap, one a step, so that the span has few throwaway rows."""
@@ -2318,6 +2494,7 @@ class Limits:
     max_body_bytes: int
     keepalive_seconds: float
     read_seconds: float
+    write_seconds: float
 
 
 class HttpProtocol(asyncio.StreamReaderProtocol):
@@ -2447,7 +2624,7 @@ class Connection:
         ):  # RFC 9110 section 8.6: no Content-Length, and no body to have a type
             del fields["Content-Type"], fields["Content-Length"]
         self.writer.write(encode_head(response.status, fields) + (b"" if is_head else response.body))
-        await self.writer.drain()
+        await self.flush()
 
     def begin_events(self, headers: Mapping[str, str]) -> None:
         """Prepares a stream; its head goes out with the first event, so that an error before it is a response."""
@@ -2461,13 +2638,22 @@ class Connection:
             event = b"%x\r\n%b\r\n" % (len(event), event)
         self.writer.write(event if self.has_sent_head else self.events_head + event)
         self.has_sent_head = True
-        await self.writer.drain()
+        await self.flush()
 
     async def end_events(self) -> None:
         """Writes the end of a stream of events."""
         if self.is_chunked:
             self.writer.write(b"0\r\n\r\n")
-            await self.writer.drain()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Waits until the client has read enough; raises ConnectionResetError when it does not read at all."""
+        try:
+            async with asyncio.timeout(self.limits.write_seconds):
+                await self.writer.drain()
+        except TimeoutError:
+            self.writer.transport.abort()
+            raise ConnectionResetError from None
 
     async def close(self) -> None:
         """Closes the connection; if a request is left unread, after the client has had time to read the response."""
@@ -2646,7 +2832,9 @@ class Api:
         return json_response({"name": "phi_server", "version": VERSION, "model": self.model_name})
 
     async def health(self, exchange: Exchange) -> HttpResponse:
-        """GET /health: answers at once, whatever the model does."""
+        """GET /health: answers at once, whatever the model does; raises ApiError while the server stops."""
+        if self.engine.is_draining:
+            raise draining()
         return json_response({"status": "ok"})
 
     async def show_metrics(self, exchange: Exchange) -> HttpResponse:
@@ -2683,7 +2871,7 @@ class Api:
         guides = functools.partial(self.chat_guide, request)
         drops_space = self.model.drops_leading_space
         reply = self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
-        writer = ChatWriter(reply, request.tools.offered, self.model)
+        writer = ChatWriter(reply, request.tools, self.model)
         if request.generation.stream:
             return EventStream(self.events(exchange, reply, writer))
         with self.generating(exchange, reply):
@@ -2697,26 +2885,25 @@ class Api:
             return None
         try:
             if request.tools.offered:
-                return self.model.grammars.guide("lark_grammar", tool_grammar(request.tools, request.schema))
-            return self.model.grammars.guide("json_schema", compact_schema(request.schema or {}))
+                return self.model.guide("lark_grammar", tool_grammar(request.tools, request.schema))
+            return self.model.guide("json_schema", compact_schema(request.schema or {}))
         except ValueError as error:
             raise invalid_schema(self.refused_schema(request), str(error)) from None
 
     def refused_schema(self, request: ChatRequest) -> str:
         """Which of a chat's schemas the grammar engine refuses."""
-        for i, tool in enumerate(request.tools.offered):
+        for tool in request.tools.offered:
             try:
-                self.model.grammars.guide("json_schema", compact_schema(tool.parameters))
+                self.model.guide("json_schema", compact_schema(tool.parameters))
             except ValueError:
-                return f"tools[{i}].function.parameters"
+                return f"{tool.path}.function.parameters"
         return "response_format"
 
     async def completions(self, exchange: Exchange) -> HttpResponse | EventStream:
         """POST /v1/completions: the prompt as it is, without a template."""
         request = parse_completion(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        encoded = [self.model.encode(text) if isinstance(text, str) else text for text in request.prompts]
-        prompts = [prompt or [self.model.config.start_token] for prompt in encoded]
+        prompts = [self.model.encode(text) if isinstance(text, str) else text for text in request.prompts]
         drops_space = self.model.drops_leading_space and request.echo
         reply = self.prepare("cmpl-", "prompt", prompts, request.generation, no_guide, drops_space, request.echo)
         writer = CompletionWriter(reply, self.model)
@@ -2740,18 +2927,23 @@ class Api:
         """Makes the sequences and the identity of a reply; raises ApiError when a prompt leaves no room for one."""
         outlet: Outlet = asyncio.Queue()
         choices: list[Sequence] = []
-        eos_tokens = frozenset[int]() if generation.ignore_eos else self.model.config.eos_tokens
-        for prompt in prompts:
+        for given in prompts:
+            prompt = given or [self.model.config.start_token]
             room = self.engine.context_length - len(prompt)
             if room < (generation.max_tokens != 0):
                 raise context_exceeded(param, self.engine.context_length, len(prompt))
             limit = len(prompt) + min(room, room if generation.max_tokens is None else generation.max_tokens)
             leader: Sequence | None = None
             for i in range(generation.n):
-                sampler = Sampler(seeded(generation.sampling, i), prompt, guides(), generation.top_logprobs)
+                guide = guides()
+                ignores_eos = generation.ignore_eos and not guide  # a grammar has nothing behind its end
+                eos_tokens = frozenset[int]() if ignores_eos else self.model.config.eos_tokens
+                sampler = Sampler(seeded(generation.sampling, i), prompt, guide, generation.top_logprobs)
                 text = TextStream(self.model.token_stream(), generation.stop, drops_space)
                 index = len(choices)
-                choices.append(Sequence(index, prompt, limit, eos_tokens, sampler, text, outlet, echoes, leader))
+                choices.append(
+                    Sequence(index, prompt, limit, eos_tokens, sampler, text, outlet, echoes and bool(given), leader)
+                )
                 leader = leader or choices[-1]
         created = int(time.time())
         return Reply(new_id(prefix), created, self.model_name, self.fingerprint, generation, choices, outlet)
@@ -2759,7 +2951,7 @@ class Api:
     @contextlib.contextmanager
     def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
         """Generates a reply's choices while somebody waits within; raises ApiError when the server is full."""
-        exchange.details |= parameters(reply)
+        exchange.details |= logged_parameters(reply)
         self.engine.submit(reply.choices)
         started = time.perf_counter()
         try:
@@ -2767,6 +2959,18 @@ class Api:
         finally:
             self.engine.withdraw(reply.choices)
             exchange.details |= outcome(exchange, reply, started)
+            self.measure(exchange, reply)
+
+    def measure(self, exchange: Exchange, reply: Reply) -> None:
+        """Observes the times of a reply that has come to its end."""
+        now, first = time.perf_counter(), min(sequence.first_token for sequence in reply.choices)
+        if not first or any(sequence.finish_reason not in ("stop", "length") for sequence in reply.choices):
+            return
+        self.metrics.time_to_first_token.observe(first - exchange.started)
+        self.metrics.duration.observe(now - exchange.started)
+        longest = max(sequence.completion_tokens for sequence in reply.choices)
+        if longest > 1:
+            self.metrics.time_per_output_token.observe((now - first) / (longest - 1))
 
     async def events(
         self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
@@ -2774,7 +2978,7 @@ class Api:
         """The events of a streamed reply; the first one comes when the request is admitted, before prefill."""
         with self.generating(exchange, reply):
             yield writer.begin()
-            async for sequence, piece in pieces(exchange, reply):
+            async for sequence, piece in reply_pieces(exchange, reply):
                 if sequence is None:
                     yield KEEPALIVE_EVENT
                     continue
@@ -2794,7 +2998,7 @@ def seeded(sampling: Sampling, choice: int) -> Sampling:
     return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + choice)
 
 
-async def pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[tuple[Sequence | None, Piece | None]]:
+async def reply_pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[tuple[Sequence | None, Piece | None]]:
     """The pieces of all choices as they come, None at the end of each; raises ApiError when the engine failed.
 
     After each SILENCE_SECONDS without one comes (None, None).
@@ -2809,8 +3013,8 @@ async def pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[tuple[Sequen
             continue
         if piece is None:
             running -= 1
-            if sequence.finish_reason == "error":
-                raise internal(exchange.request_id)
+            if sequence.finish_reason in ("error", "shutdown"):
+                raise draining() if sequence.finish_reason == "shutdown" else internal(exchange.request_id)
         yield sequence, piece
 
 
@@ -2821,7 +3025,7 @@ async def gather(exchange: Exchange, reply: Reply) -> tuple[list[str], list[Scor
     """The whole text of each choice, and its scored tokens; raises ApiError when the engine failed."""
     texts = ["" for _ in reply.choices]
     scores: list[Scores] = [[] for _ in reply.choices]
-    async for sequence, piece in pieces(exchange, reply):
+    async for sequence, piece in reply_pieces(exchange, reply):
         if sequence and piece:
             texts[sequence.index] += piece.text
             scores[sequence.index] += piece.tokens
@@ -2831,10 +3035,10 @@ async def gather(exchange: Exchange, reply: Reply) -> tuple[list[str], list[Scor
 class ChatWriter:
     """Writes the choices of a chat, whole or in chunks."""
 
-    def __init__(self, reply: Reply, tools: tuple[Tool, ...], model: Model) -> None:
+    def __init__(self, reply: Reply, tools: ToolUse, model: Model) -> None:
         self.reply = reply
         self.model = model
-        self.readers = [ToolCallReader(tools) if tools else None for _ in reply.choices]
+        self.readers = [ToolCallReader(tools) if tools.offered else None for _ in reply.choices]
         self.unsent: list[Scores] = [[] for _ in reply.choices]  # tokens whose text a reader holds back
 
     def choice(self, sequence: Sequence, text: str, scores: Scores) -> dict[str, object]:
@@ -2842,7 +3046,7 @@ class ChatWriter:
         reader = self.readers[sequence.index]
         deltas: list[str | CallDelta] = [*reader.push(text), *reader.finish()] if reader else [text]
         content = "".join(delta for delta in deltas if isinstance(delta, str))
-        calls = tool_calls([delta for delta in deltas if isinstance(delta, CallDelta)])
+        calls = call_objects([delta for delta in deltas if isinstance(delta, CallDelta)])
         message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message |= {"content": content or None, "tool_calls": calls}
@@ -2968,7 +3172,8 @@ class CompletionWriter:
 
     def token_text(self, token: int) -> str:
         """A token's text, U+FFFD for parts of characters."""
-        return self.model.token_bytes(token).decode("utf-8", "replace")
+        control = self.model.control_texts.get(token, "")
+        return control or self.model.token_bytes(token).decode("utf-8", "replace")
 
 
 def chat_object(reply: Reply, choices: list[dict[str, object]]) -> dict[str, object]:
@@ -3006,7 +3211,7 @@ def delta_object(delta: str | CallDelta) -> dict[str, object]:
     return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]}
 
 
-def tool_calls(deltas: list[CallDelta]) -> list[dict[str, object]]:
+def call_objects(deltas: list[CallDelta]) -> list[dict[str, object]]:
     """The tool calls of a whole message."""
     calls: list[dict[str, object]] = []
     for begin in (delta for delta in deltas if delta.id):
@@ -3015,7 +3220,7 @@ def tool_calls(deltas: list[CallDelta]) -> list[dict[str, object]]:
     return calls
 
 
-def parameters(reply: Reply) -> dict[str, object]:
+def logged_parameters(reply: Reply) -> dict[str, object]:
     """What the log tells of a request's parameters: those that differ from the default, and no text."""
     sampling = dataclasses.asdict(reply.generation.sampling)
     defaults = dataclasses.asdict(Sampling())
@@ -3093,7 +3298,64 @@ def find_route(path: str) -> str:
 # answer's task when it does.
 
 PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
+FAREWELL_SECONDS = 1.0  # for the error events of what drains too slowly
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
+
+
+class Keys:
+    """The keys that clients may use; a file of them is read again when it changes."""
+
+    def __init__(self, keys: Iterable[str], path: str) -> None:
+        """Reads the file; raises SettingsError when it cannot be read."""
+        self.fixed = [digest(key) for key in keys]
+        self.path = Path(path).expanduser() if path else None
+        self.modified = 0
+        self.filed: list[bytes] = []
+        self.are_set = bool(self.fixed or self.path)
+        try:
+            self.refresh()
+        except OSError as error:
+            raise SettingsError(f"API_KEYS_FILE: {path} cannot be read: {error.strerror}") from None
+
+    def refresh(self) -> None:
+        """Reads the file if it has changed; raises OSError."""
+        if self.path and (modified := self.path.stat().st_mtime_ns) != self.modified:
+            self.filed = [digest(key) for line in self.path.read_text().splitlines() if (key := line.strip())]
+            self.modified = modified
+
+    def check(self, request: HttpRequest) -> None:
+        """Raises ApiError unless the request has one of the keys, or none is set."""
+        if not self.are_set:
+            return
+        with contextlib.suppress(OSError):  # a file that is being replaced: the keys so far stay good
+            self.refresh()
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        key = key or request.headers.get("x-api-key", "") or request.headers.get("api-key", "")
+        # All are compared, each in constant time, so that the time tells nothing of any of them.
+        if sum(hmac.compare_digest(digest(key), good) for good in self.fixed + self.filed) == 0:
+            raise unauthorized(key)
+
+
+def digest(key: str) -> bytes:
+    """A key's hash, so that keys of all lengths compare alike."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header, without port and brackets, in lower case."""
+    match = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.lower())
+    return (match[1] or match[2]) if match else host
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host name or address means this machine."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 class Server:
@@ -3103,8 +3365,13 @@ class Server:
         self.settings = settings
         self.api = api
         self.metrics = metrics
-        self.limits = Limits(settings.max_body_bytes, settings.keepalive_seconds, settings.read_seconds)
+        seconds = (settings.keepalive_seconds, settings.read_seconds, settings.write_seconds)
+        self.limits = Limits(settings.max_body_bytes, *seconds)
+        self.keys = Keys(settings.api_keys, settings.api_keys_file)
         self.conversations: set[asyncio.Task[None]] = set()
+        self.exchanges = 0  # being answered
+        self.idle = asyncio.Event()  # when there are none
+        self.idle.set()
 
     async def listen(self, listener: socket.socket) -> asyncio.Server:
         """Accepts connections on a bound socket from now on."""
@@ -3114,19 +3381,39 @@ class Server:
 
         return await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=1024)
 
-    async def stop(self) -> None:
-        """Ends all conversations; requests that are being answered are cut off."""
+    async def drain(self, listening: asyncio.Server, hurry: asyncio.Event) -> None:
+        """Stops in order; `hurry` cuts the waiting short.
+
+        1. No new connections, and /health says 503. 2. What is being answered may finish within DRAIN_SECONDS.
+        3. What still runs then ends with an error. 4. All connections are closed.
+        """
+        listening.close()
+        self.api.engine.is_draining = True
+        await self.until_idle(self.settings.drain_seconds, hurry)
+        self.api.engine.end()
+        await self.until_idle(FAREWELL_SECONDS, hurry)
         for task in self.conversations:
             task.cancel()
         await asyncio.gather(*self.conversations, return_exceptions=True)
+
+    async def until_idle(self, seconds: float, hurry: asyncio.Event) -> None:
+        """Waits until nothing is being answered, at most so long, and not when in a hurry."""
+        waits = {asyncio.create_task(self.idle.wait()), asyncio.create_task(hurry.wait())}
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers a client's requests in turn, until one side closes."""
         task = asyncio.current_task()
         assert task
-        self.conversations.add(task)
         connection = Connection(reader, writer, self.limits)
         try:
+            if len(self.conversations) >= self.settings.max_connections:
+                connection.has_unread_body = True
+                await self.answer_error(Exchange(connection), too_many_connections(self.settings.max_connections))
+                return
+            self.conversations.add(task)
             while await self.exchange(connection):
                 pass
         except (ConnectionError, asyncio.CancelledError):
@@ -3143,6 +3430,8 @@ class Server:
             if request is None:
                 return False
             exchange.begin(request)
+            self.exchanges += 1
+            self.idle.clear()
             await self.answer_while_present(exchange)
         except ApiError as error:
             await self.answer_error(exchange, error)
@@ -3152,6 +3441,10 @@ class Server:
             logger.exception("request %s failed", exchange.request_id)
             await self.answer_error(exchange, internal(exchange.request_id))
         finally:
+            if exchange.request:
+                self.exchanges -= 1
+            if not self.exchanges:
+                self.idle.set()
             if exchange.status:
                 self.finish(exchange)
         return exchange.status != CLIENT_CLOSED_REQUEST and exchange.keeps_alive
@@ -3177,10 +3470,14 @@ class Server:
         """Finds the handler of a request and sends what it returns; raises ApiError."""
         request, connection = exchange.request, exchange.connection
         assert request
+        self.check_host(request)
         if request.method == "OPTIONS":
             await self.send(exchange, HttpResponse(204, b"", self.preflight_headers(request)))
             return
-        result = await self.find_handler(exchange, request)(self.api, exchange)
+        handler = self.find_handler(exchange, request)
+        if exchange.route != "/health":
+            self.keys.check(request)
+        result = await handler(self.api, exchange)
         if isinstance(result, HttpResponse):
             await self.send(exchange, result)
             return
@@ -3190,6 +3487,15 @@ class Server:
                 exchange.status = 200
                 await connection.send_event(data)
         await connection.end_events()
+
+    def check_host(self, request: HttpRequest) -> None:
+        """Raises ApiError for a foreign Host, by which a web page could reach a server on loopback (DNS rebinding)."""
+        allowed = self.settings.allowed_hosts
+        if "*" in allowed or not (allowed or (is_loopback(self.settings.server_host) and not self.keys.are_set)):
+            return
+        name = host_name(request.headers.get("host", ""))
+        if name and not is_loopback(name) and name not in allowed:
+            raise host_not_allowed(name)
 
     def find_handler(self, exchange: Exchange, request: HttpRequest) -> Handler:
         """The handler of a request's path and method; raises ApiError."""
@@ -3229,7 +3535,8 @@ class Server:
         # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream is that
         # of the connection.
         unread = exchange.connection.has_unread_body
-        exchange.keeps_alive = bool(request and request.keeps_alive and not unread and not (is_old and is_stream))
+        must_close = unread or (is_old and is_stream) or self.api.engine.is_draining
+        exchange.keeps_alive = bool(request and request.keeps_alive and not must_close)
         if is_old or not exchange.keeps_alive:
             headers["Connection"] = "keep-alive" if exchange.keeps_alive else "close"
         return headers
@@ -3290,6 +3597,7 @@ def startup_step(title: str) -> Iterator[Progress]:
         if terminal:
             print(f"\r{title}  {state:<12}", end=end, file=sys.stderr, flush=True)
 
+    show("...")
     try:
         yield lambda fraction: show(f"{100 * fraction:.0f} %")
     except BaseException:
@@ -3662,20 +3970,27 @@ async def serve(settings: Settings) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     fields = {"model": served_name(settings), "context_length": engine.context_length, "address": address}
     logger.info("serving", extra={"fields": fields})
-    await stop_signal()
-    logger.info("stopping")
-    listening.close()
-    await server.stop()
+    if not server.keys.are_set and not is_loopback(settings.server_host):
+        logger.warning("anybody who reaches this address may use the model; set API_KEYS, or listen on 127.0.0.1")
+    stopping, hurry = asyncio.Event(), asyncio.Event()
+    handle_signals(stopping, hurry)
+    await stopping.wait()
+    logger.info("draining", extra={"fields": {"requests": server.exchanges}})
+    await server.drain(listening, hurry)
     generating.cancel()
     engine.executor.shutdown(cancel_futures=True)
+    logger.info("stopped")
 
 
-async def stop_signal() -> None:
-    """Waits for SIGINT or SIGTERM."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
+    """Sets `stopping` at the first SIGINT or SIGTERM, and `hurry` at the second."""
+    loop = asyncio.get_running_loop()
+
+    def handle(*_: object) -> None:
+        loop.call_soon_threadsafe((hurry if stopping.is_set() else stopping).set)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-    await stop.wait()
+        signal.signal(number, handle)
 
 
 def main(argv: list[str]) -> int:
