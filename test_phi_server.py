@@ -19,12 +19,14 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -785,6 +787,114 @@ def test_kept_kv_is_shown_within_its_limit(server: Server) -> None:
     chat(server, "Hi", max_tokens=1)
     assert 0 < metric(server, "kv_resident_bytes") <= metric(server, "kv_limit_bytes")
     assert metric(server, "kv_reserved_bytes") == 0
+
+
+def families(server: Server) -> dict[str, Any]:
+    """The metric families of GET /metrics by name, as Prometheus' own parser reads them."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    page = get(server, "/metrics").body.decode()
+    return {family.name: family for family in parser.text_string_to_metric_families(page)}
+
+
+def test_every_metric_has_a_help_text_and_a_type(server: Server) -> None:
+    get(server, "/health")
+    page = get(server, "/metrics").body.decode()
+    for family in families(server).values():
+        assert family.samples
+        assert re.search(rf"^# HELP {family.name}(_total)? \S+", page, re.MULTILINE)
+        assert re.search(rf"^# TYPE {family.name}(_total)? (counter|gauge|histogram)$", page, re.MULTILINE)
+
+
+def test_metrics_are_named_as_prometheus_naming_guide_asks(server: Server) -> None:
+    page = get(server, "/metrics").body.decode()
+    kinds = re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE)
+    assert all(re.fullmatch(r"(phi_server|process)_[a-z_]+", name) for name, _ in kinds)
+    assert [name for name, kind in kinds if (kind == "counter") != name.endswith("_total")] == []
+    assert not re.search(r"milli|_ms\b|kilo|mega", " ".join(name for name, _ in kinds))
+
+
+def test_a_value_above_all_bounds_is_counted() -> None:
+    histogram = phi_server.Histogram("h", "Help.", (1, 2))
+    for value in (1, 1.5, 7):
+        histogram.observe(value)
+    buckets = ['h_bucket{le="1"} 1', 'h_bucket{le="2"} 2', 'h_bucket{le="+Inf"} 3', "h_sum 9.5", "h_count 3"]
+    assert histogram.render().splitlines()[2:] == buckets
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["batch_size", "time_to_first_token_seconds", "time_per_output_token_seconds", "generation_duration_seconds"],
+)
+def test_the_buckets_of_a_histogram_add_up(server: Server, name: str) -> None:
+    chat(server, "Count to five.", max_tokens=8)
+    family = families(server)["phi_server_" + name]
+    samples = {sample.name.rpartition("_")[2]: sample.value for sample in family.samples}
+    buckets = [(float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket")]
+    assert family.type == "histogram"
+    assert buckets == sorted(buckets)
+    assert [value for _, value in buckets] == sorted(value for _, value in buckets)
+    assert buckets[-1] == (math.inf, samples["count"])
+    assert samples["sum"] > 0
+
+
+@pytest.mark.parametrize("stream", [pytest.param(False, id="whole"), pytest.param(True, id="streamed")])
+@pytest.mark.parametrize(
+    "name", ["time_to_first_token_seconds", "time_per_output_token_seconds", "generation_duration_seconds"]
+)
+def test_a_reply_is_observed_once(server: Server, name: str, stream: bool) -> None:
+    before = metric(server, f"{name}_count")
+    post(server, CHAT, {"messages": turns("Count to five."), "max_tokens": 8, "stream": stream})
+    assert eventually(lambda: metric(server, f"{name}_count") == before + 1)
+
+
+def test_the_observed_times_of_a_reply_are_those_that_passed(server: Server) -> None:
+    names = [f"{name}_seconds_sum" for name in ("time_to_first_token", "time_per_output_token", "generation_duration")]
+    before = [metric(server, name) for name in names]
+    started = time.monotonic()
+    tokens = chat(server, STORY, max_tokens=24, ignore_eos=True)["usage"]["completion_tokens"]
+    passed = time.monotonic() - started
+    first, each, whole = (metric(server, name) - old for name, old in zip(names, before, strict=True))
+    assert 0 < first < whole <= passed
+    assert first + each * (tokens - 1) == pytest.approx(whole, rel=0.05, abs=0.01)
+
+
+def test_a_reply_that_was_cancelled_is_not_observed(server: Server) -> None:
+    before = metric(server, "generation_duration_seconds_count")
+    with stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+    assert eventually(lambda: is_idle(server))
+    assert metric(server, "generation_duration_seconds_count") == before
+
+
+def test_the_size_of_a_batch_is_observed(server: Server) -> None:
+    steps, rows = metric(server, "batch_size_count"), metric(server, "batch_size_sum")
+    chat(server, "Count to ten.", max_tokens=16, ignore_eos=True, n=2)
+    steps, rows = metric(server, "batch_size_count") - steps, metric(server, "batch_size_sum") - rows
+    assert 14 <= steps <= 16  # the first token comes with the prompt
+    assert steps < rows <= 2 * steps
+
+
+def test_refused_requests_are_counted(strict_server: Server) -> None:
+    before = metric(strict_server, "rejected_requests_total")
+    with busy(strict_server, 1):
+        assert post(strict_server, TEXT, {"prompt": "Hi"}).status == 429
+    assert metric(strict_server, "rejected_requests_total") == before + 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+def test_the_memory_of_the_process_is_shown(server: Server) -> None:
+    (sample,) = families(server)["process_resident_memory_bytes"].samples
+    shown = Path(f"/proc/{server.process.pid}/status").read_text(encoding="utf-8")
+    resident = 1024 * int(re.findall(r"VmRSS:\s+(\d+)", shown)[0])
+    assert sample.value == pytest.approx(resident, rel=0.1)
+
+
+def test_the_metrics_page_costs_under_a_millisecond(server: Server) -> None:
+    with Wire(server) as wire:
+        for i in range(20):
+            wire.send(raw("GET /metrics HTTP/1.1", "Host: localhost", f"x-request-id: page-{i}"))
+            assert wire.read_reply()
+    assert min(server.logged(request_id=f"page-{i}")["duration_ms"] for i in range(20)) < 1
 
 
 # ---- Requests --------------------------------------------------------------------------------------------------------
@@ -2511,6 +2621,136 @@ def test_kv_memory_for_less_than_16_tokens_ends_the_start(tmp_path: Path) -> Non
     assert ended.stderr.splitlines()[-1].startswith("phi_server: KV_MEMORY: 1,024 bytes hold less than 16 tokens")
 
 
+POISON = 13_667  # a token whose logit_bias marks a request, or whose text as a stop string does
+FAULTY = f"""
+import sys, phi_server
+def faulty(function, is_marked):
+    def call(self, *arguments):
+        if is_marked(self): raise RuntimeError("injected fault")
+        return function(self, *arguments)
+    return call
+sampler, stream = phi_server.Sampler, phi_server.TextStream
+sampler.pick = faulty(sampler.pick, lambda self: {POISON} in self.sampling.logit_bias)
+stream.push = faulty(stream.push, lambda self: "{POISON}" in self.stop)
+stream.finish = faulty(stream.finish, lambda self: "finish {POISON}" in self.stop)
+sys.exit(phi_server.main([]))
+"""
+
+
+@pytest.fixture(scope="module")
+def faulty_server() -> Iterator[Server]:
+    """A server in which whatever is done for a marked request raises."""
+    with running(script=FAULTY, KV_MEMORY="512MiB") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        pytest.param({"logit_bias": {POISON: 1}}, id="sampling"),
+        pytest.param({"stop": f"{POISON}"}, id="making text"),
+        pytest.param({"stop": f"finish {POISON}"}, id="ending text"),
+    ],
+)
+@pytest.mark.parametrize("stream", [pytest.param(False, id="whole"), pytest.param(True, id="streamed")])
+def test_what_raises_in_one_sequence_fails_that_one_alone(
+    faulty_server: Server, mark: dict[str, Any], stream: bool
+) -> None:
+    asked = {"messages": turns("Hi"), "max_tokens": 4, "stream": stream, **mark}
+    other, reply = concurrently(
+        lambda: post(faulty_server, CHAT, {"messages": turns(STORY), "max_tokens": 60, "ignore_eos": True}),
+        lambda: post(faulty_server, CHAT, asked),
+    )
+    assert other.status == 200
+    assert reply.status == (200 if stream else 500)
+    assert b'"code":"internal_error"' in reply.body
+    assert b"[DONE]" not in reply.body
+    assert is_idle(faulty_server)
+
+
+def test_what_raises_for_one_choice_ends_the_reply_and_its_other_choices(faulty_server: Server) -> None:
+    asked = {"messages": turns(STORY), "logit_bias": {POISON: 1}, "n": 3, "max_tokens": 2000, "ignore_eos": True}
+    assert post(faulty_server, CHAT, asked).error["code"] == "internal_error"
+    assert eventually(lambda: is_idle(faulty_server))
+    assert content(chat(faulty_server, "What is the capital of France?")) == "The capital of France is Paris."
+
+
+def leave_before_the_body(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.send(raw(f"POST {CHAT} HTTP/1.1", "Host: localhost", "Content-Length: 100"))
+
+
+def leave_in_the_body(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.send(raw(f"POST {CHAT} HTTP/1.1", "Host: localhost", "Content-Length: 100", body=b'{"model":'))
+
+
+def leave_during_prefill(server: Server) -> None:
+    with stream_forever(server, "", path=TEXT, prompt=[secrets.randbelow(9000) + 500 for _ in range(3000)]) as wire:
+        wire.read_head()
+        assert eventually(lambda: metric(server, "running_sequences") == 1)
+
+
+def leave_mid_stream(server: Server) -> None:
+    with stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+
+
+def leave_while_waiting_for_the_whole(server: Server) -> None:
+    with stream_forever(server, STORY, stream=False, n=3):
+        assert eventually(lambda: metric(server, "running_sequences") == 3)
+
+
+def leave_by_half_close(server: Server) -> None:
+    with stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        wire.socket.shutdown(socket.SHUT_WR)
+        assert b"[DONE]" not in wire.stream.read()
+
+
+def leave_by_reset(server: Server) -> None:
+    with stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def leave_with_more_requests_sent(server: Server) -> None:
+    with stream_forever(server, STORY, stream=False) as wire:
+        assert eventually(lambda: metric(server, "running_sequences") == 1)
+        wire.send(raw("GET /health HTTP/1.1", "Host: localhost") * 4)
+
+
+def descriptors(server: Server) -> int:
+    """How many file descriptors the process has open."""
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts file descriptors as Linux shows them")
+@pytest.mark.parametrize(
+    "leave",
+    [
+        leave_before_the_body,
+        leave_in_the_body,
+        leave_during_prefill,
+        leave_mid_stream,
+        leave_while_waiting_for_the_whole,
+        leave_by_half_close,
+        leave_by_reset,
+        leave_with_more_requests_sent,
+    ],
+)
+def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
+    server: Server, leave: Callable[[Server], None]
+) -> None:
+    assert eventually(lambda: is_idle(server))
+    before = descriptors(server)
+    leave(server)
+    left = time.monotonic()
+    assert eventually(lambda: is_idle(server))
+    assert time.monotonic() - left < 5  # one step; the reply would take longer
+    assert eventually(lambda: descriptors(server) <= before)
+
+
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
 # Requests stand in the tests as they go over the wire.
 
@@ -2527,7 +2767,7 @@ REQUESTS = [
     pytest.param(raw("GET /health HTTP/1.0", "Connection: keep-alive"), 200, id="HTTP/1.0 with keep-alive"),
     pytest.param(raw("GET /none HTTP/1.1", "Host: localhost"), 404, id="unknown URL"),
     pytest.param(raw("BREW /health HTTP/1.1", "Host: localhost"), 405, id="unknown method"),
-    pytest.param(raw("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 2", body=b"[]"), 400, id="[]"),
+    pytest.param(raw("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 2", body=b"[]"), 400, id="a"),
     pytest.param(
         raw("POST /chat/completions HTTP/1.1", "Host: localhost", f"Content-Length: {len(CHAT_BODY)}", body=CHAT_BODY),
         200,
@@ -2853,6 +3093,143 @@ def test_to_http_1_1_a_stream_is_chunked_and_the_connection_kept(wide_server: Se
 def test_replies_have_a_date(server: Server) -> None:
     date = get(server, "/health").headers["date"]
     assert re.fullmatch(r"(Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", date)
+
+
+@pytest.fixture(scope="module")
+def small_server() -> Iterator[Server]:
+    """A server with few connections, which waits a second for readers and for requests."""
+    with running(MAX_CONNECTIONS=3, WRITE_SECONDS=1, KEEPALIVE_SECONDS=1) as server:
+        yield server
+
+
+def test_one_connection_above_the_limit_is_refused_until_another_one_closes() -> None:
+    with running(MAX_CONNECTIONS=3) as server, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server)) for _ in range(3)]
+        for wire in wires:
+            wire.send(raw("GET /health HTTP/1.1", "Host: localhost"))
+            assert wire.read_reply()
+        refused = get(server, "/health")
+        wires[0].__exit__()
+        assert (refused.status, refused.error["code"]) == (503, "too_many_connections")
+        assert (refused.headers["connection"], refused.headers["retry-after"]) == ("close", "1")
+        assert eventually(lambda: get(server, "/health").status == 200)
+
+
+def test_a_connection_that_was_refused_does_not_count(small_server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(small_server)) for _ in range(8)]
+        for wire in wires:
+            wire.send(raw("GET /health HTTP/1.1", "Host: localhost"))
+        statuses = [reply.status for wire in wires if (reply := wire.read_reply())]
+    assert sorted(statuses) == [200] * 3 + [503] * 5
+    assert eventually(lambda: get(small_server, "/health").status == 200)
+
+
+def deaf_client(server: Server) -> socket.socket:
+    """A connected socket on the way to which the system buffers little, for somebody who does not read."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    client.settimeout(PATIENCE)
+    client.connect(server.address)
+    return client
+
+
+@pytest.mark.parametrize("stream", [pytest.param(True, id="streamed"), pytest.param(False, id="whole")])
+def test_a_reader_that_never_reads_loses_its_reply(small_server: Server, stream: bool) -> None:
+    name = secrets.token_hex(8)
+    asked = {"model": small_server.model, "prompt": "owl " * 900, "echo": True, "logprobs": 5, "stream": stream}
+    data = json.dumps(asked | {"max_tokens": 3000 if stream else 1, "n": 4, "ignore_eos": True}).encode()
+    with deaf_client(small_server) as client:
+        headers = ("Host: localhost", f"x-request-id: {name}", f"Content-Length: {len(data)}")
+        client.sendall(raw(f"POST {TEXT} HTTP/1.1", *headers, body=data))
+        entry = small_server.logged(request_id=name)
+        assert entry["status"] == 499
+        assert is_idle(small_server)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts file descriptors as Linux shows them")
+def test_a_reader_that_never_reads_keeps_no_connection_once_it_is_idle(small_server: Server) -> None:
+    before = descriptors(small_server)
+    with deaf_client(small_server) as client:
+        for i in range(12):  # 60 KB: more than the system takes, less than asyncio makes the server wait for
+            client.sendall(raw("GET /metrics HTTP/1.1", "Host: localhost", f"x-request-id: unread-{i}"))
+            small_server.logged(request_id=f"unread-{i}")
+        assert eventually(lambda: descriptors(small_server) <= before)
+
+
+def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
+    """A request whose unknown field makes its body this deep."""
+    field = opening * (depth - 1) + "1" + closing * (depth - 1)
+    return b'{"model":"none","prompt":"Hi","metadata":%b}' % field.encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        pytest.param(nested(100), "model_not_found", id="100 deep"),
+        pytest.param(nested(101), "invalid_json", id="101 deep"),
+        pytest.param(nested(101, '{"a":', "}"), "invalid_json", id="101 objects deep"),
+        pytest.param(nested(5000), "invalid_json", id="5000 deep"),
+        pytest.param(b"[" * 100_000, "invalid_json", id="100,000 brackets"),
+        pytest.param(b'{"a":' * 100_000, "invalid_json", id="100,000 objects"),
+        pytest.param(b'{"model":"none","prompt":"%b"}' % (b"[{" * 500), "model_not_found", id="brackets in a string"),
+        pytest.param(b'{"model":"none","prompt":[%b[1]]}' % (b"[1]," * 120), "model_not_found", id="wide, not deep"),
+    ],
+)
+def test_json_is_read_to_a_depth_of_100(server: Server, body: bytes, code: str) -> None:
+    assert post(server, TEXT, body).error["code"] == code
+
+
+FUZZED_BODIES = [
+    b'{"model":"smollm2-135m","prompt":["Hi",""],"max_tokens":1,"logprobs":null}',
+    b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"\\u00e9"}]}],"tools":[]}',
+]
+CHUNKS = b'18;a="b"\r\n{"model":"smollm2-135m",\r\n1e\r\n"prompt":[5,6],"max_tokens":1}\r\n0\r\nT: x\r\n\r\n'
+FUZZED_HEAD = ("Host: localhost", "Connection: close", "x-request-id: fuzz", "Origin: http://a.example")
+FUZZED = [
+    raw("GET /v1/models?x=1 HTTP/1.1", *FUZZED_HEAD),
+    raw("OPTIONS /v1/models HTTP/1.1", *FUZZED_HEAD),
+    *(
+        raw(f"POST {path} HTTP/1.1", *FUZZED_HEAD, f"Content-Length: {len(body)}", body=body)
+        for path, body in zip([TEXT, CHAT], FUZZED_BODIES, strict=True)
+    ),
+    raw(f"POST {TEXT} HTTP/1.1", *FUZZED_HEAD, "Transfer-Encoding: chunked", body=CHUNKS),
+]
+REMARKABLE = [bytes([byte]) for byte in b'\0\r\n :,;-9["\\\xff'] + [b"\r\n\r\n", b"\xf0\x9f", b"1e999", b"\\ud800"]
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """A request with one part flipped, inserted, deleted, doubled or cut off."""
+    start = chance.randrange(len(data))
+    end = min(len(data), start + chance.choice([1, 1, 2, 4, 16, 64]))
+    middle = chance.choice(
+        [
+            bytes([data[start] ^ 1 << chance.randrange(8)]) + data[start + 1 : end],
+            chance.choice(REMARKABLE) + data[start:end],
+            chance.choice(REMARKABLE),
+            b"",
+            data[start:end] * 2,
+        ]
+    )
+    return data[:start] + middle + (data[end:] if chance.random() < 0.9 else b"")
+
+
+def test_bytes_that_are_nearly_a_request_never_break_the_server() -> None:
+    chance = random.Random(6)
+    tried = [mutated(chance.choice(FUZZED), chance) for _ in range(300)]
+    with running(
+        READ_SECONDS=0.2, KEEPALIVE_SECONDS=1, MAX_CONCURRENT_REQUESTS=16, MODEL_ALIASES="smollm2-135m"
+    ) as server:
+        with ThreadPoolExecutor(16) as pool:
+            exchanges = list(pool.map(functools.partial(exchange, server), FUZZED + tried))
+        assert get(server, "/health").status == 200
+        assert eventually(lambda: is_idle(server))
+    statuses = [{reply.status for reply in replies} for replies in exchanges]
+    expected = {200, 204, 400, 403, 404, 405, 408, 413, 415, 417, 429, 431, 501, 505}
+    assert statuses[: len(FUZZED)] == [{200}, {204}, {200}, {404}, {200}]
+    assert [pair for pair in zip(FUZZED + tried, statuses, strict=True) if not pair[1] or pair[1] - expected] == []
+    assert [entry for entry in server.log if "trace" in entry or "Traceback" in entry["message"]] == []
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------------
@@ -3595,6 +3972,516 @@ def test_the_text_format_of_the_log_is_for_people() -> None:
     )
     line = phi_server.LogFormatter(is_json=False).format(record)
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info +request status=200$", line)
+
+
+KEY, SHORT_KEY, FILED_KEY = "sk-0123456789abcdefWXYZ", "short", "filed-0123456789abcdef"
+WRONG_KEY = "sk-9876543210fedcbaSTUV"
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"\n  {FILED_KEY}  \n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def keyed_server(key_file: Path) -> Iterator[Server]:
+    """A server with keys from the environment and from a file, on every address."""
+    with running(API_KEYS=f"{KEY}, {SHORT_KEY}", API_KEYS_FILE=key_file, SERVER_HOST="0.0.0.0") as server:
+        server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+        yield server
+
+
+def bearer(key: str) -> str:
+    return f"Authorization: Bearer {key}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        pytest.param([], 401, None, id="no key"),
+        pytest.param([bearer(KEY)], 200, None, id="bearer"),
+        pytest.param([bearer(SHORT_KEY)], 200, None, id="another key"),
+        pytest.param([bearer(FILED_KEY)], 200, None, id="key of the file"),
+        pytest.param([f"authorization: bEARER   {KEY}"], 200, None, id="bearer in any case"),
+        pytest.param([f"x-api-key: {KEY}"], 200, None, id="x-api-key"),
+        pytest.param([f"API-Key: {KEY}"], 200, None, id="api-key"),
+        pytest.param([f"Authorization: Basic {KEY}", f"api-key: {KEY}"], 200, None, id="api-key beside another scheme"),
+        pytest.param([f"Authorization: Basic {KEY}"], 401, None, id="basic"),
+        pytest.param([f"Authorization: {KEY}"], 401, None, id="no scheme"),
+        pytest.param([bearer("")], 401, None, id="empty bearer"),
+        pytest.param(["x-api-key:"], 401, None, id="empty x-api-key"),
+        pytest.param([bearer(WRONG_KEY)], 401, "invalid_api_key", id="wrong key"),
+        pytest.param([bearer(KEY[:-1])], 401, "invalid_api_key", id="beginning of a key"),
+        pytest.param([bearer(KEY.lower())], 401, "invalid_api_key", id="key in lower case"),
+        pytest.param([bearer(f"{KEY}, {SHORT_KEY}")], 401, "invalid_api_key", id="list of keys"),
+        pytest.param([bearer(KEY), bearer(KEY)], 401, "invalid_api_key", id="two headers"),
+        pytest.param([bearer("\xe9\xff")], 401, "invalid_api_key", id="no ASCII"),
+    ],
+)
+def test_a_key_is_needed_once_keys_are_set(
+    keyed_server: Server, headers: list[str], status: int, code: str | None
+) -> None:
+    reply = get(keyed_server, "/v1/models", *headers)
+    assert reply.status == status
+    if status == 401:
+        assert reply.error["code"] == code
+        assert reply.headers["www-authenticate"].startswith("Bearer")
+
+
+@pytest.mark.parametrize(
+    ("headers", "message"),
+    [
+        pytest.param([], "You didn't provide an API key. You need to provide your API key in ", id="no key"),
+        pytest.param([bearer(WRONG_KEY)], "Incorrect API key provided: sk-...STUV.", id="wrong key"),
+        pytest.param([bearer("hunter2hunter2")], "Incorrect API key provided: ....", id="short key, not shown at all"),
+    ],
+)
+def test_a_refused_key_is_told_in_openais_words_and_not_shown(
+    keyed_server: Server, headers: list[str], message: str
+) -> None:
+    reply = get(keyed_server, "/v1/models", *headers)
+    assert reply.error["message"].startswith(message)
+    assert not any(header.rpartition(" ")[2] in reply.body.decode() for header in headers)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/health", 200),
+        ("HEAD", "/health", 200),
+        ("GET", "/v1/health/", 200),
+        ("OPTIONS", CHAT, 204),
+        ("GET", "/metrics", 401),
+        ("HEAD", "/metrics", 401),
+        ("GET", "/", 401),
+        ("GET", "/v1/models/x", 401),
+        ("POST", CHAT, 401),
+        ("POST", TEXT, 401),
+    ],
+)
+def test_health_and_preflight_alone_need_no_key(keyed_server: Server, method: str, path: str, status: int) -> None:
+    reply = exchange(keyed_server, raw(f"{method} {path} HTTP/1.1", "Host: localhost"), 1)[0]
+    assert reply.status == status
+
+
+def accepts(server: Server, key: str) -> bool:
+    return get(server, "/v1/models", bearer(key)).status == 200
+
+
+def test_a_file_of_keys_is_read_again_when_it_changes(keyed_server: Server, key_file: Path) -> None:
+    before = key_file.read_text(encoding="utf-8")
+    key_file.write_text(f"{before}new-key\n", encoding="utf-8")
+    assert accepts(keyed_server, "new-key")
+    assert accepts(keyed_server, FILED_KEY)
+    key_file.write_text(before, encoding="utf-8")
+    assert not accepts(keyed_server, "new-key")
+
+
+def test_a_file_of_keys_that_becomes_empty_does_not_open_the_server(keyed_server: Server, key_file: Path) -> None:
+    before = key_file.read_text(encoding="utf-8")
+    key_file.write_text("", encoding="utf-8")
+    assert get(keyed_server, "/v1/models").status == 401
+    assert not accepts(keyed_server, FILED_KEY)
+    key_file.write_text(before, encoding="utf-8")
+    assert accepts(keyed_server, FILED_KEY)
+
+
+@pytest.mark.parametrize("damage", ["gone", "no UTF-8"])
+def test_a_file_of_keys_that_cannot_be_read_for_a_while_leaves_the_keys_as_they_are(
+    keyed_server: Server, key_file: Path, damage: str
+) -> None:
+    before = key_file.read_bytes()
+    key_file.unlink() if damage == "gone" else key_file.write_bytes(b"\xff\xfe\n")
+    replies = [get(keyed_server, "/v1/models", bearer(key)).status for key in (KEY, FILED_KEY, "\xff\xfe")]
+    key_file.write_bytes(before)
+    assert replies == [200, 200, 401]
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "no UTF-8"])
+def test_a_file_of_keys_that_cannot_be_read_ends_the_start(tmp_path: Path, kind: str) -> None:
+    file = tmp_path if kind == "folder" else tmp_path / "keys"
+    if kind == "no UTF-8":
+        file.write_bytes(b"\xff\xfe\n")
+    result = run(cwd=tmp_path, API_KEYS_FILE=file)
+    assert result.returncode == 2
+    assert re.fullmatch(r"phi_server: API_KEYS_FILE: .*\n", result.stderr.splitlines(keepends=True)[-1])
+    assert "Traceback" not in result.stderr
+
+
+def test_keys_are_not_logged(keyed_server: Server) -> None:
+    keys = (KEY, FILED_KEY, WRONG_KEY)
+    for i, key in enumerate(keys):
+        get(keyed_server, "/v1/models", bearer(key), f"x-request-id: keyless-{i}")
+        keyed_server.logged(request_id=f"keyless-{i}")
+    assert not any(key in json.dumps(keyed_server.log) for key in keys)
+
+
+def warnings(server: Server) -> list[str]:
+    """The warnings of a start, once it is known to be over."""
+    get(server, "/health", "x-request-id: started")
+    server.logged(request_id="started")
+    return [entry["message"] for entry in server.log if entry.get("level") == "warning"]
+
+
+def test_a_start_without_keys_on_every_address_warns() -> None:
+    with running(SERVER_HOST="0.0.0.0") as server:
+        server.url = server.url.replace("0.0.0.0", "127.0.0.1")
+        (warning,) = warnings(server)
+        assert "API_KEYS" in warning
+        assert ask_as(server, "any.example").status == 200
+
+
+def test_a_start_with_keys_or_on_loopback_does_not_warn(server: Server, keyed_server: Server) -> None:
+    assert warnings(server) == warnings(keyed_server) == []
+
+
+def ask_as(server: Server, host: str, *headers: str) -> Reply:
+    """The list of models, asked for with this Host."""
+    return exchange(server, raw("GET /v1/models HTTP/1.1", f"Host: {host}", *headers), 1)[0]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "localhost:8000",
+        "LocalHost",
+        "127.0.0.1",
+        "127.0.0.1:80",
+        "127.8.9.1",
+        "[::1]",
+        "[::1]:8000",
+        "a.localhost",
+    ],
+)
+def test_a_loopback_name_may_be_used(server: Server, host: str) -> None:
+    assert ask_as(server, host).status == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:80", "EVIL", "127.0.0.1.evil.example", "localhost.evil.example", "alocalhost"),
+        *("localhost@evil.example", "evil.example:80:localhost", "[evil]", "0.0.0.0", "10.0.0.1", "[fe80::1]", "[::1"),
+    ],
+)
+def test_another_name_is_refused_on_loopback_without_keys(server: Server, host: str) -> None:
+    reply = ask_as(server, host)
+    assert (reply.status, reply.error["code"]) == (403, "host_not_allowed")
+    assert "ALLOWED_HOSTS" in reply.error["message"]
+
+
+def test_with_keys_any_name_may_be_used() -> None:
+    with running(API_KEYS=KEY) as server:
+        assert ask_as(server, "evil.example", bearer(KEY)).status == 200
+
+
+@pytest.fixture(scope="module")
+def named_server() -> Iterator[Server]:
+    """A server with a key and names."""
+    with running(ALLOWED_HOSTS="models.example, Box, 10.0.0.1", API_KEYS=KEY, MAX_BODY_BYTES=1024) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("models.example", 200),
+        ("MODELS.example:8000", 200),
+        ("box", 200),
+        ("10.0.0.1:80", 200),
+        ("localhost", 200),
+        ("a.models.example", 403),
+        ("evil.example", 403),
+    ],
+)
+def test_allowed_hosts_and_loopback_names_may_be_used(named_server: Server, host: str, status: int) -> None:
+    assert ask_as(named_server, host, bearer(KEY)).status == status
+
+
+def test_a_star_allows_every_host() -> None:
+    with running(ALLOWED_HOSTS="*") as server:
+        assert ask_as(server, "evil.example").status == 200
+
+
+def test_checks_come_in_the_order_host_route_method_key_size_json(named_server: Server) -> None:
+    steps = [
+        (("BREW /none", "evil.example", "", "2000"), 403),
+        (("BREW /none", "box.localhost", "", "2000"), 404),
+        (("BREW /v1/completions", "box.localhost", "", "2000"), 405),
+        (("POST /v1/completions", "box.localhost", "", "2000"), 401),
+        (("POST /v1/completions", "box.localhost", KEY, "2000"), 413),
+        (("POST /v1/completions", "box.localhost", KEY, "2"), 400),
+    ]
+    for (asked, host, key, length), status in steps:
+        lines = (f"{asked} HTTP/1.1", f"Host: {host}", f"api-key: {key}", f"Content-Length: {length}")
+        assert exchange(named_server, raw(*lines, body=b"{]"), 1)[0].status == status
+
+
+def is_refused(server: Server) -> bool:
+    """Whether nobody listens any more."""
+    try:
+        socket.create_connection(server.address, PATIENCE).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """What clients saw of a server that was told to stop."""
+
+    stream: bytes
+    replies: list[Reply | None]
+    is_closed: list[bool]
+    refuses: bool
+    exit_code: int
+    log: list[dict[str, Any]]
+
+
+def idle_wire(server: Server) -> Wire:
+    """A connection that has been used, and is kept."""
+    wire = Wire(server)
+    wire.send(raw("GET /health HTTP/1.1", "Host: localhost"))
+    assert wire.read_reply()
+    return wire
+
+
+@pytest.fixture(scope="module")
+def farewell() -> Farewell:
+    """A server is told to stop while a stream runs, and is asked for more on two kept connections."""
+    body = json.dumps({"model": "m", "messages": turns("Hi")}).encode()
+    asked = [
+        raw("GET /health HTTP/1.1", "Host: localhost"),
+        raw(f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", body=body),
+    ]
+    with running(MODEL_NAME="m") as server, contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(idle_wire(server)) for _ in asked]
+        stream = stack.enter_context(stream_forever(server, STORY, max_tokens=150))
+        stream.read_until(FIRST_TEXT)
+        server.process.send_signal(signal.SIGTERM)
+        server.logged(message="draining")
+        refuses = eventually(lambda: is_refused(server))
+        for wire, data in zip(wires, asked, strict=True):
+            wire.send(data)
+        replies = [wire.read_reply() for wire in wires]
+        closed = [wire.read_reply() is None for wire in wires]
+        rest = stream.stream.read()
+        code = server.process.wait(PATIENCE)
+        return Farewell(rest, replies, closed, refuses, code, server.log)
+
+
+def test_a_stream_runs_to_its_end_while_the_server_stops(farewell: Farewell) -> None:
+    assert b'"finish_reason":"length"' in farewell.stream
+    assert farewell.stream.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    assert farewell.exit_code == 0
+
+
+def test_a_server_that_stops_refuses_connections(farewell: Farewell) -> None:
+    assert farewell.refuses
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["health", "chat"])
+def test_a_server_that_stops_says_so_on_kept_connections_and_closes_them(farewell: Farewell, asked: int) -> None:
+    reply = farewell.replies[asked]
+    assert reply
+    assert (reply.status, reply.error["type"], reply.error["code"]) == (503, "server_error", "shutting_down")
+    assert (reply.headers["connection"], reply.headers["retry-after"]) == ("close", "1")
+    assert farewell.is_closed[asked]
+
+
+def test_a_stop_leaves_no_trace_in_the_log(farewell: Farewell) -> None:
+    assert [entry for entry in farewell.log if "trace" in entry or "Traceback" in entry["message"]] == []
+    assert farewell.log[-1]["message"] == "stopped"
+
+
+@pytest.fixture(scope="module")
+def short_farewell() -> Farewell:
+    """A server that grants a second is told to stop while long replies are generated and waited for."""
+    with running(DRAIN_SECONDS=1, MAX_CONCURRENT_REQUESTS=2) as server, contextlib.ExitStack() as stack:
+        stream = stack.enter_context(stream_forever(server, STORY))
+        whole = stack.enter_context(stream_forever(server, STORY, stream=False))
+        stream.read_until(FIRST_TEXT)
+        assert eventually(lambda: metric(server, "running_sequences") == 2)
+        server.process.send_signal(signal.SIGTERM)
+        reply, rest = whole.read_reply(), stream.stream.read()
+        return Farewell(rest, [reply], [], True, server.process.wait(PATIENCE), server.log)
+
+
+def test_a_stream_that_drains_too_slowly_ends_with_an_error_event(short_farewell: Farewell) -> None:
+    assert short_farewell.stream.endswith(b"\n\n\r\n0\r\n\r\n")
+    last = short_farewell.stream.decode().rpartition("data: ")[2].partition("\n")[0]
+    assert json.loads(last)["error"]["code"] == "shutting_down"
+    assert b"[DONE]" not in short_farewell.stream
+
+
+def test_a_whole_reply_that_drains_too_slowly_is_a_503(short_farewell: Farewell) -> None:
+    (reply,) = short_farewell.replies
+    assert reply
+    assert (reply.status, reply.error["code"], reply.headers["connection"]) == (503, "shutting_down", "close")
+    assert short_farewell.exit_code == 0
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with running() as server, stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        server.process.send_signal(signal.SIGTERM)
+        server.logged(message="draining")
+        told = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+        assert time.monotonic() - told < 5
+        assert b"[DONE]" not in wire.stream.read()
+
+
+def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> None:
+    with running(DRAIN_SECONDS=1, WRITE_SECONDS=1) as server, deaf_client(server) as client:
+        for i in range(12):
+            client.sendall(raw("GET /metrics HTTP/1.1", "Host: localhost", f"x-request-id: unread-{i}"))
+            server.logged(request_id=f"unread-{i}")
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            assert server.process.wait(10) == 0
+        finally:
+            server.process.kill()
+
+
+class Proxy(Server):
+    """nginx, which is asked like a server."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}/v1"
+
+
+def nginx_config(port: int, *servers: Server) -> str:
+    """The README's configuration, for these servers."""
+    readme = (FILE.parent / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^Replicas behind nginx(?:.|\n)*?\n\n((?: {4}.*\n)+)", readme, re.MULTILINE)
+    assert found
+    config = found[1].replace("listen 80;", f"listen 127.0.0.1:{port};")
+    for number, server in enumerate(servers, 11):
+        config = config.replace(f"10.0.0.{number}:8000", "{}:{}".format(*server.address))
+    assert "10.0.0." not in config
+    return config
+
+
+@contextlib.contextmanager
+def behind_nginx(*servers: Server) -> Iterator[Proxy]:
+    """The real nginx before these servers, as the README sets it up."""
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if not nginx:
+        pytest.skip("nginx is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+        user = "user root;" if os.geteuid() == 0 else ""
+        main = f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+        Path(folder, "nginx.conf").write_text(
+            f"{main} http {{ access_log off;\n{paths}{nginx_config(port, *servers)} }}\n", encoding="utf-8"
+        )
+        process = subprocess.Popen([nginx, "-e", f"{folder}/error.log", "-c", f"{folder}/nginx.conf"])
+        proxy = Proxy(port)
+        try:
+            assert eventually(lambda: process.poll() is not None or not is_refused(proxy))
+            yield proxy
+        finally:
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def replicas() -> Iterator[list[Server]]:
+    """Two servers that generate one reply at a time."""
+    with running(MAX_CONCURRENT_REQUESTS=1) as first, running(MAX_CONCURRENT_REQUESTS=1) as second:
+        yield [first, second]
+
+
+@pytest.fixture(scope="module")
+def proxy(replicas: list[Server]) -> Iterator[Proxy]:
+    with behind_nginx(*replicas) as proxy:
+        yield proxy
+
+
+def answerer(replicas: list[Server], request_id: str) -> int:
+    """Which replica answered a request with 200."""
+    wanted = {"request_id": request_id, "status": 200}
+
+    def find() -> list[int]:
+        return [
+            i for i, replica in enumerate(replicas) if any(wanted.items() <= entry.items() for entry in replica.log)
+        ]
+
+    assert eventually(lambda: bool(find()))
+    (found,) = find()
+    return found
+
+
+def test_a_stream_passes_nginx_event_by_event(replicas: list[Server], proxy: Proxy) -> None:
+    before = sum(metric(replica, "generated_tokens_total") for replica in replicas)
+    with stream_forever(proxy, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        # One of nginx' buffers has 4 KiB, which is that of 16 events.
+        assert sum(metric(replica, "generated_tokens_total") for replica in replicas) - before < 12
+    assert eventually(lambda: all(is_idle(replica) for replica in replicas))  # nginx passes on that the client left
+
+
+def test_a_conversation_comes_back_to_the_replica_that_has_its_kv(replicas: list[Server], proxy: Proxy) -> None:
+    for i in range(4):
+        said, sticky = f"Story {i}: {STORY} " * 8, f"X-Conversation-Id: conversation {i}"
+        first, second = (f"turn-{i}-{turn}" for turn in range(2))
+        post(proxy, CHAT, {"messages": turns(said), "max_tokens": 2}, sticky, f"x-request-id: {first}")
+        asked = {"messages": turns(said, "Yes", "Go on."), "max_tokens": 2}
+        reply = post(proxy, CHAT, asked, sticky, f"x-request-id: {second}")
+        assert answerer(replicas, first) == answerer(replicas, second)
+        assert reply.json["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+
+
+def test_conversations_are_spread_over_the_replicas(replicas: list[Server], proxy: Proxy) -> None:
+    for i in range(20):
+        get(proxy, "/v1/models", f"X-Conversation-Id: {i}", f"x-request-id: spread-{i}")
+    assert {answerer(replicas, f"spread-{i}") for i in range(20)} == {0, 1}
+
+
+@pytest.mark.parametrize("sticky", [pytest.param(False, id="to any"), pytest.param(True, id="to its own")])
+@pytest.mark.parametrize("overloaded", [0, 1])
+def test_an_overloaded_replica_costs_no_request(
+    replicas: list[Server], proxy: Proxy, overloaded: int, sticky: bool
+) -> None:
+    with busy(replicas[overloaded], 1):
+        for i in range(6):
+            name = secrets.token_hex(8)
+            headers = (f"x-request-id: {name}", *([f"X-Conversation-Id: {i}"] if sticky else []))
+            assert post(proxy, TEXT, {"prompt": f"{i}", "max_tokens": 1}, *headers).status == 200
+            assert answerer(replicas, name) == 1 - overloaded
+
+
+def test_an_overload_of_all_replicas_is_told_and_ends_when_it_is_over(replicas: list[Server], proxy: Proxy) -> None:
+    with busy(replicas[0], 1), busy(replicas[1], 1):
+        replies = [post(proxy, TEXT, {"prompt": "Hi", "max_tokens": 1}) for _ in range(3)]
+    over = [post(proxy, TEXT, {"prompt": "Hi", "max_tokens": 1}).status for _ in range(3)]
+    assert [reply.status for reply in replies] == [429, 429, 429]
+    assert over == [200, 200, 200]
+
+
+def test_a_killed_replica_costs_no_request() -> None:
+    with running() as victim, running() as survivor, behind_nginx(victim, survivor) as proxy:
+        answers = {answerer([victim, survivor], post_once(proxy)) for _ in range(6)}
+        victim.process.kill()
+        victim.process.wait(PATIENCE)
+        after = {answerer([victim, survivor], post_once(proxy)) for _ in range(6)}
+    assert answers == {0, 1}
+    assert after == {1}
+
+
+def post_once(server: Server) -> str:
+    """Asks for a token, which must not fail; returns the request's id."""
+    name = secrets.token_hex(8)
+    assert post(server, TEXT, {"prompt": name, "max_tokens": 1}, f"x-request-id: {name}").status == 200
+    return name
 
 
 # ---- Demo model ------------------------------------------------------------------------------------------------------
