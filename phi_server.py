@@ -2161,8 +2161,8 @@ class Engine:
         assert sequence
         picked: list[Pick] = []
         for row, guess in zip(logits, [*plan.draft, None], strict=True):
-            picked.append(sequence.sampler.pick(row))
-            if picked[-1].token != guess or guess in sequence.eos_tokens:
+            picked += self.pick(sequence.sampler, row)
+            if not picked or picked[-1].token != guess or guess in sequence.eos_tokens:
                 break
         return picked
 
@@ -2211,21 +2211,30 @@ class Engine:
         for sequence, pick, reason in sampled:
             if sequence.is_closed:
                 continue
-            pieces = []
-            if sequence.echoes:
-                pieces.append(sequence.text.echo(sequence.prompt, self.model.control_texts))
-                sequence.echoes = False
-            if pick:
-                pieces.append(sequence.text.push(pick.token, pick.scored))
-            if sequence.text.stopped:
-                reason = "stop"
-            elif reason:
-                pieces.append(sequence.text.finish())
-            for piece in pieces:
-                if piece.text:
-                    sequence.outlet.put_nowait((sequence, piece))
+            try:
+                reason = self.hand_over(sequence, pick, reason)
+            except Exception:  # this sequence's fault alone
+                logger.exception("a token could not be made text")
+                reason = "error"
             if reason:
                 sequence.close(reason)
+
+    def hand_over(self, sequence: Sequence, pick: Pick | None, reason: str) -> str:
+        """Hands the text of one token to its reader; returns why the sequence ends, if it does."""
+        pieces = []
+        if sequence.echoes:
+            pieces.append(sequence.text.echo(sequence.prompt, self.model.control_texts))
+            sequence.echoes = False
+        if pick:
+            pieces.append(sequence.text.push(pick.token, pick.scored))
+        if sequence.text.stopped:
+            reason = "stop"
+        elif reason:
+            pieces.append(sequence.text.finish())
+        for piece in pieces:
+            if piece.text:
+                sequence.outlet.put_nowait((sequence, piece))
+        return reason
 
     def fail(self) -> None:
         """Ends all sequences with an error; what the rows of those that ran hold is unknown now."""
@@ -2664,7 +2673,9 @@ class Connection:
                     while await self.reader.read(HEAD_LIMIT):
                         pass
             self.writer.close()
-            await self.writer.wait_closed()
+            async with asyncio.timeout(self.limits.write_seconds):
+                await self.writer.wait_closed()
+        self.writer.transport.abort()  # what the client has not read by now it never will
 
 
 EVENT_STREAM_HEADERS = {
@@ -3307,39 +3318,41 @@ class Keys:
 
     def __init__(self, keys: Iterable[str], path: str) -> None:
         """Reads the file; raises SettingsError when it cannot be read."""
-        self.fixed = [digest(key) for key in keys]
+        self.fixed = [digest(key.encode()) for key in keys]
         self.path = Path(path).expanduser() if path else None
-        self.modified = 0
+        self.modified = -1
         self.filed: list[bytes] = []
         self.are_set = bool(self.fixed or self.path)
         try:
             self.refresh()
-        except OSError as error:
-            raise SettingsError(f"API_KEYS_FILE: {path} cannot be read: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"API_KEYS_FILE: {path} cannot be read: {error}") from None
 
     def refresh(self) -> None:
         """Reads the file if it has changed; raises OSError."""
         if self.path and (modified := self.path.stat().st_mtime_ns) != self.modified:
-            self.filed = [digest(key) for line in self.path.read_text().splitlines() if (key := line.strip())]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.filed = [digest(key.encode()) for line in lines if (key := line.strip())]
             self.modified = modified
 
     def check(self, request: HttpRequest) -> None:
         """Raises ApiError unless the request has one of the keys, or none is set."""
         if not self.are_set:
             return
-        with contextlib.suppress(OSError):  # a file that is being replaced: the keys so far stay good
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # while it is replaced the keys so far stay good
             self.refresh()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         key = key or request.headers.get("x-api-key", "") or request.headers.get("api-key", "")
         # All are compared, each in constant time, so that the time tells nothing of any of them.
-        if sum(hmac.compare_digest(digest(key), good) for good in self.fixed + self.filed) == 0:
+        sent = digest(key.encode("latin-1"))  # as HTTP has it
+        if sum(hmac.compare_digest(sent, good) for good in self.fixed + self.filed) == 0:
             raise unauthorized(key)
 
 
-def digest(key: str) -> bytes:
+def digest(key: bytes) -> bytes:
     """A key's hash, so that keys of all lengths compare alike."""
-    return hashlib.sha256(key.encode()).digest()
+    return hashlib.sha256(key).digest()
 
 
 def host_name(host: str) -> str:
@@ -3490,7 +3503,7 @@ class Server:
 
     def check_host(self, request: HttpRequest) -> None:
         """Raises ApiError for a foreign Host, by which a web page could reach a server on loopback (DNS rebinding)."""
-        allowed = self.settings.allowed_hosts
+        allowed = [host.lower() for host in self.settings.allowed_hosts]
         if "*" in allowed or not (allowed or (is_loopback(self.settings.server_host) and not self.keys.are_set)):
             return
         name = host_name(request.headers.get("host", ""))
