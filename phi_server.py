@@ -10,11 +10,11 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Requests     JSON bodies, checked and made into dataclasses
     Model        the ONNX graph, its tokenizer and its KV cache
     Sampling     one row of logits to one token
-    Text         tokens to text, stop strings
+    Text         tokens to text, stop strings, tool calls
     Engine       continuous batching: plan, forward, absorb
     HTTP         HTTP/1.1 on asyncio streams
     Routes       the OpenAI endpoints
-    Server       connections, CORS, logs
+    Server       connections, keys, hosts, CORS, log lines, shutdown
     Demo model   a small model made from a Python package, so that a fresh machine can answer (skip at first reading)
     Main         start to end
 """
@@ -1129,6 +1129,8 @@ class Grammars:
         self.start_token = config.start_token
         self.context_length = config.context_length
         self.model = onnxruntime_genai.Model(stub)
+        with contextlib.suppress(ValueError):  # a tokenizer that the grammar engine cannot read serves all but grammars
+            self.guide("json_schema", "{}")  # the first one takes 0.3 s, which no request should wait for
 
     def guide(self, kind: str, grammar: str) -> Guide:
         """A guide of kind json_schema or lark_grammar; raises ValueError with the reason of a refusal."""
