@@ -181,9 +181,8 @@ def settings_table() -> list[tuple[str, str, str]]:
     for declared in dataclasses.fields(Settings):
         default = ",".join(declared.default) if isinstance(declared.default, tuple) else f"{declared.default}"
         choices = " | ".join(declared.metadata["choices"])
-        rows.append(
-            (declared.name.upper(), default, declared.metadata["meaning"] + (f" ({choices})" if choices else ""))
-        )
+        meaning = declared.metadata["meaning"] + (f" ({choices})" if choices else "")
+        rows.append((declared.name.upper(), default, meaning))
     return rows
 
 
@@ -194,7 +193,7 @@ def usable_cpus() -> int:
 
 
 def cgroup_cpu_quota() -> float:
-    """The container's CPU quota in CPUs (cgroup v2, then v1); infinite-like (1024) without one."""
+    """The container's CPU quota in CPUs (cgroup v2, then v1); 1024, more than any machine has, without one."""
     for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
         with contextlib.suppress(OSError, ValueError, IndexError):  # no such file, or "max" for no quota
             words = Path(path).read_text().split()
@@ -2309,7 +2308,7 @@ class Engine:
     def plan_decode(self, decoding: list[Slot]) -> Plan:
         """A call that feeds one token to every decoding slot."""
         self.tighten(decoding)
-        low, high = (min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1)
+        low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
         if (high - low) % 2 and any(slot.sequence.is_seeded for slot in decoding if slot.sequence):
             low, high = (low, high + 1) if high < len(self.slots) else (low - 1, high)
         tokens = np.full((high - low, 1), THROWAWAY, np.int64)
@@ -2364,12 +2363,10 @@ class Engine:
     def choose_slot(self, sequence: Sequence, idle: list[Slot]) -> Slot:
         """The idle slot whose conversation this sequence continues, else the least recently used one."""
         donor, shared = self.find_prefix(sequence)
-        if donor in idle and 4 * shared >= 3 * len(
-            donor.tokens
-        ):  # else a shared system prompt would cost another's history
+        # Only a slot that is mostly shared is taken, else a common system prompt would cost another's history.
+        if donor in idle and 4 * shared >= 3 * len(donor.tokens):
             return donor
-        others = (slot for slot in idle if slot is not donor)
-        return min(others, key=lambda slot: (bool(slot.tokens), slot.used), default=idle[0])
+        return min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
         """The slot, idle or busy, that holds most of a sequence's prompt, and how many tokens it may reuse of it."""
@@ -2411,9 +2408,10 @@ class Engine:
 
     def make_room(self, sequence: Sequence, chosen: Slot) -> bool:
         """Drops kept KV, least recently used first, until a sequence fits into KV memory; False when it must wait."""
-        needed = self.whole_pages(sequence.limit) + sum(
-            self.whole_pages(slot.sequence.limit) for slot in self.slots if slot.sequence
-        )
+        running = [sequence, *(slot.sequence for slot in self.slots if slot.sequence)]
+        needed = sum(self.whole_pages(each.limit) for each in running)
+        if needed > self.kv_tokens:  # what is kept would be lost for nothing
+            return False
         donor, _ = self.find_prefix(sequence)
         kept = [slot for slot in self.slots if not slot.sequence and slot is not chosen]
         for slot in sorted(kept, key=lambda slot: (slot is donor, slot.used)):
