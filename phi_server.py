@@ -56,6 +56,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 # onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge server
 # must not phone home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -210,6 +215,17 @@ def resident_memory() -> int:
     return 0
 
 
+def open_file_limit() -> int:
+    """How many files and connections this process may have open, once it has taken all that the system grants it."""
+    if resource is None:
+        return sys.maxsize
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS, where no limit means another one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        limit = most
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
 def free_memory() -> int:
     """Bytes this process may still take: the machine's available memory, cut to what the cgroup's limit leaves."""
     free = 1 << 62
@@ -331,8 +347,8 @@ def unsupported(param: str, what: str) -> ApiError:
     return ApiError(400, "unsupported_value", f"Unsupported value: '{param}': {what}", param)
 
 
-def context_exceeded(param: str, limit: int, tokens: int) -> ApiError:
-    """400: the prompt leaves no room for a reply."""
+def context_exceeded(param: str, limit: int, tokens: int | str) -> ApiError:
+    """400: the prompt leaves no room for a reply; `tokens` is how many it has."""
     subject = "messages" if param == "messages" else "prompt"
     message = (
         f"This model's maximum context length is {limit} tokens. However, your {subject} resulted in {tokens} tokens."
@@ -964,9 +980,8 @@ def well_formed(text: str) -> str:
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-LONGEST_CHUNK = (
-    256  # prompt tokens of one call: full speed from 64 on, and its logits are 50 MB at SmolLM2's vocabulary
-)
+# Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's vocabulary.
+LONGEST_CHUNK = 256
 
 # A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control token can span one.
 CUT = "\ufdd0"
@@ -1224,14 +1239,17 @@ class Model:
         self.session = load_session(config, threads)
         self.tokenizer = load_tokenizer(config.folder)
         self.template = read_template(config.folder)
-        self.control_texts = read_control_texts(config.folder)
+        described = read_tokenizer(config.folder)
+        self.control_texts = control_texts(described)
         self.control_tokens = re.compile("|".join(map(re.escape, self.control_texts.values())) or r"(?!)")
-        self.drops_leading_space = strips_leading_space(config.folder)
+        self.drops_leading_space = strips_leading_space(described)
+        self.vocabulary = vocabulary(described)
+        texts = [*self.vocabulary.values(), *self.control_texts.values()]
+        self.longest_token = max(map(len, texts), default=sys.maxsize)  # bytes
         past = next(value for value in self.session.get_inputs() if value.name == config.inputs["past_key_names"] % 0)
         dtype = np.dtype(np.float16 if past.type == "tensor(float16)" else np.float32)
-        capacity = (
-            -(-self.context_length // 64) * 64
-        )  # rows end at page borders for any head size that is a multiple of 16
+        # Whole pages of 4 KiB, if the head size is a multiple of 16.
+        capacity = -(-self.context_length // 64) * 64
         try:
             self.kv = KvCache(config, dtype, rows, capacity)
         except (OSError, ValueError, OverflowError) as error:
@@ -1240,9 +1258,8 @@ class Model:
             ) from None
         logits = next(value for value in self.session.get_outputs() if value.name == config.outputs["logits"])
         self.logits_dtype = np.dtype(np.float16 if logits.type == "tensor(float16)" else np.float32)
-        positions = max(
-            LONGEST_CHUNK + 1, rows
-        )  # + 1: the last chunk may take one token more, rather than leave it alone
+        # + 1: the last chunk may take one token more, rather than leave it alone.
+        positions = max(LONGEST_CHUNK + 1, rows)
         self.logits_memory = virtual_memory(positions * config.vocab_size * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
         self.grammars = Grammars(config)
@@ -1258,7 +1275,8 @@ class Model:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; the text of a control token is that token."""
-        return [int(token) for token in self.tokenizer.encode(text)]
+        tokens: list[int] = self.tokenizer.encode(text).tolist()
+        return tokens
 
     def encode_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> list[int]:
         """Token ids of a chat in the model's template, in which only the template can write control tokens."""
@@ -1299,11 +1317,6 @@ class Model:
         guide.avoided = parts
         return guide
 
-    @functools.cached_property
-    def vocabulary(self) -> dict[int, bytes]:
-        """The bytes of each token but the control tokens, read when they are first asked for."""
-        return read_vocabulary(self.config.folder)
-
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to the text, which may be a part of a character; none for control tokens."""
         return self.vocabulary.get(token, b"")
@@ -1320,9 +1333,8 @@ class Model:
         rows, count = tokens.shape
         names, width = self.config.inputs, int(lengths.max()) + count
         if self.config.is_long_rope and self.context_length > 4096:
-            width = max(
-                width, 4097
-            )  # LongRoPE: the graph takes the long factors for all rows when the mask is this wide
+            # LongRoPE: the graph takes the long factors for all rows when the mask is this wide.
+            width = max(width, 4097)
         columns = np.arange(width)
         inputs = {
             names["input_ids"]: tokens,
@@ -1400,24 +1412,29 @@ def read_template(folder: Path) -> str:
     return PHI_TEMPLATE
 
 
-def read_control_texts(folder: Path) -> dict[int, str]:
-    """The texts that the folder's tokenizer takes for control tokens wherever they stand, longest first."""
-    added: list[dict[str, Json]] = []
-    with contextlib.suppress(FileNotFoundError):  # a SentencePiece model alone has none
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
-    added.sort(key=lambda token: -len(token["content"]))
+def read_tokenizer(folder: Path) -> dict[str, Json]:
+    """The folder's tokenizer.json, which describes the tokenizer; {} for a SentencePiece model alone."""
+    with contextlib.suppress(FileNotFoundError):
+        return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    return {}
+
+
+def control_texts(tokenizer: Mapping[str, Json]) -> dict[int, str]:
+    """The texts that the tokenizer takes for control tokens wherever they stand, longest first."""
+    added = sorted(tokenizer.get("added_tokens", []), key=lambda token: -len(token["content"]))
     return {token["id"]: token["content"] for token in added if token["special"] or token["content"].startswith("<")}
 
 
-def read_vocabulary(folder: Path) -> dict[int, bytes]:
-    """The bytes of each token in the folder's tokenizer.json, control tokens left out."""
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
+    """The bytes of each token, none for control tokens."""
     is_bytewise = "ByteLevel" in json.dumps([tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")])
     spell = bytewise_token if is_bytewise else sentencepiece_token
-    vocabulary = {token: spell(text) for text, token in tokenizer["model"]["vocab"].items()}
-    for added in tokenizer.get("added_tokens", []):
-        vocabulary[added["id"]] = b"" if added["special"] else added["content"].encode()
-    return vocabulary
+    ids = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(ids, list):  # of the Unigram model: texts with their scores, in the order of the ids
+        ids = {text: token for token, (text, _) in enumerate(ids)}
+    added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
+    tokens = {id_: b"" if token["special"] else token["content"].encode() for id_, token in added.items()}
+    return tokens | {token: spell(text) for text, token in ids.items() if token not in added}
 
 
 def is_text(data: bytes) -> bool:
@@ -1502,12 +1519,12 @@ def plain_turn(message: Message) -> Message:
     return Message(message.role, "\n".join([message.content, *marked] if message.content else marked))
 
 
-def strips_leading_space(folder: Path) -> bool:
+def strips_leading_space(tokenizer: Mapping[str, Json]) -> bool:
     """Whether the tokenizer's own decoder strips the space that SentencePiece puts before a text."""
-    with contextlib.suppress(FileNotFoundError):
-        decoder = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("decoder") or {}
-        return any(step.get("type") in ("Strip", "Metaspace") for step in [decoder, *decoder.get("decoders", [])])
-    return (folder / "tokenizer.model").exists()  # SentencePiece's own format
+    if not tokenizer:  # SentencePiece's own format
+        return True
+    decoder = tokenizer.get("decoder") or {}
+    return any(step.get("type") in ("Strip", "Metaspace") for step in [decoder, *decoder.get("decoders", [])])
 
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
@@ -2121,30 +2138,34 @@ class Engine:
         picks, seconds = await forward
         self.absorb(plan, picks, seconds)
 
-    def forward(self, plan: Plan) -> tuple[list[list[Pick]], float]:
-        """Runs one plan, in the executor; returns the tokens sampled for each slot, and the call's seconds."""
+    def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
+        """Runs one plan, in the executor; returns the tokens sampled for each slot, and the call's seconds.
+
+        None stands for a slot whose sampling has failed, which is its sequence's fault alone.
+        """
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
         logits = self.model.forward(plan.low, plan.tokens, plan.lengths)
         seconds = time.perf_counter() - start
-        sequence = plan.slots[0].sequence
-        if sequence and sequence.scores_prompt and plan.is_chunk:
-            self.score_prompt(plan.slots[0], logits[0])
-        if not plan.samples:
-            return [[] for _ in plan.slots], seconds
-        if plan.draft:
-            return [self.verify(plan, logits[0])], seconds
-        samplers = [(slot.row - plan.low, slot.sequence.sampler) for slot in plan.slots if slot.sequence]
-        return [self.pick(sampler, logits[row, -1]) for row, sampler in samplers], seconds
+        picks: list[list[Pick] | None] = []
+        for slot in plan.slots:
+            try:
+                picks.append(self.sample(plan, slot, logits[slot.row - plan.low]))
+            except Exception:  # a grammar that runs into the engine's limits
+                logger.exception("a token could not be sampled")
+                picks.append(None)
+        return picks, seconds
 
-    def pick(self, sampler: Sampler, logits: npt.NDArray[Any]) -> list[Pick]:
-        """Samples one token from logits [vocab]; none when that fails, which is this sequence's fault alone."""
-        try:
-            return [sampler.pick(logits)]
-        except Exception:  # a grammar that runs into the engine's limits
-            logger.exception("a token could not be sampled")
-            return []
+    def sample(self, plan: Plan, slot: Slot, logits: npt.NDArray[Any]) -> list[Pick]:
+        """The next tokens of one slot, none in the middle of its prompt, from its logits [count, vocab]."""
+        sequence = slot.sequence
+        assert sequence
+        if sequence.scores_prompt and plan.is_chunk:
+            self.score_prompt(slot, logits)
+        if plan.draft:
+            return self.verify(sequence, plan.draft, logits)
+        return [sequence.sampler.pick(logits[-1])] if plan.samples else []
 
     def score_prompt(self, slot: Slot, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens behind those of a chunk, by the chunk's logits [count, vocab]."""
@@ -2153,21 +2174,19 @@ class Engine:
         for place, row in zip(range(start, sequence.prompt_tokens), logits, strict=False):
             sequence.prompt[place] = sequence.sampler.score(row, sequence.tokens[place])
 
-    def verify(self, plan: Plan, logits: npt.NDArray[Any]) -> list[Pick]:
+    def verify(self, sequence: Sequence, draft: list[int], logits: npt.NDArray[Any]) -> list[Pick]:
         """Samples from logits [count, vocab] as long as the draft has guessed the token before.
 
         That is rejection sampling for a draft that is certain: what is drawn has the model's own distribution.
         """
-        sequence = plan.slots[0].sequence
-        assert sequence
         picked: list[Pick] = []
-        for row, guess in zip(logits, [*plan.draft, None], strict=True):
-            picked += self.pick(sequence.sampler, row)
-            if not picked or picked[-1].token != guess or guess in sequence.eos_tokens:
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            picked.append(sequence.sampler.pick(row))
+            if picked[-1].token != guess or guess in sequence.eos_tokens:
                 break
         return picked
 
-    def absorb(self, plan: Plan, picks: list[list[Pick]], seconds: float) -> None:
+    def absorb(self, plan: Plan, picks: list[list[Pick] | None], seconds: float) -> None:
         """Notes what a step has computed: KV, speed, and the next tokens of each sequence."""
         self.steps += 1
         self.prefill_seconds = self.prefill_seconds + seconds if plan.is_chunk else 0.0
@@ -2177,16 +2196,17 @@ class Engine:
             self.prefill_speed += 0.5 * (plan.count / seconds - self.prefill_speed)
         sequences = [slot.sequence for slot in plan.slots if slot.sequence]
         for slot, sequence, picked in zip(plan.slots, sequences, picks, strict=True):
+            slot.used = self.steps
+            if picked is None:
+                sequence.finish_reason = "error"
+                self.sampled.append((sequence, None, "error"))
+                continue
             start, fed = len(slot.tokens), len(picked) if plan.draft else plan.count
             slot.tokens += (sequence.tokens[start : start + fed] + [pick.token for pick in picked])[:fed]
-            slot.used = self.steps
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
             for pick in picked:
                 self.accept(sequence, pick)
-            if plan.samples and not picked and not sequence.finish_reason:
-                sequence.finish_reason = "error"
-                self.sampled.append((sequence, None, "error"))
 
     def accept(self, sequence: Sequence, pick: Pick) -> None:
         """Appends a sampled token, unless its sequence has ended in the meantime."""
@@ -2459,6 +2479,7 @@ TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
 CHUNKED = -1  # the length of a body in chunked coding
+LONGEST_CHUNK_SIZE = 16  # hexadecimal digits; what exceeds them in a chunk's first line counts as extension
 
 
 @dataclass(frozen=True)
@@ -2542,6 +2563,13 @@ class Connection:
         self.events_head = b""  # what the first event is sent with
         self.is_chunked = False
 
+    @property
+    def is_flooded(self) -> bool:
+        """Whether so much was sent behind the request that asyncio reads no more, and cannot see the client leave."""
+        transport = self.writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        return not self.has_unread_body and not transport.is_reading()
+
     async def read_head(self) -> HttpRequest | None:
         """Reads a request's head; None when the client closes or stays idle between requests; raises ApiError."""
         self.has_sent_head = False
@@ -2553,10 +2581,11 @@ class Connection:
         self.has_unread_body = True  # until the head says that there is none
         self.deadline = asyncio.get_running_loop().time() + self.limits.read_seconds
         async with self.in_time():
-            request_line = first + await self.read_line("target", 414)
-            while not request_line.strip(b"\r\n"):  # RFC 9112 section 2.2: empty lines before a request are skipped
+            request_line = await self.read_line("target", 414, first)
+            while not request_line:  # RFC 9112 section 2.2: empty lines before a request are skipped
+                await asyncio.sleep(0)  # a flood of them, all read already, must not hold the event loop
                 request_line = await self.read_line("target", 414)
-            request = parse_head(request_line.lstrip(b"\r\n"), await self.read_headers())
+            request = parse_head(request_line, await self.read_headers())
         self.has_unread_body = request.length != 0
         return request
 
@@ -2571,14 +2600,17 @@ class Connection:
                 raise too_large("header", HEAD_LIMIT, status=431)
         return lines
 
-    async def read_line(self, what: str, status: int) -> bytes:
-        """Reads one line, without its end; raises ApiError with `status` when it is too long."""
+    async def read_line(self, what: str, status: int, begun: bytes = b"") -> bytes:
+        """Reads the rest of one line, returns it without its end; raises ApiError, with `status` if it is too long."""
         try:
-            return (await self.reader.readuntil(b"\r\n"))[:-2]
+            line = begun + await self.reader.readuntil(b"\n")
         except asyncio.IncompleteReadError:
             raise malformed("the connection was closed in its middle") from None
         except asyncio.LimitOverrunError:
             raise too_large(what, HEAD_LIMIT, status=status) from None
+        if not line.endswith(b"\r\n"):  # a proxy might read it otherwise (RFC 9112 section 2.2)
+            raise malformed("a line ends with LF and not with CRLF")
+        return line[:-2]
 
     async def read_body(self, request: HttpRequest) -> bytes:
         """Reads the request's body; raises ApiError."""
@@ -2600,14 +2632,18 @@ class Connection:
 
     async def read_chunks(self) -> bytes:
         """Reads a body in chunked coding (RFC 9112 section 7.1); extensions and trailers are skipped."""
-        body = bytearray()
-        while size := chunk_size(await self.read_line("chunk size", 413)):
+        body, extensions = bytearray(), 0
+        while size := chunk_size(line := await self.read_line("chunk size", 413)):
+            extensions += max(0, len(line) - LONGEST_CHUNK_SIZE)
+            if extensions > HEAD_LIMIT:
+                raise too_large("chunk extensions", HEAD_LIMIT)
             if len(body) + size > self.limits.max_body_bytes:
                 raise too_large("body", self.limits.max_body_bytes)
             body += await self.reader.readexactly(size)
             if await self.reader.readexactly(2) != b"\r\n":
                 raise malformed("a chunk is longer than its size")
-        await self.read_headers()
+            await asyncio.sleep(0)  # thousands of small ones, all read already, must not hold the event loop
+        parse_headers(await self.read_headers())
         return bytes(body)
 
     @contextlib.asynccontextmanager
@@ -2628,9 +2664,8 @@ class Connection:
             **headers,
             **response.headers,
         }
-        if (
-            response.status == HTTPStatus.NO_CONTENT
-        ):  # RFC 9110 section 8.6: no Content-Length, and no body to have a type
+        if response.status == HTTPStatus.NO_CONTENT:
+            # RFC 9110 section 8.6: no Content-Length, and no body to have a type.
             del fields["Content-Type"], fields["Content-Length"]
         self.writer.write(encode_head(response.status, fields) + (b"" if is_head else response.body))
         await self.flush()
@@ -2666,7 +2701,7 @@ class Connection:
 
     async def close(self) -> None:
         """Closes the connection; if a request is left unread, after the client has had time to read the response."""
-        with contextlib.suppress(ConnectionError, TimeoutError):
+        with contextlib.suppress(OSError):  # reset, or closed already, or too slow
             if self.has_unread_body and self.writer.can_write_eof():
                 self.writer.write_eof()
                 async with asyncio.timeout(LINGER_SECONDS):
@@ -2872,12 +2907,22 @@ class Api:
         if name != self.model_name and name not in self.aliases and "*" not in self.aliases:
             raise unknown_model(name, self.model_name)
 
+    def check_size(self, param: str, characters: int) -> None:
+        """Raises ApiError for so many characters that no tokens of them can fit.
+
+        It spares the event loop what they would take to encode, half a second for 4 MiB.
+        """
+        least = characters // self.model.longest_token
+        if least > self.engine.context_length:
+            raise context_exceeded(param, self.engine.context_length, f"at least {least}")
+
     # generation
 
     async def chat(self, exchange: Exchange) -> HttpResponse | EventStream:
         """POST /v1/chat/completions."""
         request = parse_chat(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
+        self.check_size("messages", sum(len(message.content) for message in request.messages))
         prompt = self.model.encode_chat(request.messages, request.tools.offered)
         guides = functools.partial(self.chat_guide, request)
         drops_space = self.model.drops_leading_space
@@ -2914,6 +2959,7 @@ class Api:
         """POST /v1/completions: the prompt as it is, without a template."""
         request = parse_completion(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
+        self.check_size("prompt", max(len(prompt) if isinstance(prompt, str) else 0 for prompt in request.prompts))
         prompts = [self.model.encode(text) if isinstance(text, str) else text for text in request.prompts]
         drops_space = self.model.drops_leading_space and request.echo
         reply = self.prepare("cmpl-", "prompt", prompts, request.generation, no_guide, drops_space, request.echo)
@@ -3309,6 +3355,9 @@ def find_route(path: str) -> str:
 # answer's task when it does.
 
 PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
+ACCEPTED_AT_ONCE = 100  # connections, before those too many of them are refused
+LISTEN_BACKLOG = 1024  # connections that wait to be accepted; a burst that exceeds it is a second late
+SPARE_FILES = ACCEPTED_AT_ONCE + 50  # besides the connections: the model's files, and whoever is being refused
 FAREWELL_SECONDS = 1.0  # for the error events of what drains too slowly
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
 
@@ -3381,6 +3430,7 @@ class Server:
         seconds = (settings.keepalive_seconds, settings.read_seconds, settings.write_seconds)
         self.limits = Limits(settings.max_body_bytes, *seconds)
         self.keys = Keys(settings.api_keys, settings.api_keys_file)
+        self.most_connections = max(1, min(settings.max_connections, open_file_limit() - SPARE_FILES))
         self.conversations: set[asyncio.Task[None]] = set()
         self.exchanges = 0  # being answered
         self.idle = asyncio.Event()  # when there are none
@@ -3392,7 +3442,11 @@ class Server:
         def protocol() -> HttpProtocol:
             return HttpProtocol(asyncio.StreamReader(limit=HEAD_LIMIT), self.converse)
 
-        return await asyncio.get_running_loop().create_server(protocol, sock=listener, backlog=1024)
+        # asyncio takes the backlog for the number of connections to accept at once, too.
+        loop = asyncio.get_running_loop()
+        listening = await loop.create_server(protocol, sock=listener, backlog=ACCEPTED_AT_ONCE)
+        listener.listen(LISTEN_BACKLOG)
+        return listening
 
     async def drain(self, listening: asyncio.Server, hurry: asyncio.Event) -> None:
         """Stops in order; `hurry` cuts the waiting short.
@@ -3422,9 +3476,8 @@ class Server:
         assert task
         connection = Connection(reader, writer, self.limits)
         try:
-            if len(self.conversations) >= self.settings.max_connections:
-                connection.has_unread_body = True
-                await self.answer_error(Exchange(connection), too_many_connections(self.settings.max_connections))
+            if len(self.conversations) >= self.most_connections:
+                await self.refuse(connection)
                 return
             self.conversations.add(task)
             while await self.exchange(connection):
@@ -3434,6 +3487,13 @@ class Server:
         finally:
             self.conversations.discard(task)
             await connection.close()
+
+    async def refuse(self, connection: Connection) -> None:
+        """Answers a connection too many without reading its request."""
+        connection.has_unread_body = True
+        exchange = Exchange(connection)
+        await self.answer_error(exchange, too_many_connections(self.most_connections))
+        self.finish(exchange)
 
     async def exchange(self, connection: Connection) -> bool:
         """Reads one request, answers and logs it; False when the connection is to be closed."""
@@ -3463,16 +3523,20 @@ class Server:
         return exchange.status != CLIENT_CLOSED_REQUEST and exchange.keeps_alive
 
     async def answer_while_present(self, exchange: Exchange) -> None:
-        """Answers in a task of its own, cancelled when the client leaves; raises ApiError, ConnectionResetError."""
+        """Answers in a task of its own, cancelled when the client leaves; raises ApiError, ConnectionResetError.
+
+        A client may send its next requests ahead (RFC 9112 section 9.3.2), but not without end.
+        """
         protocol = exchange.connection.writer.transport.get_protocol()
         assert isinstance(protocol, HttpProtocol)
         answering = asyncio.create_task(self.answer(exchange))
         leaving = asyncio.create_task(protocol.gone.wait())
         try:
             await asyncio.sleep(0)  # what needs no waiting is answered even to a client that has half-closed already
-            await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
-                raise ConnectionResetError
+            while not answering.done():
+                await asyncio.wait({answering, leaving}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+                if not answering.done() and (leaving.done() or exchange.connection.is_flooded):
+                    raise ConnectionResetError
             await answering
         finally:
             leaving.cancel()
@@ -3941,8 +4005,7 @@ def setup_logging(settings: Settings) -> None:
     is_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(is_json))
-    logger.handlers = [handler]
-    logger.propagate = False
+    logging.getLogger().handlers = [handler]  # also for asyncio, which warns when it cannot accept connections
     logger.setLevel(settings.log_level.upper())
 
 

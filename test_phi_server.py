@@ -1504,6 +1504,21 @@ def test_every_end_token_ends_a_reply(model_folder: Path, tokenizer: Any, tmp_pa
         assert content(chat(server, "What is the capital of Japan?")).endswith(".")
 
 
+@pytest.mark.parametrize("text", ["a", "          ", "https://", "漢字", "🙂", "1", "The owl. ", "<|im_end|>"])
+def test_no_text_has_fewer_tokens_than_its_length_over_the_longest_tokens(model: Any, text: str) -> None:
+    tokens = model.encode(text * 200)
+    assert len(tokens) >= len(text * 200) // model.longest_token
+    assert model.tokenizer.decode(tokens) or tokens == [tokens[0]] * 200
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_text_that_cannot_fit_is_refused_before_it_becomes_tokens(server: Server, model: Any, path: str) -> None:
+    text = "a" * 1_000_000
+    reply = post(server, path, {"prompt": text, "messages": turns(text)})
+    assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+    assert f"resulted in at least {1_000_000 // model.longest_token} tokens" in reply.error["message"]
+
+
 def test_turns_that_the_template_refuses_are_a_400(model_folder: Path, tmp_path: Path) -> None:
     folder = changed(model_folder, tmp_path)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}", encoding="utf-8")
@@ -1543,24 +1558,42 @@ def test_phis_template_renders_system_user_and_assistant(tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("files", "strips"),
+    ("described", "strips"),
     [
-        pytest.param({"tokenizer.json": '{"decoder": {"type": "ByteLevel"}}'}, False, id="bytes"),
-        pytest.param({"tokenizer.json": '{"decoder": null}'}, False, id="no decoder"),
-        pytest.param({"tokenizer.json": '{"decoder": {"type": "Metaspace"}}'}, True, id="metaspace"),
+        pytest.param({"decoder": {"type": "ByteLevel"}}, False, id="bytes"),
+        pytest.param({"decoder": None}, False, id="no decoder"),
+        pytest.param({"decoder": {"type": "Metaspace"}}, True, id="metaspace"),
         pytest.param(
-            {"tokenizer.json": '{"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip"}]}}'},
+            {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip"}]}},
             True,
             id="a sequence that strips",
         ),
-        pytest.param({"tokenizer.model": ""}, True, id="SentencePiece"),
-        pytest.param({}, False, id="neither"),
+        pytest.param({}, True, id="SentencePiece alone"),
     ],
 )
-def test_a_sentencepiece_model_drops_the_leading_space(tmp_path: Path, files: dict[str, str], strips: bool) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    assert phi_server.strips_leading_space(tmp_path) == strips
+def test_a_sentencepiece_model_drops_the_leading_space(described: dict[str, Any], strips: bool) -> None:
+    assert phi_server.strips_leading_space(described) == strips
+
+
+SPECIAL = {"id": 1, "content": "<|end|>", "special": True}
+ADDED = {"id": 2, "content": "né", "special": False}
+
+
+@pytest.mark.parametrize(
+    ("described", "tokens"),
+    [
+        pytest.param(
+            {"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"\u0120a": 0, "<|end|>": 1}}},
+            {0: b" a", 1: b"", 2: b"n\xc3\xa9"},
+            id="BPE of bytes",
+        ),
+        pytest.param({"model": {"vocab": {"\u2581a": 0}}}, {0: b" a", 1: b"", 2: b"n\xc3\xa9"}, id="SentencePiece"),
+        pytest.param({"model": {"vocab": [["\u2581a", -1.5]]}}, {0: b" a", 1: b"", 2: b"n\xc3\xa9"}, id="Unigram"),
+        pytest.param({}, {1: b"", 2: b"n\xc3\xa9"}, id="added tokens alone"),
+    ],
+)
+def test_the_vocabulary_tells_the_bytes_of_each_token(described: dict[str, Any], tokens: dict[int, bytes]) -> None:
+    assert phi_server.vocabulary(described | {"added_tokens": [SPECIAL, ADDED]}) == tokens
 
 
 def damaged(model_folder: Path, folder: Path, damage: str) -> Path:
@@ -2229,14 +2262,15 @@ def test_each_choice_has_its_own_finish_reason(server: Server) -> None:
     assert {choice["finish_reason"] for choice in choices} == {"stop", "length"}
 
 
-def test_a_prompt_is_prefilled_once_for_all_its_choices(server: Server) -> None:
+@pytest.mark.parametrize(("length", "shared"), [(100, 96), (500, 496)], ids=["one chunk", "several chunks"])
+def test_a_prompt_is_prefilled_once_for_all_its_choices(server: Server, length: int, shared: int) -> None:
     names = ("prompt_tokens_total", "cached_tokens_total")
     before = [metric(server, name) for name in names]
-    usage = complete(server, list(range(9000, 9100)), n=4, max_tokens=5, ignore_eos=True)["usage"]
+    usage = complete(server, list(range(9000, 9000 + length)[::-1]), n=4, max_tokens=5, ignore_eos=True)["usage"]
     added = [metric(server, name) - count for name, count in zip(names, before, strict=True)]
-    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (100, 20, 120)
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (length, 20, length + 20)
     assert usage["prompt_tokens_details"]["cached_tokens"] == 0
-    assert added == [400, 3 * 96]
+    assert added == [4 * length, 3 * shared]
 
 
 def test_the_chunks_of_the_choices_interleave(server: Server) -> None:
@@ -2471,12 +2505,10 @@ def test_a_prompt_reuses_kept_kv_in_whole_blocks(engine: Any, seed: int | None, 
 
 
 def test_guessed_tokens_are_kept_up_to_the_first_wrong_one(engine: Any) -> None:
-    slot = engine.slots[0]
-    slot.sequence, slot.tokens = sequence([1, 2, 3], None), [1, 2]
-    plan = engine.plan_verify(slot, [5, 6, 7])
+    drafted = sequence([1, 2, 3], None)
     certain = 1000 * np.eye(10, dtype=np.float32)
     for sampled, kept in ([5, 9, 7, 8], [5, 9]), ([5, 6, 7, 8], [5, 6, 7, 8]):
-        assert [pick.token for pick in engine.verify(plan, certain[sampled])] == kept
+        assert [pick.token for pick in engine.verify(drafted, [5, 6, 7], certain[sampled])] == kept
 
 
 def test_a_new_conversation_takes_an_empty_slot_else_the_least_recently_used(engine: Any) -> None:
@@ -2630,6 +2662,7 @@ def faulty(function, is_marked):
         return function(self, *arguments)
     return call
 sampler, stream = phi_server.Sampler, phi_server.TextStream
+sampler.score = faulty(sampler.score, lambda self: {POISON} in self.sampling.logit_bias)
 sampler.pick = faulty(sampler.pick, lambda self: {POISON} in self.sampling.logit_bias)
 stream.push = faulty(stream.push, lambda self: "{POISON}" in self.stop)
 stream.finish = faulty(stream.finish, lambda self: "finish {POISON}" in self.stop)
@@ -2665,6 +2698,16 @@ def test_what_raises_in_one_sequence_fails_that_one_alone(
     assert reply.status == (200 if stream else 500)
     assert b'"code":"internal_error"' in reply.body
     assert b"[DONE]" not in reply.body
+    assert is_idle(faulty_server)
+
+
+def test_what_raises_while_a_prompt_is_scored_fails_that_one_alone(faulty_server: Server) -> None:
+    asked = {"prompt": list(range(5000, 5600)), "echo": True, "logprobs": 1, "logit_bias": {POISON: 1}}
+    other, reply = concurrently(
+        lambda: post(faulty_server, CHAT, {"messages": turns(STORY), "max_tokens": 60, "ignore_eos": True}),
+        lambda: post(faulty_server, TEXT, asked),
+    )
+    assert (other.status, reply.status, reply.error["code"]) == (200, 500, "internal_error")
     assert is_idle(faulty_server)
 
 
@@ -2720,6 +2763,12 @@ def leave_with_more_requests_sent(server: Server) -> None:
         wire.send(raw("GET /health HTTP/1.1", "Host: localhost") * 4)
 
 
+def leave_with_more_sent_than_is_read_ahead(server: Server) -> None:
+    with stream_forever(server, STORY, stream=False) as wire:
+        assert eventually(lambda: metric(server, "running_sequences") == 1)
+        wire.send(raw("GET /health HTTP/1.1", "Host: localhost", f"X: {'x' * 30_000}") * 8)
+
+
 def descriptors(server: Server) -> int:
     """How many file descriptors the process has open."""
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
@@ -2737,6 +2786,7 @@ def descriptors(server: Server) -> int:
         leave_by_half_close,
         leave_by_reset,
         leave_with_more_requests_sent,
+        leave_with_more_sent_than_is_read_ahead,
     ],
 )
 def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
@@ -2749,6 +2799,17 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
     assert eventually(lambda: is_idle(server))
     assert time.monotonic() - left < 5  # one step; the reply would take longer
     assert eventually(lambda: descriptors(server) <= before)
+
+
+@pytest.mark.parametrize("leave", [leave_before_the_body, leave_in_the_body, leave_mid_stream, leave_by_reset])
+def test_a_client_that_leaves_is_no_error_in_the_log(server: Server, leave: Callable[[Server], None]) -> None:
+    before = len(server.log)
+    for _ in range(3):
+        leave(server)
+    assert eventually(lambda: sum(entry.get("path") == CHAT for entry in server.log[before:]) == 3)
+    get(server, "/health", "x-request-id: behind-those-who-left")
+    server.logged(request_id="behind-those-who-left")
+    assert {entry["level"] for entry in server.log[before:]} == {"info"}
 
 
 # ---- HTTP ------------------------------------------------------------------------------------------------------------
@@ -2877,6 +2938,8 @@ def test_a_request_with_two_readings_is_refused_and_the_connection_closed(
         pytest.param("GET http://[ HTTP/1.1", 400, id="absolute target with half an address"),
         pytest.param("CONNECT a:80 HTTP/1.1", 400, id="a proxy's request"),
         pytest.param("\x16\x03\x01\x02", 400, id="TLS"),
+        pytest.param("GET /health HTTP/1.1\nHost: localhost\n", 400, id="bare line feeds"),
+        pytest.param("\nGET /health HTTP/1.1", 400, id="bare line feed before it"),
     ],
 )
 def test_a_request_line_that_is_none_is_refused(server: Server, line: str, status: int) -> None:
@@ -2894,6 +2957,9 @@ def test_a_request_line_that_is_none_is_refused(server: Server, line: str, statu
         pytest.param(b"1\r\n[]]0\r\n\r\n", id="longer than its size"),
         pytest.param(b"1\n[\r\n", id="bare line feed"),
         pytest.param(b"1;a\rb\r\n[\r\n0\r\n\r\n", id="carriage return in an extension"),
+        pytest.param(b"1\r\n[\r\n0\r\na b\r\n\r\n", id="trailer without a colon"),
+        pytest.param(b"1\r\n[\r\n0\r\na : b\r\n\r\n", id="trailer with a space before the colon"),
+        pytest.param(b"1\r\n[\r\n0\r\n\n", id="trailers that end with a bare line feed"),
     ],
 )
 def test_a_chunk_that_is_none_is_refused_and_the_connection_closed(server: Server, body: bytes) -> None:
@@ -2956,6 +3022,14 @@ def test_a_header_that_is_too_large_is_refused(server: Server, lines: list[str],
     replies = exchange(server, raw("GET /health HTTP/1.1", "Host: localhost", *lines))
     assert [(reply.status, reply.error["code"]) for reply in replies] == [(431, "request_too_large")]
     assert replies[0].error["message"] == f"The request's header is larger than {limit}."
+
+
+def test_chunk_extensions_that_are_too_large_together_are_refused(server: Server) -> None:
+    chunk = b"1;" + b"x" * 20_000 + b"\r\n \r\n"
+    head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked")
+    (reply,) = exchange(server, raw(*head, body=4 * chunk))
+    assert (reply.status, reply.error["code"]) == (413, "request_too_large")
+    assert reply.error["message"] == "The request's chunk extensions is larger than 65536 bytes."
 
 
 @pytest.mark.parametrize(
@@ -3112,7 +3186,9 @@ def test_one_connection_above_the_limit_is_refused_until_another_one_closes() ->
         wires[0].__exit__()
         assert (refused.status, refused.error["code"]) == (503, "too_many_connections")
         assert (refused.headers["connection"], refused.headers["retry-after"]) == ("close", "1")
+        assert server.logged(request_id=refused.headers["x-request-id"])["status"] == 503
         assert eventually(lambda: get(server, "/health").status == 200)
+        assert metric(server, 'requests_total{route="unknown",status="503"}') >= 1
 
 
 def test_a_connection_that_was_refused_does_not_count(small_server: Server) -> None:
@@ -3123,6 +3199,20 @@ def test_a_connection_that_was_refused_does_not_count(small_server: Server) -> N
         statuses = [reply.status for wire in wires if (reply := wire.read_reply())]
     assert sorted(statuses) == [200] * 3 + [503] * 5
     assert eventually(lambda: get(small_server, "/health").status == 200)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits file descriptors as POSIX does")
+def test_connections_leave_file_descriptors_to_spare() -> None:
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (20, 200))\n"
+    with running(script=f"{limited}import phi_server; sys.exit(phi_server.main([]))") as server:
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(Wire(server)) for _ in range(140)]
+            for wire in wires:
+                wire.send(raw("GET /health HTTP/1.1", "Host: localhost"))
+            statuses = [reply.status for wire in wires if (reply := wire.read_reply())]
+        assert sorted(statuses) == [200] * 50 + [503] * 90
+        assert eventually(lambda: get(server, "/health").status == 200)
+    assert [entry for entry in server.log if "trace" in entry] == []
 
 
 def deaf_client(server: Server) -> socket.socket:
