@@ -2,7 +2,7 @@
 
 A test talks over a socket to a real server process, which serves the model of MODEL_PATH or the demo model, or it calls
 a pure function of phi_server.py. No model is mocked. It takes about a minute and a half on two cores.
-`python -m pytest -m bench -s` measures instead, and prints a table.
+`python -m pytest -m bench -s` measures instead, and prints a table; `-m soak` loads a server for half an hour.
 """
 
 from __future__ import annotations
@@ -4886,3 +4886,86 @@ def test_bench(model_folder: Path) -> None:
         for question in QUESTIONS:
             chat(server, question, max_tokens=32)
         show("resident memory after 4 short chats, CONTEXT_LENGTH=8192", memory(server), "")
+
+
+# ---- Soak ------------------------------------------------------------------------------------------------------------
+# Half an hour of mixed load, `python -m pytest -m soak -s`: what the server holds at its end is what it held before.
+
+SOAK_MINUTES = 30
+WATCHED = """
+import asyncio, os, signal, sys, phi_server
+serve = phi_server.serve
+async def watched(settings):
+    def tell():
+        fields = {"tasks": len(asyncio.all_tasks()), "files": len(os.listdir("/proc/self/fd"))}
+        phi_server.logger.info("state", extra={"fields": fields})
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
+    await serve(settings)
+phi_server.serve = watched
+sys.exit(phi_server.main([]))
+"""
+
+
+def state(server: Server) -> tuple[int, int]:
+    """How many tasks run in the server, and how many files it has open; shown with its memory."""
+
+    def told() -> list[dict[str, Any]]:
+        return [entry for entry in server.log if entry["message"] == "state"]
+
+    count = len(told())
+    server.process.send_signal(signal.SIGUSR1)
+    assert eventually(lambda: len(told()) > count)
+    tasks, files = told()[-1]["tasks"], told()[-1]["files"]
+    kept = f"{metric(server, 'kv_resident_bytes') / (1 << 20):.0f} MiB"
+    show(tasks, files, memory(server), kept, int(metric(server, "generated_tokens_total")))
+    return tasks, files
+
+
+def asked_at_random(chance: random.Random) -> dict[str, object]:
+    """The fields of a chat with one of many features."""
+    schema = schema_format(closed(name={"type": "string", "maxLength": 20}, age={"type": "integer", "maximum": 99}))
+    features: list[dict[str, object]] = [
+        {"response_format": schema},
+        {"tools": [tool("weather", city={"type": "string", "maxLength": 9})], "tool_choice": "required"},
+        {"n": 3, "logprobs": True, "top_logprobs": 2},
+        {"seed": 1, "temperature": 1},
+        {"stop": ["."], "presence_penalty": 1},
+        {"temperature": 9},
+        {"logit_bias": {"100": -5}},
+        {},
+    ]
+    said = f"{chance.randrange(50)}. " + STORY * chance.choice([1, 3, 20, 60])
+    fields = {"messages": turns(said), "max_tokens": chance.randrange(1, 60), "stream": chance.random() < 0.5}
+    return fields | chance.choice(features)
+
+
+def load_at_random(server: Server, number: int, end: float) -> int:
+    """One client: chats, clients that leave, and bytes that are no request, until the end; returns how many."""
+    chance = random.Random(number)
+    leave = [leave_before_the_body, leave_in_the_body, leave_mid_stream, leave_by_half_close, leave_by_reset]
+    count = 0
+    while time.monotonic() < end:
+        count += 1
+        match chance.choices(["ask", "leave", "fuzz"], [6, 3, 1])[0]:
+            case "ask":
+                assert post(server, CHAT, asked_at_random(chance)).status in (200, 400)
+            case "leave":
+                chance.choice(leave)(server)
+            case "fuzz":
+                exchange(server, mutated(chance.choice(FUZZED), chance))
+    return count
+
+
+@pytest.mark.soak
+def test_half_an_hour_of_mixed_load_leaves_nothing_behind() -> None:
+    show("tasks", "open files", "resident memory", "of it KV", "generated tokens")
+    with running(script=WATCHED, MAX_CONCURRENT_REQUESTS=8, READ_SECONDS=1) as server, ThreadPoolExecutor(5) as pool:
+        before = state(server)
+        end = time.monotonic() + 60 * SOAK_MINUTES
+        clients = [pool.submit(load_at_random, server, number, end) for number in range(5)]
+        while time.monotonic() < end:
+            time.sleep(min(120, max(0, end - time.monotonic())))
+            state(server)
+        print(sum(client.result() for client in clients), "requests")
+        assert eventually(lambda: state(server) == before)
+    assert [entry for entry in server.log if "trace" in entry or "Traceback" in entry["message"]] == []
