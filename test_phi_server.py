@@ -35,7 +35,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -4959,12 +4959,14 @@ def load_at_random(server: Server, number: int, end: float) -> int:
 @pytest.mark.soak
 def test_half_an_hour_of_mixed_load_leaves_nothing_behind() -> None:
     show("tasks", "open files", "resident memory", "of it KV", "generated tokens")
-    with running(script=WATCHED, MAX_CONCURRENT_REQUESTS=8, READ_SECONDS=1) as server, ThreadPoolExecutor(5) as pool:
+    patience = {"READ_SECONDS": 1, "KEEPALIVE_SECONDS": 1}
+    with running(script=WATCHED, MAX_CONCURRENT_REQUESTS=8, **patience) as server, ThreadPoolExecutor(5) as pool:
         before = state(server)
         end = time.monotonic() + 60 * SOAK_MINUTES
         clients = [pool.submit(load_at_random, server, number, end) for number in range(5)]
         while time.monotonic() < end:
-            time.sleep(min(120, max(0, end - time.monotonic())))
+            wait(clients, min(120, max(0, end - time.monotonic())), FIRST_EXCEPTION)
+            assert [client.exception() for client in clients if client.done() and client.exception()] == []
             state(server)
         print(sum(client.result() for client in clients), "requests")
         assert eventually(lambda: state(server) == before)
