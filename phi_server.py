@@ -119,7 +119,7 @@ class Settings:
     read_seconds: float = setting(30.0, "how long a client may take to send one request", 0.1, 3600)
     write_seconds: float = setting(30.0, "how long a client may take to read what it was sent", 0.1, 3600)
     drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", 0, 3600)
-    max_connections: int = setting(1000, "connections at a time; one more gets 503", 1, 65535)
+    max_connections: int = setting(1000, "connections at a time, as open files allow; one more gets 503", 1, 65535)
     api_keys: tuple[str, ...] = setting((), "keys that clients may use, separated by commas; unset: no key is needed")
     api_keys_file: str = setting("", "file with one such key a line, read again when it changes")
     allowed_hosts: tuple[str, ...] = setting(
@@ -3423,13 +3423,13 @@ def is_loopback(name: str) -> bool:
 class Server:
     """Listens, and answers every connection's requests."""
 
-    def __init__(self, settings: Settings, api: Api, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, keys: Keys, api: Api, metrics: Metrics) -> None:
         self.settings = settings
+        self.keys = keys
         self.api = api
         self.metrics = metrics
         seconds = (settings.keepalive_seconds, settings.read_seconds, settings.write_seconds)
         self.limits = Limits(settings.max_body_bytes, *seconds)
-        self.keys = Keys(settings.api_keys, settings.api_keys_file)
         self.most_connections = max(1, min(settings.max_connections, open_file_limit() - SPARE_FILES))
         self.conversations: set[asyncio.Task[None]] = set()
         self.exchanges = 0  # being answered
@@ -4036,17 +4036,17 @@ def load_model(settings: Settings) -> Model:
 
 async def serve(settings: Settings) -> None:
     """Serves until SIGINT or SIGTERM; raises SettingsError, ModelLoadingFailed."""
-    listener = bind(settings)
+    listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
     model, metrics = load_model(settings), Metrics()
     engine = Engine(model, metrics, settings.max_concurrent_requests, memory_bound(settings.kv_memory, free_memory()))
-    server = Server(settings, Api(settings, model, engine, metrics), metrics)
+    server = Server(settings, keys, Api(settings, model, engine, metrics), metrics)
     listening = await server.listen(listener)
     generating = asyncio.create_task(engine.run())
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     fields = {"model": served_name(settings), "context_length": engine.context_length, "address": address}
     logger.info("serving", extra={"fields": fields})
-    if not server.keys.are_set and not is_loopback(settings.server_host):
+    if not keys.are_set and not is_loopback(settings.server_host):
         logger.warning("anybody who reaches this address may use the model; set API_KEYS, or listen on 127.0.0.1")
     stopping, hurry = asyncio.Event(), asyncio.Event()
     handle_signals(stopping, hurry)
