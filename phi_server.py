@@ -332,6 +332,12 @@ def empty_array(param: str) -> ApiError:
     return ApiError(400, "invalid_parameter", message, param)
 
 
+def array_too_long(param: str, most: int, got: int) -> ApiError:
+    """400: an array has more elements than are read."""
+    expected = f"Expected an array with maximum length {most}, but got an array with length {got} instead."
+    return ApiError(400, "invalid_parameter", f"Invalid '{param}': array too long. {expected}", param)
+
+
 def invalid_value(param: str, reason: str) -> ApiError:
     """400: a value that contradicts another field or the model."""
     return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
@@ -553,6 +559,8 @@ TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
 MOST_NESTED = 100  # arrays and objects; the grammar engine's recursion has no limit of its own
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
+MOST_ITEMS = 2048  # OpenAI's bound of messages; here of every array of objects
+MOST_STOPS = 64  # OpenAI allows 4; each is searched for in each piece of text
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
 
 
@@ -703,7 +711,10 @@ class Fields:
 
     def objects(self, name: str) -> list[Fields]:
         """The fields of each object of an array."""
-        items = [(f"{self.param(name)}[{i}]", item) for i, item in enumerate(self.array(name))]
+        array = self.array(name)
+        if len(array) > MOST_ITEMS:
+            raise array_too_long(self.param(name), MOST_ITEMS, len(array))
+        items = [(f"{self.param(name)}[{i}]", item) for i, item in enumerate(array)]
         for path, item in items:
             if not isinstance(item, dict):
                 raise wrong_type(path, "an object", JSON_NAMES[type(item)])
@@ -829,6 +840,8 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
     """Stop strings, from a string or an array; empty ones never match and are dropped."""
     stop = fields.value("stop", (str, list), "one of a string or array of strings")
     texts = [stop] if isinstance(stop, str) else stop or []
+    if len(texts) > MOST_STOPS:
+        raise array_too_long("stop", MOST_STOPS, len(texts))
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise wrong_type(f"stop[{i}]", "a string", JSON_NAMES[type(text)])
@@ -1241,7 +1254,7 @@ class Model:
         self.template = read_template(config.folder)
         described = read_tokenizer(config.folder)
         self.control_texts = control_texts(described)
-        self.control_tokens = re.compile("|".join(map(re.escape, self.control_texts.values())) or r"(?!)")
+        self.control_starts = control_starts(self.control_texts.values())
         self.drops_leading_space = strips_leading_space(described)
         self.vocabulary = vocabulary(described)
         texts = [*self.vocabulary.values(), *self.control_texts.values()]
@@ -1278,10 +1291,9 @@ class Model:
         tokens: list[int] = self.tokenizer.encode(text).tolist()
         return tokens
 
-    def encode_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> list[int]:
-        """Token ids of a chat in the model's template, in which only the template can write control tokens."""
-        parts = self.render_chat(messages, tools).split(CUT)
-        return [token for part in parts for token in self.encode(part)]
+    def encode_chat(self, rendered: str) -> list[int]:
+        """Token ids of a chat that render_chat has made; the text of a control token is none where it is cut."""
+        return [token for part in rendered.split(CUT) for token in self.encode(part)]
 
     def render_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
         """The prompt that the template makes of a chat, with CUT within forged control tokens; raises ApiError."""
@@ -1301,7 +1313,7 @@ class Model:
     def disarmed(self, value: Json) -> str:
         """The JSON of a value, with CUT behind the first character of each text that spells a control token."""
         text = json.dumps(value, ensure_ascii=False).replace(CUT, "")
-        return self.control_tokens.sub(lambda match: match[0][0] + CUT + match[0][1:], text)
+        return self.control_starts.sub(rf"\g<0>{CUT}", text)
 
     def guide(self, kind: str, grammar: str) -> Guide:
         """A guide to a grammar; raises ValueError with the reason when it is refused.
@@ -1423,6 +1435,11 @@ def control_texts(tokenizer: Mapping[str, Json]) -> dict[int, str]:
     """The texts that the tokenizer takes for control tokens wherever they stand, longest first."""
     added = sorted(tokenizer.get("added_tokens", []), key=lambda token: -len(token["content"]))
     return {token["id"]: token["content"] for token in added if token["special"] or token["content"].startswith("<")}
+
+
+def control_starts(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the first character of each control text, also of those that begin within another one."""
+    return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts) or "(?!)")
 
 
 def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
@@ -1569,6 +1586,8 @@ class Sampler:
         )
         self.counts: dict[int, int] = {}  # of sampled tokens, for the presence and frequency penalties
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self.biased = np.array(list(sampling.logit_bias), np.int64)
+        self.biases = np.array(list(sampling.logit_bias.values()), np.float32)
         self.penalizes = bool(sampling.presence_penalty or sampling.frequency_penalty)
         self.adjusts = self.penalizes or bool(sampling.logit_bias) or sampling.repetition_penalty != 1
 
@@ -1609,8 +1628,7 @@ class Sampler:
             tokens = np.fromiter(self.counts.keys(), np.int64)
             counts = np.fromiter(self.counts.values(), np.float32)
             row[tokens] -= np.float32(sampling.presence_penalty) + np.float32(sampling.frequency_penalty) * counts
-        for token, bias in sampling.logit_bias.items():
-            row[token] += bias
+        row[self.biased] += self.biases
         return row
 
     def draw(self, row: Floats) -> int:
@@ -1878,6 +1896,54 @@ def compact_schema(schema: dict[str, Json]) -> str:
     """A schema for llguidance, without white space between tokens, of which a small model may never stop."""
     guided = {**without_comments(schema), "x-guidance": {"whitespace_flexible": False}}
     return json.dumps(guided, ensure_ascii=False)
+
+
+# Larger schemas take the grammar engine seconds and gigabytes, and it holds the GIL: {"maxItems": 1000000} took 5 s
+# and 1.1 GB. Within these bounds the worst ones found took 0.3 s and 0.1 GB.
+MOST_SCHEMA_CHARACTERS = 100_000  # OpenAI allows 120,000 in names and values
+MOST_REPETITIONS = 10_000
+MOST_PROPERTIES = 500  # of one object; the engine's own limit is met soon after
+
+
+def check_schemas(request: ChatRequest) -> None:
+    """Raises ApiError for schemas that would keep the grammar engine busy for long; each counts for every choice."""
+    schemas = {f"{tool.path}.function.parameters": tool.parameters for tool in request.tools.offered}
+    if request.schema is not None:
+        schemas["response_format"] = request.schema
+    characters = repetitions = 0.0
+    for param, schema in schemas.items():
+        parts = list(objects_within(schema))
+        characters += request.generation.n * len(compact_schema(schema))
+        repetitions += request.generation.n * sum(map(repeated, parts))
+        if characters > MOST_SCHEMA_CHARACTERS:
+            raise invalid_schema(param, f"n times all schemas have more than {MOST_SCHEMA_CHARACTERS} characters")
+        if repetitions > MOST_REPETITIONS:
+            sums = "n times all minItems, maxItems, multipleOf and {} of patterns add up to"
+            raise invalid_schema(param, f"{sums} more than {MOST_REPETITIONS}")
+        if max(map(members, parts)) > MOST_PROPERTIES:
+            raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
+
+
+def objects_within(schema: Json) -> Iterator[dict[str, Json]]:
+    """All JSON objects of a schema, itself the first."""
+    if isinstance(schema, dict):
+        yield schema
+    parts = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    for part in parts:
+        yield from objects_within(part)
+
+
+def members(schema: dict[str, Json]) -> int:
+    """How many members an object of a schema has, or requires."""
+    required = schema.get("required")
+    return max(len(schema), len(required) if isinstance(required, list) else 0)
+
+
+def repeated(schema: dict[str, Json]) -> float:
+    """How many parts the grammar engine writes out for what an object of a schema repeats or divides by."""
+    counts = [schema.get(name) for name in ("minItems", "maxItems", "multipleOf")]
+    counts += map(int, re.findall(r"([0-9]{1,18})\}", str(schema.get("pattern", ""))))
+    return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
 
 
 def without_comments(value: Json) -> Json:
@@ -2907,12 +2973,14 @@ class Api:
         if name != self.model_name and name not in self.aliases and "*" not in self.aliases:
             raise unknown_model(name, self.model_name)
 
-    def check_size(self, param: str, characters: int) -> None:
-        """Raises ApiError for so many characters that no tokens of them can fit.
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a text completion's prompt; raises ApiError for one that cannot fit."""
+        self.check_size("prompt", prompt)
+        return self.model.encode(prompt)
 
-        It spares the event loop what they would take to encode, half a second for 4 MiB.
-        """
-        least = characters // self.model.longest_token
+    def check_size(self, param: str, text: str) -> None:
+        """Raises ApiError for a text too long for its tokens to fit; counting those of 4 MiB takes half a second."""
+        least = len(text) // self.model.longest_token
         if least > self.engine.context_length:
             raise context_exceeded(param, self.engine.context_length, f"at least {least}")
 
@@ -2922,11 +2990,12 @@ class Api:
         """POST /v1/chat/completions."""
         request = parse_chat(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        self.check_size("messages", sum(len(message.content) for message in request.messages))
-        prompt = self.model.encode_chat(request.messages, request.tools.offered)
-        guides = functools.partial(self.chat_guide, request)
+        rendered = self.model.render_chat(request.messages, request.tools.offered)
+        self.check_size("messages", rendered)
+        prompt = self.model.encode_chat(rendered)
+        guides = self.chat_guides(request)
         drops_space = self.model.drops_leading_space
-        reply = self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
+        reply = await self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
         writer = ChatWriter(reply, request.tools, self.model)
         if request.generation.stream:
             return EventStream(self.events(exchange, reply, writer))
@@ -2935,16 +3004,21 @@ class Api:
         choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
         return json_response(chat_object(reply, choices))
 
-    def chat_guide(self, request: ChatRequest) -> Guide | None:
-        """A guide for one choice of a chat, None where nothing is forced; raises ApiError for a refused schema."""
+    def chat_guides(self, request: ChatRequest) -> Iterator[Guide | None]:
+        """A guide for each choice of a chat, None where nothing is forced; raises ApiError for a refused schema."""
         if not request.tools.is_forced and request.schema is None:
-            return None
-        try:
-            if request.tools.offered:
-                return self.model.guide("lark_grammar", tool_grammar(request.tools, request.schema))
-            return self.model.guide("json_schema", compact_schema(request.schema or {}))
-        except ValueError as error:
-            raise invalid_schema(self.refused_schema(request), str(error)) from None
+            yield from itertools.repeat(None)
+        check_schemas(request)
+        if request.tools.offered:
+            kind, grammar = "lark_grammar", tool_grammar(request.tools, request.schema)
+        else:
+            kind, grammar = "json_schema", compact_schema(request.schema or {})
+        while True:
+            try:
+                guide = self.model.guide(kind, grammar)
+            except ValueError as error:
+                raise invalid_schema(self.refused_schema(request), str(error)) from None
+            yield guide
 
     def refused_schema(self, request: ChatRequest) -> str:
         """Which of a chat's schemas the grammar engine refuses."""
@@ -2959,10 +3033,10 @@ class Api:
         """POST /v1/completions: the prompt as it is, without a template."""
         request = parse_completion(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        self.check_size("prompt", max(len(prompt) if isinstance(prompt, str) else 0 for prompt in request.prompts))
-        prompts = [self.model.encode(text) if isinstance(text, str) else text for text in request.prompts]
+        prompts = [self.encode(text) if isinstance(text, str) else text for text in request.prompts]
         drops_space = self.model.drops_leading_space and request.echo
-        reply = self.prepare("cmpl-", "prompt", prompts, request.generation, no_guide, drops_space, request.echo)
+        no_guides = itertools.repeat(None)
+        reply = await self.prepare("cmpl-", "prompt", prompts, request.generation, no_guides, drops_space, request.echo)
         writer = CompletionWriter(reply, self.model)
         if request.generation.stream:
             return EventStream(self.events(exchange, reply, writer))
@@ -2971,13 +3045,13 @@ class Api:
         choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
         return json_response(completion_object(reply, choices) | {"usage": reply.usage()})
 
-    def prepare(
+    async def prepare(
         self,
         prefix: str,
         param: str,
         prompts: list[list[int]],
         generation: Generation,
-        guides: Callable[[], Guide | None],
+        guides: Iterator[Guide | None],
         drops_space: bool,
         echoes: bool = False,
     ) -> Reply:
@@ -2992,7 +3066,8 @@ class Api:
             limit = len(prompt) + min(room, room if generation.max_tokens is None else generation.max_tokens)
             leader: Sequence | None = None
             for i in range(generation.n):
-                guide = guides()
+                await asyncio.sleep(0)  # a guide can take a tenth of a second, in which nobody else is served
+                guide = next(guides)
                 ignores_eos = generation.ignore_eos and not guide  # a grammar has nothing behind its end
                 eos_tokens = frozenset[int]() if ignores_eos else self.model.config.eos_tokens
                 sampler = Sampler(seeded(generation.sampling, i), prompt, guide, generation.top_logprobs)
@@ -3044,10 +3119,6 @@ class Api:
             if reply.generation.include_usage:
                 yield sse(writer.chunk([]) | {"usage": reply.usage()})
         yield DONE_EVENT
-
-
-def no_guide() -> None:
-    """No guide: text completions have no grammar."""
 
 
 def seeded(sampling: Sampling, choice: int) -> Sampling:
