@@ -1439,7 +1439,7 @@ def control_texts(tokenizer: Mapping[str, Json]) -> dict[int, str]:
 
 def control_starts(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the first character of each control text, also of those that begin within another one."""
-    return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts) or "(?!)")
+    return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts if text) or "(?!)")
 
 
 def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
