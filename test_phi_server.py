@@ -567,6 +567,11 @@ def test_dotenv_is_read_from_the_working_directory_and_the_environment_wins() ->
         assert get(server, "/v1/models").json["data"][0]["id"] == "ours"
 
 
+def test_an_empty_variable_leaves_what_dotenv_says() -> None:
+    with running(dotenv="MODEL_NAME=ours", MODEL_NAME="") as server:
+        assert server.logged(message="serving")["model"] == "ours"
+
+
 def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
     ended = run("--help", cwd=tmp_path)
     assert ended.returncode == 0
@@ -590,6 +595,18 @@ def test_version_prints_the_version(tmp_path: Path) -> None:
 
 def test_the_default_number_of_threads_is_what_the_process_may_use() -> None:
     assert 1 <= phi_server.usable_cpus() <= (os.cpu_count() or 1)
+
+
+def test_a_containers_free_memory_counts_what_the_kernel_gives_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"most": "1000000", "used": "900000", "memory.stat": "anon 5\nfile 800000\ninactive_file 700000"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(phi_server, "CGROUP_MEMORY", [(str(tmp_path), "most", "used", "inactive_file")])
+    assert phi_server.free_memory() == 800_000
+    (tmp_path / "most").write_text("max")
+    assert phi_server.free_memory() > 1_000_000
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
@@ -717,6 +734,7 @@ def test_a_compressed_body_is_not_read(server: Server) -> None:
     reply = post(server, CHAT, b"\x1f\x8b", "Content-Encoding: gzip")
     assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
     assert "gzip" in reply.error["message"]
+    assert post(server, CHAT, HELLO | {"max_tokens": 1}, "Content-Encoding: identity").status == 200
 
 
 @pytest.mark.parametrize("fields", [{"messages": turns("a " * 5000)}, HELLO | {"response_format": NONSENSE}])
@@ -867,6 +885,7 @@ def test_a_reply_that_was_cancelled_is_not_observed(server: Server) -> None:
 
 
 def test_the_size_of_a_batch_is_observed(server: Server) -> None:
+    chat(server, "Hi", max_tokens=1)  # by whose end no step of a former test is under way
     steps, rows = metric(server, "batch_size_count"), metric(server, "batch_size_sum")
     chat(server, "Count to ten.", max_tokens=16, ignore_eos=True, n=2, stop="\x01")  # which turns guesses off
     steps, rows = metric(server, "batch_size_count") - steps, metric(server, "batch_size_sum") - rows
@@ -1104,7 +1123,7 @@ def test_unknown_fields_are_ignored(path: str) -> None:
         (TEXT, {"suffix": "!"}, "unsupported_value", "suffix"),
         (TEXT, {"best_of": 2}, "unsupported_value", "best_of"),
         (TEXT, {"best_of": 2, "n": 3}, "unsupported_value", "best_of"),
-        (TEXT, {"prompt": ["a"] * 129}, "invalid_parameter", "n"),
+        (TEXT, {"prompt": ["a"] * 129}, "invalid_parameter", "prompt"),
         (TEXT, {"prompt": ["a", "b"], "n": 65}, "invalid_parameter", "n"),
         (TEXT, {"prompt": []}, "invalid_parameter", "prompt"),
         (TEXT, {"prompt": [[1], "a", 5]}, "invalid_parameter", "prompt[2]"),
@@ -1639,6 +1658,10 @@ def damaged(model_folder: Path, folder: Path, damage: str) -> Path:
         "other graph": {"filename": "missing.onnx"},
         "encoder": {"encoder": {"filename": "encoder.onnx"}},
         "wrong vocabulary": {"vocab_size": 100},
+        "junk decoder": {"decoder": 5},
+        "junk type": {"type": 5},
+        "pattern without a layer": {"inputs": {"past_key_names": "past"}},
+        "lacking outputs": {"outputs": {"logits": "other"}},
     }
     changed(model_folder, folder, **changes.get(damage, {}))
     graph = folder / "model.onnx"
@@ -1647,6 +1670,10 @@ def damaged(model_folder: Path, folder: Path, damage: str) -> Path:
         (folder / name).unlink()
         if damage.startswith("junk"):
             (folder / name).write_text("junk", encoding="utf-8")
+    if damage == "junk model":
+        (folder / "genai_config.json").write_text('{"model": "x"}', encoding="utf-8")
+    if damage == "junk template":
+        (folder / "chat_template.jinja").write_bytes(b"\xff\xff")
     return folder / "none" if damage == "no folder" else folder
 
 
@@ -1656,7 +1683,13 @@ def damaged(model_folder: Path, folder: Path, damage: str) -> Path:
         ("no folder", r"MODEL_PATH .*none does not exist"),
         ("no config", r".* has no genai_config.json"),
         ("junk config", r".*genai_config.json cannot be read"),
-        ("no text decoder", r".*genai_config.json lacks 'num_hidden_layers': it describes no text decoder"),
+        ("no text decoder", r".*genai_config.json describes no text decoder: KeyError\('num_hidden_layers'\)"),
+        ("junk model", r".*genai_config.json cannot be read"),
+        ("junk decoder", r".*genai_config.json describes no text decoder"),
+        ("junk type", r".*genai_config.json describes no text decoder"),
+        ("pattern without a layer", r".*: expected %d in past and "),
+        ("lacking outputs", r".*model.onnx is no text decoder: it lacks the outputs other"),
+        ("junk template", r"the tokenizer files of .* cannot be read: UnicodeDecodeError"),
         ("encoder", r".* is no single text decoder"),
         ("other graph", r".*missing.onnx is missing, but genai_config.json names it"),
         ("junk graph", r".*model.onnx cannot be loaded"),
@@ -2537,6 +2570,17 @@ def test_a_prompt_reuses_kept_kv_in_whole_blocks(engine: Any, seed: int | None, 
     assert (slot, length) == (engine.slots[2], shared)
 
 
+def test_rows_that_change_places_hold_no_more_memory_than_they_may(engine: Any) -> None:
+    first, kept, last = engine.slots[:3]
+    for slot in (first, last):
+        slot.sequence, slot.tokens = sequence([1] * 50, None), [1] * 49
+        slot.resident = engine.whole_pages(100)
+    kept.tokens, kept.resident = [1] * 3900, engine.whole_pages(3900)
+    engine.plan_decode([first, last])
+    assert (last.row, kept.row) == (1, 2)
+    assert (last.resident, kept.resident) == (engine.whole_pages(100), engine.whole_pages(3900))
+
+
 def test_guessed_tokens_are_kept_up_to_the_first_wrong_one(engine: Any) -> None:
     drafted = sequence([1, 2, 3], None)
     certain = 1000 * np.eye(10, dtype=np.float32)
@@ -3189,6 +3233,13 @@ def test_to_http_1_0_a_stream_is_not_chunked_and_ends_with_the_connection(wide_s
     assert reply.body.endswith(b"data: [DONE]\n\n")
 
 
+def test_to_http_1_1_a_stream_is_chunked_also_when_the_connection_closes(wide_server: Server) -> None:
+    body = CHAT_BODY[:-1] + b',"stream":true}'
+    lines = ("Host: localhost", f"Content-Length: {len(body)}", "Connection: close")
+    (reply,) = exchange(wide_server, raw("POST /v1/chat/completions HTTP/1.1", *lines, body=body))
+    assert (reply.headers["transfer-encoding"], reply.headers["connection"]) == ("chunked", "close")
+
+
 def test_to_http_1_1_a_stream_is_chunked_and_the_connection_kept(wide_server: Server) -> None:
     body = CHAT_BODY[:-1] + b',"stream":true}'
     one = raw("POST /v1/chat/completions HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", body=body)
@@ -3749,6 +3800,13 @@ def test_a_json_object_is_one_unless_it_is_cut_off(server: Server, temperature: 
         text = choice["message"]["content"]
         assert text.startswith("{")
         assert choice["finish_reason"] == "length" or isinstance(json.loads(text), dict)
+
+
+def test_a_constant_is_kept_with_what_would_be_comments_in_a_schema(server: Server) -> None:
+    constant = {"title": "x", "description": "y", "n": 1}
+    schema = {"description": "z", "const": constant}
+    (choice,) = ask(server, CHAT, messages=turns("Hi"), response_format=schema_format(schema))
+    assert json.loads(choice["message"]["content"]) == constant
 
 
 def test_bias_and_penalties_do_not_break_a_schema(server: Server, tokenizer: Any) -> None:
@@ -4527,6 +4585,49 @@ def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> N
             assert server.process.wait(10) == 0
         finally:
             server.process.kill()
+
+
+def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads() -> None:
+    with running(DRAIN_SECONDS=0, WRITE_SECONDS=30) as server, deaf_client(server) as client:
+        for i in range(12):
+            client.sendall(raw("GET /metrics HTTP/1.1", "Host: localhost", f"x-request-id: unread-{i}"))
+            server.logged(request_id=f"unread-{i}")
+        try:
+            for _ in range(2):
+                server.process.send_signal(signal.SIGTERM)
+                server.logged(message="draining")
+            assert server.process.wait(5) == 0
+        finally:
+            server.process.kill()
+
+
+def test_an_interrupt_ends_the_loading_of_a_model_at_once(tmp_path: Path) -> None:
+    loading = "phi_server.load_model = lambda settings: (os.kill(os.getpid(), 2), time.sleep(20))"
+    script = f"import os, sys, time, phi_server; {loading}; sys.exit(phi_server.main([]))"
+    path = environment(SERVER_PORT=0, PYTHONPATH=FILE.parent)
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, timeout=15, check=False)
+    assert (ended.returncode, b"Traceback" in ended.stderr) == (130, False)
+
+
+def test_a_connection_that_is_reset_between_requests_is_no_request(server: Server) -> None:
+    before = len(server.log)
+    with Wire(server) as wire:
+        wire.send(raw("GET /health HTTP/1.1", "Host: localhost", "x-request-id: first-and-last"))
+        assert wire.read_reply()
+        wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    get(server, "/health", "x-request-id: behind-the-reset")
+    server.logged(request_id="behind-the-reset")
+    assert [entry["status"] for entry in server.log[before:]] == [200, 200]
+
+
+def test_a_request_is_timed_from_its_first_byte(strict_server: Server) -> None:
+    with Wire(strict_server) as wire:
+        threading.Event().wait(0.7)
+        wire.send(raw("GET /health HTTP/2.0", "Host: localhost"))
+        reply = wire.read_reply()
+    assert reply
+    assert strict_server.logged(request_id=reply.headers["x-request-id"])["duration_ms"] < 500
 
 
 class Proxy(Server):
