@@ -562,6 +562,8 @@ MOST_NESTED = 100  # arrays and objects; the grammar engine's recursion has no l
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_ITEMS = 2048  # OpenAI's bound of messages; here of every array of objects
 MOST_STOPS = 64  # OpenAI allows 4; each is searched for in each piece of text
+MOST_STOP_CHARACTERS = 500  # of each
+MOST_ECHOED = 32_768  # prompt tokens with log probabilities, n times; a reply spells out 200 bytes for each
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
 
 
@@ -756,34 +758,32 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     )
     if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
-    if len(prompts) > MOST_CHOICES:
-        raise array_too_long("prompt", MOST_CHOICES, len(prompts))
     if generation.n * len(prompts) > MOST_CHOICES:
         raise out_of_range("n", "integer", "<=", MOST_CHOICES // len(prompts), generation.n)
     return CompletionRequest(prompts, fields.boolean("echo"), generation)
 
 
 def parse_json(body: bytes) -> Fields:
-    """The body's JSON object; NaN, Infinity, invalid UTF-8 and nesting that Python refuses count as no JSON."""
+    """The body's JSON object; NaN, Infinity, invalid UTF-8 and deep nesting count as no JSON."""
+    if body.count(b"[") + body.count(b"{") > MOST_NESTED and nesting(body) > MOST_NESTED:
+        raise invalid_json(f"it is nested more than {MOST_NESTED} deep")
     try:
         value = json.loads(body.decode(), parse_constant=refuse_constant)
-    except RecursionError:
-        raise invalid_json("it is too deeply nested") from None
     except ValueError as error:
         raise invalid_json(str(error).partition(" (char")[0]) from None
     if not isinstance(value, dict):
         raise not_an_object(JSON_NAMES[type(value)])
-    if body.count(b"[") + body.count(b"{") > MOST_NESTED and is_deeper(value, MOST_NESTED):
-        raise invalid_json(f"it is nested more than {MOST_NESTED} deep")
     return Fields(value)
 
 
-def is_deeper(value: Json, depth: int) -> bool:
-    """Whether arrays and objects are nested deeper than this."""
-    if not isinstance(value, (dict, list)):
-        return False
-    children = value.values() if isinstance(value, dict) else value
-    return depth == 0 or any(is_deeper(child, depth - 1) for child in children)
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # or the rest, where one does not end
+
+
+def nesting(body: bytes) -> int:
+    """How deep arrays and objects are nested in JSON; numpy counts millions of brackets in an instant."""
+    text = np.frombuffer(JSON_STRING.sub(b"", body), np.uint8)
+    steps = np.isin(text, list(b"[{")).astype(np.int32) - np.isin(text, list(b"]}"))
+    return int(steps.cumsum().max(initial=0))
 
 
 def refuse_constant(name: str) -> None:
@@ -845,6 +845,9 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise wrong_type(f"stop[{i}]", "a string", JSON_NAMES[type(text)])
+        if len(text) > MOST_STOP_CHARACTERS:
+            expected = f"expected at most {MOST_STOP_CHARACTERS} characters, but got {len(text)}."
+            raise invalid_value(f"stop[{i}]", expected)
     return tuple(well_formed(text) for text in texts if text)
 
 
@@ -900,6 +903,8 @@ def parse_prompts(fields: Fields, vocab_size: int) -> tuple[str | list[int], ...
         raise empty_array("prompt")
     if isinstance(prompt[0], int):
         return (parse_tokens(prompt, "prompt", vocab_size),)
+    if len(prompt) > MOST_CHOICES:
+        raise array_too_long("prompt", MOST_CHOICES, len(prompt))
     return tuple(parse_prompt(item, f"prompt[{i}]", vocab_size) for i, item in enumerate(prompt))
 
 
@@ -1164,7 +1169,8 @@ class Grammars:
         try:
             generator = onnxruntime_genai.Generator(self.model, parameters)
         except RuntimeError as error:
-            raise ValueError(str(error).removeprefix("Error creating grammar: ")) from None
+            reason = str(error).removeprefix("Error creating grammar: ").partition("\n")[0]  # a panic adds a backtrace
+            raise ValueError(reason) from None
         generator.append_tokens([self.start_token])  # the search wants a prompt; the grammar begins behind it
         return Guide(generator)
 
@@ -1314,7 +1320,7 @@ class Model:
 
     def disarmed(self, value: Json) -> str:
         """The JSON of a value, with CUT behind the first character of each text that spells a control token."""
-        text = json.dumps(value, ensure_ascii=False).replace(CUT, "")
+        text = well_formed(json.dumps(value, ensure_ascii=False)).replace(CUT, "")
         return self.control_starts.sub(rf"\g<0>{CUT}", text)
 
     def guide(self, kind: str, grammar: str) -> Guide:
@@ -1569,6 +1575,7 @@ def strips_leading_space(tokenizer: Mapping[str, Json]) -> bool:
 
 SUM_BLOCK = 256  # weights; a vocabulary has about as many blocks
 TRUNCATED_PENALTY = np.float32(1e4)  # more than logits and noise span
+LEAST_PENALTY = 1e-6  # what is below it makes infinities of logits
 LEAST_TEMPERATURE = 1e-5  # below it float32 divides by zero, and the draw is greedy long before
 
 
@@ -1639,7 +1646,7 @@ class Sampler:
         if self.seen:
             tokens = np.fromiter(self.seen, np.int64)
             scores = row[tokens]
-            penalty = sampling.repetition_penalty
+            penalty = max(sampling.repetition_penalty, LEAST_PENALTY)
             row[tokens] = np.where(scores > 0, scores / penalty, scores * penalty)
         if self.counts:
             tokens = np.fromiter(self.counts.keys(), np.int64)
@@ -1912,33 +1919,45 @@ MOST_CALLS = 16  # in one reply; without a bound a small model calls until its t
 def compact_schema(schema: dict[str, Json]) -> str:
     """A schema for llguidance, without white space between tokens, of which a small model may never stop."""
     guided = {**without_comments(schema), "x-guidance": {"whitespace_flexible": False}}
-    return json.dumps(guided, ensure_ascii=False)
+    return well_formed(json.dumps(guided, ensure_ascii=False))
 
 
 # Larger schemas take the grammar engine seconds and gigabytes, and it holds the GIL: {"maxItems": 1000000} took 5 s
-# and 1.1 GB. Within these bounds the worst ones found took 0.3 s and 0.1 GB.
+# and 1.1 GB, 600 patterns in one allOf more than 90 s and 14 GB.
 MOST_SCHEMA_CHARACTERS = 100_000  # OpenAI allows 120,000 in names and values
 MOST_REPETITIONS = 10_000
-MOST_PROPERTIES = 500  # of one object; the engine's own limit is met soon after
+MOST_CONJUNCTIONS = 16
+MOST_CASES = 100  # conjunctions times alternatives, which the engine multiplies out
+MOST_PROPERTIES = 250  # of one object; the engine's parser fails from about 400 on
 
 
 def check_schemas(request: ChatRequest) -> None:
-    """Raises ApiError for schemas that would keep the grammar engine busy for long; each counts for every choice."""
+    """Raises ApiError for schemas that would keep the grammar engine busy for long."""
     schemas = {f"{tool.path}.function.parameters": tool.parameters for tool in request.tools.offered}
     if request.schema is not None:
         schemas["response_format"] = request.schema
     characters = repetitions = 0.0
     for param, schema in schemas.items():
-        parts = list(objects_within(schema))
-        characters += request.generation.n * len(compact_schema(schema))
-        repetitions += request.generation.n * sum(map(repeated, parts))
-        if characters > MOST_SCHEMA_CHARACTERS:
+        characters += request.generation.n * len(json.dumps(schema))
+        if characters > MOST_SCHEMA_CHARACTERS:  # before any walk through millions of parts
             raise invalid_schema(param, f"n times all schemas have more than {MOST_SCHEMA_CHARACTERS} characters")
+        parts = list(objects_within(without_comments(schema)))
+        repetitions += request.generation.n * sum(map(repeated, parts))
         if repetitions > MOST_REPETITIONS:
             sums = "n times all minItems, maxItems, multipleOf and {} of patterns add up to"
             raise invalid_schema(param, f"{sums} more than {MOST_REPETITIONS}")
-        if max(map(members, parts)) > MOST_PROPERTIES:
-            raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
+        check_parts(param, parts)
+
+
+def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
+    """Raises ApiError for too many properties in one of a schema's objects, or too many combinations in all."""
+    if max(map(members, parts)) > MOST_PROPERTIES:
+        raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
+    both = sum(map(conjunctions, parts))
+    cases = both * sum(length(part, name) for part in parts for name in ("anyOf", "oneOf"))
+    if both > MOST_CONJUNCTIONS or cases > MOST_CASES:
+        bounds = f"more than {MOST_CONJUNCTIONS} conjunctions, or than {MOST_CASES} of them times its alternatives"
+        raise invalid_schema(param, f"it has {bounds} (allOf, $ref with siblings; anyOf, oneOf)")
 
 
 def objects_within(schema: Json) -> Iterator[dict[str, Json]]:
@@ -1950,10 +1969,22 @@ def objects_within(schema: Json) -> Iterator[dict[str, Json]]:
         yield from objects_within(part)
 
 
+def length(schema: dict[str, Json], name: str) -> int:
+    """How many elements an array of a schema's object has, 0 without one."""
+    array = schema.get(name)
+    return len(array) if isinstance(array, list) else 0
+
+
 def members(schema: dict[str, Json]) -> int:
     """How many members an object of a schema has, or requires."""
-    required = schema.get("required")
-    return max(len(schema), len(required) if isinstance(required, list) else 0)
+    return max(len(schema), length(schema, "required"))
+
+
+def conjunctions(schema: dict[str, Json]) -> int:
+    """How often an object of a schema asks for something else to hold as well."""
+    combined = [name for name in ("allOf", "anyOf", "oneOf", "$ref") if name in schema]
+    siblings = schema.keys() - {"allOf", "anyOf", "oneOf", "$ref", "$defs", "definitions", "$schema", "default", "type"}
+    return max(0, length(schema, "allOf") - 1) + max(0, len(combined) - 1) + bool("$ref" in schema and siblings)
 
 
 def repeated(schema: dict[str, Json]) -> float:
@@ -2561,8 +2592,11 @@ LINGER_SECONDS = 1.0  # after an error with an unread body, so that the reset do
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
+QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'  # RFC 9110 section 5.6.4
+EXTENSION = rf"[ \t]*;[ \t]*{TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{TOKEN.pattern}|{QUOTED}))?"  # RFC 9112 section 7.1.1
 CHUNKED = -1  # the length of a body in chunked coding
 CHUNK_SIZE_DIGITS = 15  # hexadecimal; what exceeds them in a chunk's first line counts as extension
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_DIGITS}}})(?:{EXTENSION})*")
 
 
 @dataclass(frozen=True)
@@ -2817,13 +2851,16 @@ def parse_head(request_line: bytes, lines: list[bytes]) -> HttpRequest:
     if major != "1":
         raise malformed(f"HTTP/{major}.{minor} is not served, HTTP/1.1 is", 505)
     headers = parse_headers(lines)
+    path, authority = split_target(target)
     if minor != "0" and "host" not in headers:
         raise malformed("HTTP/1.1 needs a Host header")
     if "," in headers.get("host", ""):
         raise malformed("it has several Host headers")
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise malformed("only Expect: 100-continue is served", 417)
-    return HttpRequest(method, target_path(target), int(minor), headers, body_length(headers, int(minor)))
+    if authority:  # which then counts and not the header, RFC 9112 section 3.2.2
+        headers["host"] = authority
+    return HttpRequest(method, path, int(minor), headers, body_length(headers, int(minor)))
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -2840,13 +2877,14 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
     return headers
 
 
-def target_path(target: str) -> str:
-    """The path of a request target in origin, absolute or asterisk form (RFC 9112 section 3.2), without the query."""
+def split_target(target: str) -> tuple[str, str]:
+    """The path of a target in origin, absolute or asterisk form (RFC 9112 section 3.2), and the authority it names."""
     if target.startswith("/") or target == "*":
-        return target.partition("?")[0]
+        return target.partition("?")[0], ""
     if target.lower().startswith(("http://", "https://")):
         with contextlib.suppress(ValueError):  # half an IPv6 address
-            return urlsplit(target).path or "/"
+            parts = urlsplit(target)
+            return parts.path or "/", parts.netloc
     raise malformed(f"its target {target[:40]!r} is no path")
 
 
@@ -2868,9 +2906,9 @@ def body_length(headers: Mapping[str, str], minor_version: int) -> int:
 
 def chunk_size(line: bytes) -> int:
     """The size that a chunk's first line gives, extensions ignored; raises ApiError."""
-    match = re.fullmatch(rb"([0-9A-Fa-f]{1,%d})[ \t]*(;[\t -~\x80-\xff]*)?" % CHUNK_SIZE_DIGITS, line)
+    match = CHUNK_LINE.fullmatch(line.decode("latin-1"))
     if not match:
-        raise malformed("a chunk's size is no hexadecimal number")
+        raise malformed("a chunk does not begin with its size in hexadecimal digits")
     return int(match[1], 16)
 
 
@@ -3001,6 +3039,7 @@ class Api:
         """POST /v1/chat/completions."""
         request = parse_chat(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
+        self.check_size("messages", max((message.content for message in request.messages), key=len))
         rendered = self.model.render_chat(request.messages, request.tools.offered)
         self.check_size("messages", rendered)
         prompt = self.model.encode_chat(rendered)
@@ -3041,16 +3080,23 @@ class Api:
         """POST /v1/completions: the prompt as it is, without a template."""
         request = parse_completion(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        prompts = [self.encode(text) if isinstance(text, str) else text for text in request.prompts]
+        prompts = [await self.encode(text) if isinstance(text, str) else text for text in request.prompts]
+        echoed = request.generation.n * sum(map(len, prompts))
+        if request.echo and request.generation.top_logprobs is not None and echoed > MOST_ECHOED:
+            raise invalid_value("echo", f"expected at most {MOST_ECHOED} tokens with 'logprobs', but got {echoed}.")
         drops_space = self.model.drops_leading_space and request.echo
         no_guides = itertools.repeat(None)
         reply = await self.prepare("cmpl-", "prompt", prompts, request.generation, no_guides, drops_space, request.echo)
         return await self.respond(exchange, reply, CompletionWriter(reply, self.model))
 
-    def encode(self, prompt: str) -> list[int]:
+    async def encode(self, prompt: str) -> list[int]:
         """Token ids of a text completion's prompt; raises ApiError for one that cannot fit."""
         self.check_size("prompt", prompt)
-        return self.model.encode(prompt)
+        await asyncio.sleep(0)  # there may be many
+        tokens = self.model.encode(prompt)
+        if len(tokens) > self.engine.context_length:
+            raise context_exceeded("prompt", self.engine.context_length, len(tokens))
+        return tokens
 
     def check_size(self, param: str, text: str) -> None:
         """Raises ApiError for a text too long for its tokens to fit; counting those of 4 MiB takes half a second."""
@@ -3101,7 +3147,10 @@ class Api:
             return EventStream(self.events(exchange, reply, writer))
         with self.generating(exchange, reply):
             texts, scores = await gather(exchange, reply)
-        choices = [writer.choice(*choice) for choice in zip(reply.choices, texts, scores, strict=True)]
+        choices = []
+        for choice in zip(reply.choices, texts, scores, strict=True):
+            choices.append(writer.choice(*choice))
+            await asyncio.sleep(0)  # with log probabilities of a long prompt, each takes a while
         return json_response(writer.whole(choices))
 
     @contextlib.contextmanager
@@ -3386,6 +3435,8 @@ def logged_parameters(reply: Reply) -> dict[str, object]:
     sampling = dataclasses.asdict(reply.generation.sampling)
     defaults = dataclasses.asdict(Sampling())
     changed = {name: value for name, value in sampling.items() if value != defaults[name]}
+    if reply.generation.sampling.logit_bias:
+        changed["logit_bias"] = f"{len(reply.generation.sampling.logit_bias)} tokens"
     if reply.generation.max_tokens is not None:
         changed["max_tokens"] = reply.generation.max_tokens
     if reply.generation.n > 1:
@@ -3567,6 +3618,8 @@ class Server:
         1. No new connections, and /health says 503. 2. What is being answered may finish within DRAIN_SECONDS.
         3. What still runs then ends with an error. 4. All connections are closed.
         """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.settings.drain_seconds
         listening.close()
         self.api.engine.is_draining = True
         await until(asyncio.ensure_future(self.idle.wait()), self.settings.drain_seconds, hurry)
@@ -3575,7 +3628,8 @@ class Server:
         for task in self.conversations:
             task.cancel()
         closed = asyncio.gather(*self.conversations, return_exceptions=True)
-        await until(closed, self.settings.write_seconds, hurry)  # and cancels those that wait for a client to read
+        # What has been written may still be read; then those that wait for that are cancelled.
+        await until(closed, max(FAREWELL_SECONDS, deadline - loop.time()), hurry)
         await asyncio.gather(*self.conversations, return_exceptions=True)
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -3751,7 +3805,8 @@ class Server:
         self.metrics.requests.add(route=exchange.route, status=exchange.status)
         fields: dict[str, object] = {"request_id": exchange.request_id, "client": exchange.connection.client}
         if exchange.request:
-            fields |= {"method": exchange.request.method, "path": exchange.request.path}
+            path = exchange.request.path.encode("ascii", "backslashreplace").decode()  # no control characters in a log
+            fields |= {"method": exchange.request.method, "path": path}
         fields |= {"status": exchange.status, **exchange.details}
         fields["duration_ms"] = milliseconds(exchange.started, time.perf_counter())
         level = logging.ERROR if exchange.status >= 500 else logging.INFO

@@ -1124,6 +1124,7 @@ def test_unknown_fields_are_ignored(path: str) -> None:
         (TEXT, {"best_of": 2}, "unsupported_value", "best_of"),
         (TEXT, {"best_of": 2, "n": 3}, "unsupported_value", "best_of"),
         (TEXT, {"prompt": ["a"] * 129}, "invalid_parameter", "prompt"),
+        (CHAT, {"stop": ["a", "b" * 501]}, "invalid_parameter", "stop[1]"),
         (TEXT, {"prompt": ["a", "b"], "n": 65}, "invalid_parameter", "n"),
         (TEXT, {"prompt": []}, "invalid_parameter", "prompt"),
         (TEXT, {"prompt": [[1], "a", 5]}, "invalid_parameter", "prompt[2]"),
@@ -1192,11 +1193,12 @@ def test_stop_is_a_string_or_a_list_and_empty_ones_are_dropped(stop: object, tex
         pytest.param("messages[0].content", [{"type": "text", "text": "a"}] * 2049, 2048, id="parts"),
         pytest.param("tools", [{"type": "function", "function": {"name": "f"}}] * 2049, 2048, id="tools"),
         pytest.param("stop", ["a"] * 65, 64, id="stop strings"),
+        pytest.param("prompt", [[0]] * 129, 128, id="prompts"),
     ],
 )
 def test_an_array_may_not_be_too_long(field: str, array: list[Any], most: int) -> None:
     fields = {"messages": [{"role": "user", "content": array}]} if "content" in field else {field: array}
-    error = refusal(CHAT, **fields)
+    error = refusal(TEXT if field == "prompt" else CHAT, **fields)
     assert (error.status, error.param) == (400, field)
     expected = f"Expected an array with maximum length {most}, but got an array with length {most + 1} instead."
     assert error.message == f"Invalid '{field}': array too long. {expected}"
@@ -2900,7 +2902,7 @@ REQUESTS = [
     pytest.param(raw("HEAD /health HTTP/1.1", "Host: localhost"), 200, id="head"),
     pytest.param(raw("OPTIONS /v1/models HTTP/1.1", "Host: localhost"), 204, id="options"),
     pytest.param(b"\r\n\r\n" + raw("GET /health HTTP/1.1", "Host: localhost"), 200, id="empty lines before it"),
-    pytest.param(raw("GET http://a/v1/models?x=1 HTTP/1.1", "Host: localhost"), 200, id="absolute target"),
+    pytest.param(raw("GET http://localhost/v1/models?x=1 HTTP/1.1", "Host: localhost"), 200, id="absolute target"),
     pytest.param(raw("GET /v1/models/?x=1 HTTP/1.1", "hOST:localhost  ", "X:\t y\t"), 200, id="other case and space"),
     pytest.param(raw("GET /health HTTP/1.0", "Connection: keep-alive"), 200, id="HTTP/1.0 with keep-alive"),
     pytest.param(raw("GET /none HTTP/1.1", "Host: localhost"), 404, id="unknown URL"),
@@ -3071,14 +3073,18 @@ def test_the_length_of_a_body_has_one_reading(headers: dict[str, str], minor_ver
         assert phi_server.body_length(headers, minor_version) == length
 
 
-@pytest.mark.parametrize(("line", "size"), [(b"0", 0), (b"a", 10), (b"00fF", 255), (b"1 ;x=y", 1), (b"2;", 2)])
+@pytest.mark.parametrize(
+    ("line", "size"), [(b"0", 0), (b"a", 10), (b"00fF", 255), (b"1 ;x=y", 1), (b'2;a;b = "c;\\"d\xff"', 2)]
+)
 def test_a_chunks_size_is_hexadecimal(line: bytes, size: int) -> None:
     assert phi_server.chunk_size(line) == size
 
 
-@pytest.mark.parametrize("line", [b"", b" 1", b"1 x", b"+1", b"0x1", b"1_0", b"1\n", b"1" * 16, b"\xb2"])
+@pytest.mark.parametrize(
+    "line", [b"", b" 1", b"1 x", b"+1", b"0x1", b"1_0", b"1\n", b"1" * 16, b"\xb2", b"1 ", b"1;", b"1;=", b'1;a="']
+)
 def test_a_chunks_size_that_is_none_is_refused(line: bytes) -> None:
-    with pytest.raises(phi_server.ApiError, match="a chunk's size is no hexadecimal number"):
+    with pytest.raises(phi_server.ApiError, match="a chunk does not begin with its size"):
         phi_server.chunk_size(line)
 
 
@@ -3733,7 +3739,8 @@ def test_a_reply_fits_its_schema(server: Server, schema: dict[str, Any], tempera
         assert fits(json.loads(choice["message"]["content"]), schema)
 
 
-MANY = {f"p{i}": {"type": "integer"} for i in range(501)}
+MANY = {f"p{i}": {"type": "integer"} for i in range(251)}
+EITHER = {"anyOf": [{"type": "integer", "minimum": i} for i in range(9)]}
 
 
 @pytest.mark.parametrize(
@@ -3747,9 +3754,13 @@ MANY = {f"p{i}": {"type": "integer"} for i in range(501)}
         pytest.param({"type": "array", "maxItems": 3000}, 4, "add up to more than 10000", id="maxItems times n"),
         pytest.param({"const": "x" * 100_000}, 1, "more than 100000 characters", id="characters"),
         pytest.param({"const": "x" * 30_000}, 4, "more than 100000 characters", id="characters times n"),
-        pytest.param({"type": "object", "properties": MANY}, 1, "more than 500 properties", id="properties"),
-        pytest.param({"items": {"required": [*MANY]}}, 1, "more than 500 properties", id="required properties"),
-        pytest.param({"const": [MANY]}, 1, "more than 500 properties", id="members of a constant"),
+        pytest.param({"type": "object", "properties": MANY}, 1, "more than 250 properties", id="properties"),
+        pytest.param({"items": {"required": [*MANY]}}, 1, "more than 250 properties", id="required properties"),
+        pytest.param({"const": [MANY]}, 1, "more than 250 properties", id="members of a constant"),
+        pytest.param({"allOf": [{"pattern": f"^.*[{i}]"} for i in range(600)]}, 1, "16 conjunctions", id="patterns"),
+        pytest.param({"allOf": [EITHER] * 9}, 1, "100 of them times its alternatives", id="alternatives"),
+        pytest.param({"anyOf": [{"$ref": f"#/{i}", "pattern": "a"} for i in range(17)]}, 1, "$ref", id="references"),
+        pytest.param({"x": [[]] * 200_000}, 1, "more than 100000 characters", id="parts"),
     ],
 )
 def test_a_schema_that_would_take_the_grammar_engine_long_is_refused(
@@ -3772,9 +3783,11 @@ def test_the_tool_whose_schema_would_take_long_is_named_if_it_may_be_forced(serv
     "schema",
     [
         pytest.param({"type": "array", "items": {"type": "integer"}, "maxItems": 10_000}, id="items"),
-        pytest.param({"type": "object", "properties": dict([*MANY.items()][:500])}, id="properties"),
+        pytest.param({"type": "object", "properties": dict([*MANY.items()][:250])}, id="properties"),
         pytest.param({"type": "number", "multipleOf": 0.01, "minimum": -1e12, "maximum": 1e12}, id="large numbers"),
         pytest.param({"type": "string", "pattern": "^[a-z]{2,10}$", "maxLength": 1_000_000}, id="pattern and length"),
+        pytest.param({"$defs": {"a": EITHER}, "items": [{"allOf": [{"$ref": "#/$defs/a"}]}] * 20}, id="allOf of one"),
+        pytest.param(closed(**{f"p{i}": {"anyOf": [{"type": "null"}, EITHER]} for i in range(20)}), id="optional"),
     ],
 )
 def test_a_schema_up_to_the_bounds_is_kept_to(server: Server, schema: dict[str, Any]) -> None:
@@ -3800,6 +3813,35 @@ def test_a_json_object_is_one_unless_it_is_cut_off(server: Server, temperature: 
         text = choice["message"]["content"]
         assert text.startswith("{")
         assert choice["finish_reason"] == "length" or isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("where", ["response_format", "tools"])
+def test_half_a_character_in_a_schema_is_no_internal_error(server: Server, where: str) -> None:
+    schema = closed(**{"half \ud800": {"type": "string"}})
+    offered = {"tools": [tool("f", **{"half \ud800": {}})]}
+    asked = {"response_format": schema_format(schema)} if where == "response_format" else offered
+    assert post(server, CHAT, {"messages": turns("Hi"), "max_tokens": 1, **asked}).status in (200, 400)
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.5}, {"response_format": {"type": "json_object"}}])
+def test_the_least_repetition_penalty_is_no_internal_error(server: Server, fields: dict[str, Any]) -> None:
+    asked = {"messages": turns("Hi"), "max_tokens": 3, "repetition_penalty": 5e-324}
+    assert post(server, CHAT, asked | fields).status == 200
+
+
+def test_an_echo_with_log_probabilities_is_bounded(server: Server) -> None:
+    asked = {"prompt": [500] * 1000, "max_tokens": 0, "echo": True, "logprobs": 0}
+    reply = post(server, TEXT, asked | {"n": 33})
+    assert (reply.status, reply.error["param"]) == (400, "echo")
+    assert "at most 32768 tokens with 'logprobs', but got 33000" in reply.error["message"]
+    assert post(server, TEXT, asked | {"n": 2}).status == 200
+
+
+def test_a_panic_of_the_grammar_engine_is_told_without_its_backtrace(server: Server) -> None:
+    branches = [{"required": [f"{k}{i}"]} | closed(**{f"{k}{i}": {"type": "integer"}}) for k in "ab" for i in range(25)]
+    schema = {"allOf": [{"anyOf": branches[:25]}, {"anyOf": branches[25:]}]}
+    reply = post(server, CHAT, {"messages": turns("Hi"), "response_format": schema_format(schema), "max_tokens": 1})
+    assert len(reply.body) < 1000
 
 
 def test_a_constant_is_kept_with_what_would_be_comments_in_a_schema(server: Server) -> None:
@@ -4186,6 +4228,17 @@ def test_requests_that_fail_are_logged_too(server: Server) -> None:
     assert "parameters" not in entry
 
 
+def test_control_characters_of_a_path_are_escaped_in_the_log(server: Server) -> None:
+    get(server, "/\x9b\x85", "x-request-id: controls")
+    assert server.logged(request_id="controls")["path"] == r"/\x9b\x85"
+
+
+def test_a_bias_is_logged_by_its_size(server: Server) -> None:
+    asked = HELLO | {"max_tokens": 1, "logit_bias": {str(i): 1 for i in range(300)}}
+    post(server, CHAT, asked, "x-request-id: biased")
+    assert server.logged(request_id="biased")["parameters"]["logit_bias"] == "300 tokens"
+
+
 def test_prompts_and_replies_are_not_logged(server: Server) -> None:
     fields = {"stop": "quagga", "max_tokens": 24, "temperature": 0, "user": "quokka"}
     reply = post(server, CHAT, {"messages": turns("Tell me about the axolotl."), **fields}, "x-request-id: secret")
@@ -4412,6 +4465,11 @@ def test_another_name_is_refused_on_loopback_without_keys(server: Server, host: 
     assert "ALLOWED_HOSTS" in reply.error["message"]
 
 
+def test_the_host_of_an_absolute_target_counts(server: Server) -> None:
+    replies = exchange(server, raw("GET http://evil.example/health HTTP/1.1", "Host: localhost"), 1)
+    assert replies[0].error["code"] == "host_not_allowed"
+
+
 def test_with_keys_any_name_may_be_used() -> None:
     with running(API_KEYS=KEY) as server:
         assert ask_as(server, "evil.example", bearer(KEY)).status == 200
@@ -4576,7 +4634,7 @@ def test_a_second_signal_stops_at_once() -> None:
 
 
 def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> None:
-    with running(DRAIN_SECONDS=1, WRITE_SECONDS=1) as server, deaf_client(server) as client:
+    with running(DRAIN_SECONDS=1, WRITE_SECONDS=30) as server, deaf_client(server) as client:
         for i in range(12):
             client.sendall(raw("GET /metrics HTTP/1.1", "Host: localhost", f"x-request-id: unread-{i}"))
             server.logged(request_id=f"unread-{i}")
