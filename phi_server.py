@@ -1944,8 +1944,8 @@ def check_schemas(request: ChatRequest) -> None:
         schemas["response_format"] = request.schema
     characters = repetitions = 0.0
     for param, schema in schemas.items():
-        characters += request.generation.n * len(json.dumps(schema))
-        if characters > MOST_SCHEMA_CHARACTERS:  # before any walk through millions of parts
+        characters += request.generation.n * size(schema, MOST_SCHEMA_CHARACTERS)
+        if characters > MOST_SCHEMA_CHARACTERS:
             raise invalid_schema(param, f"n times all schemas have more than {MOST_SCHEMA_CHARACTERS} characters")
         parts = list(objects_within(without_comments(schema)))
         repetitions += request.generation.n * sum(map(repeated, parts))
@@ -1964,6 +1964,19 @@ def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
     if both > MOST_CONJUNCTIONS or cases > MOST_CASES:
         bounds = f"more than {MOST_CONJUNCTIONS} conjunctions, or than {MOST_CASES} of them times its alternatives"
         raise invalid_schema(param, f"it has {bounds} (allOf, $ref with siblings; anyOf, oneOf)")
+
+
+def size(schema: Json, most: int) -> int:
+    """About how many characters a schema has, counted no further than `most`: it may have millions of parts."""
+    count, parts = 0, [schema]
+    while parts and count <= most:
+        part = parts.pop()
+        if isinstance(part, (dict, list)):
+            parts += [*part, *part.values()] if isinstance(part, dict) else part
+            count += 2
+        else:
+            count += len(str(part)) + 2
+    return count
 
 
 def objects_within(schema: Json) -> Iterator[dict[str, Json]]:
