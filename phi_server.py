@@ -1266,11 +1266,9 @@ class Model:
             self.control_texts = control_texts(described)
             self.control_starts = control_starts(self.control_texts.values())
             self.drops_leading_space = strips_leading_space(described)
-            self.vocabulary = vocabulary(described)
+            self.longest_token = longest_token(described)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # another layout than we know
             raise ModelLoadingFailed(f"the tokenizer files of {config.folder} cannot be read: {error!r}") from None
-        texts = [*self.vocabulary.values(), *self.control_texts.values()]
-        self.longest_token = max(map(len, texts), default=sys.maxsize)  # bytes
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
         self.has_position_ids = config.inputs["position_ids"] in inputs
@@ -1342,6 +1340,11 @@ class Model:
         guide = self.grammars.guide(kind, grammar)
         guide.avoided = parts
         return guide
+
+    @functools.cached_property
+    def vocabulary(self) -> dict[int, bytes]:
+        """The bytes of each token, none for control tokens; read when first asked for, since they take 14 MB."""
+        return vocabulary(read_tokenizer(self.config.folder))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to the text, which may be a part of a character; none for control tokens."""
@@ -1476,12 +1479,23 @@ def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
     """The bytes of each token, none for control tokens."""
     is_bytewise = "ByteLevel" in json.dumps([tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")])
     spell = bytewise_token if is_bytewise else sentencepiece_token
-    ids = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(ids, list):  # of the Unigram model: texts with their scores, in the order of the ids
-        ids = {text: token for token, (text, _) in enumerate(ids)}
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
     tokens = {id_: b"" if token["special"] else token["content"].encode() for id_, token in added.items()}
-    return tokens | {token: spell(text) for text, token in ids.items() if token not in added}
+    return tokens | {token: spell(text) for text, token in token_ids(tokenizer).items() if token not in added}
+
+
+def token_ids(tokenizer: Mapping[str, Json]) -> dict[str, int]:
+    """The ids of tokens by their text in the tokenizer's own spelling, added ones left out."""
+    ids = tokenizer.get("model", {}).get("vocab", {})
+    if isinstance(ids, list):  # of the Unigram model: texts with their scores, in the order of the ids
+        return {text: token for token, (text, _) in enumerate(ids)}
+    return dict(ids)
+
+
+def longest_token(tokenizer: Mapping[str, Json]) -> int:
+    """How many characters of a text one token covers at most."""
+    texts = [*token_ids(tokenizer), *(token["content"] for token in tokenizer.get("added_tokens", []))]
+    return max(map(len, texts), default=sys.maxsize)
 
 
 def is_text(data: bytes) -> bool:
