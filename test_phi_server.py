@@ -1,7 +1,7 @@
 """The specification of phi_server.py, in its order: `python -m pytest -v` prints it. A test's name says what is true.
 
 A test talks over a socket to a real server process, which serves the model of MODEL_PATH or the demo model, or it calls
-a pure function of phi_server.py. No model is mocked. It takes about a minute and a half on two cores.
+a pure function of phi_server.py. No model is mocked. It takes about two and a half minutes on two cores.
 `python -m pytest -m bench -s` measures instead, and prints a table; `-m soak` loads a server for half an hour.
 """
 
