@@ -3663,7 +3663,10 @@ class Server:
         closed = asyncio.gather(*self.conversations, return_exceptions=True)
         # What has been written may still be read; then those that wait for that are cancelled.
         await until(closed, max(FAREWELL_SECONDS, deadline - loop.time()), hurry)
-        await asyncio.gather(*self.conversations, return_exceptions=True)
+        while waiting := set(self.conversations):  # again, if one was cancelled before it came to wait
+            await asyncio.wait(waiting, timeout=FAREWELL_SECONDS)
+            for task in waiting:
+                task.cancel()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers a client's requests in turn, until one side closes."""

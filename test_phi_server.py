@@ -4648,11 +4648,16 @@ def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> N
             server.process.kill()
 
 
-def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads() -> None:
+@pytest.mark.parametrize("is_generating", [False, True], ids=["has been answered", "is being answered"])
+def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads(is_generating: bool) -> None:
     with running(DRAIN_SECONDS=0, WRITE_SECONDS=30) as server, deaf_client(server) as client:
         for i in range(12):
             client.sendall(raw("GET /metrics HTTP/1.1", "Host: localhost", f"x-request-id: unread-{i}"))
             server.logged(request_id=f"unread-{i}")
+        if is_generating:
+            body = json.dumps({"model": server.model, "stream": True, "n": 64, **HELLO}).encode()
+            client.sendall(raw(f"POST {CHAT} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", body=body))
+            assert eventually(lambda: metric(server, "running_sequences") > 0)
         try:
             for _ in range(2):
                 server.process.send_signal(signal.SIGTERM)
