@@ -1958,7 +1958,7 @@ def check_schemas(request: ChatRequest) -> None:
         schemas["response_format"] = request.schema
     characters = repetitions = 0.0
     for param, schema in schemas.items():
-        characters += request.generation.n * size(schema, MOST_SCHEMA_CHARACTERS)
+        characters += request.generation.n * schema_size(schema, MOST_SCHEMA_CHARACTERS)
         if characters > MOST_SCHEMA_CHARACTERS:
             raise invalid_schema(param, f"n times all schemas have more than {MOST_SCHEMA_CHARACTERS} characters")
         parts = list(objects_within(without_comments(schema)))
@@ -1974,13 +1974,13 @@ def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
     if max(map(members, parts)) > MOST_PROPERTIES:
         raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
     both = sum(map(conjunctions, parts))
-    cases = both * sum(length(part, name) for part in parts for name in ("anyOf", "oneOf"))
+    cases = both * sum(array_length(part, name) for part in parts for name in ("anyOf", "oneOf"))
     if both > MOST_CONJUNCTIONS or cases > MOST_CASES:
         bounds = f"more than {MOST_CONJUNCTIONS} conjunctions, or than {MOST_CASES} of them times its alternatives"
         raise invalid_schema(param, f"it has {bounds} (allOf, $ref with siblings; anyOf, oneOf)")
 
 
-def size(schema: Json, most: int) -> int:
+def schema_size(schema: Json, most: int) -> int:
     """About how many characters a schema has, counted no further than `most`: it may have millions of parts."""
     count, parts = 0, [schema]
     while parts and count <= most:
@@ -2002,7 +2002,7 @@ def objects_within(schema: Json) -> Iterator[dict[str, Json]]:
         yield from objects_within(part)
 
 
-def length(schema: dict[str, Json], name: str) -> int:
+def array_length(schema: dict[str, Json], name: str) -> int:
     """How many elements an array of a schema's object has, 0 without one."""
     array = schema.get(name)
     return len(array) if isinstance(array, list) else 0
@@ -2010,14 +2010,14 @@ def length(schema: dict[str, Json], name: str) -> int:
 
 def members(schema: dict[str, Json]) -> int:
     """How many members an object of a schema has, or requires."""
-    return max(len(schema), length(schema, "required"))
+    return max(len(schema), array_length(schema, "required"))
 
 
 def conjunctions(schema: dict[str, Json]) -> int:
     """How often an object of a schema asks for something else to hold as well."""
     combined = [name for name in ("allOf", "anyOf", "oneOf", "$ref") if name in schema]
     siblings = schema.keys() - {"allOf", "anyOf", "oneOf", "$ref", "$defs", "definitions", "$schema", "default", "type"}
-    return max(0, length(schema, "allOf") - 1) + max(0, len(combined) - 1) + bool("$ref" in schema and siblings)
+    return max(0, array_length(schema, "allOf") - 1) + max(0, len(combined) - 1) + bool("$ref" in schema and siblings)
 
 
 def repeated(schema: dict[str, Json]) -> float:
