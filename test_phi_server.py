@@ -5161,12 +5161,12 @@ SOAK_MINUTES = 30
 WATCHED = """
 import asyncio, os, signal, sys, phi_server
 serve = phi_server.serve
-async def watched(settings):
+async def watched(*arguments):
     def tell():
         fields = {"tasks": len(asyncio.all_tasks()), "files": len(os.listdir("/proc/self/fd"))}
         phi_server.logger.info("state", extra={"fields": fields})
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
-    await serve(settings)
+    await serve(*arguments)
 phi_server.serve = watched
 sys.exit(phi_server.main([]))
 """
