@@ -1126,15 +1126,13 @@ class KvCache:
 
     def release(self, row: int, start: int, stop: int) -> None:
         """Gives the memory of tokens start..stop of a row back to the system, as far as it makes whole pages."""
-        if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
-            return
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
             first = -(-(head * self.capacity + start) * self.head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
             end = (head * self.capacity + stop) * self.head_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if first < end:
                 for memory in self.memory:
-                    memory.madvise(mmap.MADV_DONTNEED, first, end - first)
+                    release_pages(memory, first, end - first)
 
 
 def virtual_memory(size: int) -> mmap.mmap:
@@ -1146,6 +1144,12 @@ def virtual_memory(size: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one token of a head could take 2 MiB
     return memory
+
+
+def release_pages(memory: mmap.mmap, start: int, size: int) -> None:
+    """Gives whole pages of virtual memory back to the system, until they are written again."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        memory.madvise(mmap.MADV_DONTNEED, start, size)
 
 
 class Grammars:
@@ -1379,6 +1383,10 @@ class Model:
         binding.bind_ortvalue_output(self.config.outputs["logits"], onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         self.session.run_with_iobinding(binding)
         return logits
+
+    def release_logits(self) -> None:
+        """Gives the memory of the last call's logits back to the system."""
+        release_pages(self.logits_memory, 0, len(self.logits_memory))
 
     def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
         """The binding of KV rows low..high as past and as present; kept, since a batch uses the same rows for long."""
@@ -2058,6 +2066,7 @@ def without_comments(value: Json) -> Json:
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
 SHARED_SECONDS = 0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
+REST_SECONDS = 3.0  # without work, before memory is given back; to take it anew costs a chunk a twentieth
 LONGEST_DRAFT = 12  # guessed tokens; a call with so many takes three times as long as one with none
 LEAST_CONFIDENCE = 0.7  # a guess pays from 0.3 on; prose, which a small model half repeats, would lose below this
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
@@ -2284,13 +2293,22 @@ class Engine:
         plan = self.plan()
         if plan is None:
             self.deliver()
-            self.wake.clear()
-            await self.wake.wait()
+            await self.rest()
             return
         forward = asyncio.get_running_loop().run_in_executor(self.executor, self.forward, plan)
         self.deliver()  # the last step's text, while this one computes
         picks, seconds = await forward
         self.absorb(plan, picks, seconds)
+
+    async def rest(self) -> None:
+        """Waits for a sequence; when none comes for a while, gives back memory that the next one would overwrite."""
+        self.wake.clear()
+        try:
+            async with asyncio.timeout(REST_SECONDS):
+                await self.wake.wait()
+        except TimeoutError:
+            self.model.release_logits()
+            await self.wake.wait()
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
         """Runs one plan, in the executor; returns the tokens sampled for each slot, and the call's seconds.

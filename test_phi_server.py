@@ -323,6 +323,14 @@ def metric(server: Server, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
+def memory_besides_kv(server: Server) -> float:
+    """The server's resident memory in bytes, without the KV that it keeps; 0 where the system does not tell."""
+    page = get(server, "/metrics").body.decode()
+    sizes = [rf"^{name} (\S+)$" for name in ("process_resident_memory_bytes", "phi_server_kv_resident_bytes")]
+    resident, kept = (float(re.findall(size, page, re.MULTILINE)[0]) for size in sizes)
+    return resident and resident - kept
+
+
 def eventually(happens: Callable[[], bool]) -> bool:
     """Waits until something that can be observed is so; False when it takes too long."""
     deadline = time.monotonic() + PATIENCE
@@ -2717,6 +2725,15 @@ def test_sequences_wait_in_line_for_kv_memory(tight_server: Server) -> None:
 def test_a_reply_may_fill_the_kv_memory(tight_server: Server) -> None:
     usage = chat(tight_server, "Hi", ignore_eos=True)["usage"]
     assert usage["total_tokens"] == tight_server.logged(message="serving")["context_length"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+def test_a_server_at_rest_has_the_memory_of_its_start_and_the_kv_it_keeps() -> None:
+    with running() as server:
+        at_start = memory_besides_kv(server)
+        complete(server, list(range(5000, 6500)), max_tokens=1)
+        assert memory_besides_kv(server) > at_start + (40 << 20)  # logits of a long chunk, and the runtime's buffers
+        assert eventually(lambda: memory_besides_kv(server) < at_start + (30 << 20))
 
 
 def test_a_prompt_beyond_the_kv_memory_is_refused_at_once(tight_server: Server) -> None:
@@ -5227,7 +5244,7 @@ def test_half_an_hour_of_mixed_load_leaves_nothing_behind() -> None:
     show("tasks", "open files", "resident memory", "of it KV", "generated tokens")
     patience = {"READ_SECONDS": 1, "KEEPALIVE_SECONDS": 1}
     with running(script=WATCHED, MAX_CONCURRENT_REQUESTS=8, **patience) as server, ThreadPoolExecutor(5) as pool:
-        before = state(server)
+        before, memory_before = state(server), memory_besides_kv(server)
         end = time.monotonic() + 60 * SOAK_MINUTES
         clients = [pool.submit(load_at_random, server, number, end) for number in range(5)]
         while time.monotonic() < end:
@@ -5235,5 +5252,6 @@ def test_half_an_hour_of_mixed_load_leaves_nothing_behind() -> None:
             assert [client.exception() for client in clients if client.done() and client.exception()] == []
             state(server)
         print(sum(client.result() for client in clients), "requests")
+        assert eventually(lambda: memory_besides_kv(server) < memory_before + (50 << 20))
         assert eventually(lambda: state(server) == before)
     assert [entry for entry in server.log if "trace" in entry or "Traceback" in entry["message"]] == []
