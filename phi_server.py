@@ -2066,7 +2066,7 @@ def without_comments(value: Json) -> Json:
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
 SHARED_SECONDS = 0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
-REST_SECONDS = 3.0  # without work, before memory is given back; to take it anew costs a chunk a twentieth
+REST_SECONDS = 3.0  # without work, before memory is given back; taking it anew costs a chunk 2 or 3 %
 LONGEST_DRAFT = 12  # guessed tokens; a call with so many takes three times as long as one with none
 LEAST_CONFIDENCE = 0.7  # a guess pays from 0.3 on; prose, which a small model half repeats, would lose below this
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
