@@ -27,7 +27,6 @@ import bisect
 import contextlib
 import dataclasses
 import functools
-import gc
 import hashlib
 import hmac
 import ipaddress
@@ -560,6 +559,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
 MOST_NESTED = 100  # arrays and objects; the grammar engine's recursion has no limit of its own
+MOST_PARTS = 20_000  # arrays and objects, each of which takes up to 10 microseconds to read and check
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_ITEMS = 2048  # OpenAI's bound of messages; here of every array of objects
 MOST_STOPS = 64  # OpenAI allows 4; each is searched for in each piece of text
@@ -585,6 +585,11 @@ class Message:
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
+
+    @property
+    def characters(self) -> int:
+        """How long its texts are together."""
+        return len(self.content) + sum(len(call.arguments) for call in self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -765,16 +770,13 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
 
 
 def parse_json(body: bytes) -> Fields:
-    """The body's JSON object; NaN, Infinity, invalid UTF-8 and deep nesting count as no JSON."""
-    if body.count(b"[") + body.count(b"{") > MOST_NESTED and nesting(body) > MOST_NESTED:
-        raise invalid_json(f"it is nested more than {MOST_NESTED} deep")
-    gc.disable()  # it would go through millions of new lists again and again, and take four times as long as the rest
+    """The body's JSON object; NaN, Infinity, invalid UTF-8, deep nesting and too many parts count as no JSON."""
+    if body.count(b"[") + body.count(b"{") > MOST_NESTED:  # also those in strings
+        check_structure(body)
     try:
         value = json.loads(body.decode(), parse_constant=refuse_constant)
     except ValueError as error:
         raise invalid_json(str(error).partition(" (char")[0]) from None
-    finally:
-        gc.enable()
     if not isinstance(value, dict):
         raise not_an_object(JSON_NAMES[type(value)])
     return Fields(value)
@@ -786,10 +788,13 @@ JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  
 BRACKETS = np.array([(byte in b"[{") - (byte in b"]}") for byte in range(256)], np.int8)
 
 
-def nesting(body: bytes) -> int:
-    """How deep arrays and objects are nested in JSON; numpy counts millions of brackets in an instant."""
+def check_structure(body: bytes) -> None:
+    """Raises ApiError for JSON of too many arrays and objects, or too deep ones; numpy counts them in an instant."""
     steps = BRACKETS[np.frombuffer(JSON_STRING.sub(b"", body), np.uint8)]
-    return int(steps.cumsum(dtype=np.int32).max(initial=0))
+    if (parts := np.count_nonzero(steps == 1)) > MOST_PARTS:
+        raise invalid_json(f"it has {parts} arrays and objects, more than {MOST_PARTS}")
+    if steps.cumsum(dtype=np.int32).max(initial=0) > MOST_NESTED:
+        raise invalid_json(f"it is nested more than {MOST_NESTED} deep")
 
 
 def refuse_constant(name: str) -> None:
@@ -928,7 +933,8 @@ def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
     for i, token in enumerate(tokens):
         if type(token) is not int:
             raise wrong_type(f"{path}[{i}]", "an integer", JSON_NAMES[type(token)])
-        in_range(f"{path}[{i}]", "integer", token, 0, vocab_size - 1)
+        if not 0 <= token < vocab_size:  # there may be millions, and this is the quick question
+            in_range(f"{path}[{i}]", "integer", token, 0, vocab_size - 1)
     return tokens
 
 
@@ -3090,9 +3096,9 @@ class Api:
         """POST /v1/chat/completions."""
         request = parse_chat(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        self.check_size("messages", max((message.content for message in request.messages), key=len))
+        self.check_size("messages", sum(message.characters for message in request.messages))
         rendered = self.model.render_chat(request.messages, request.tools.offered)
-        self.check_size("messages", rendered)
+        self.check_size("messages", len(rendered))
         prompt = self.model.encode_chat(rendered)
         guides = self.chat_guides(request)
         drops_space = self.model.drops_leading_space
@@ -3142,16 +3148,16 @@ class Api:
 
     async def encode(self, prompt: str) -> list[int]:
         """Token ids of a text completion's prompt; raises ApiError for one that cannot fit."""
-        self.check_size("prompt", prompt)
+        self.check_size("prompt", len(prompt))
         await asyncio.sleep(0)  # there may be many
         tokens = self.model.encode(prompt)
         if len(tokens) > self.engine.context_length:
             raise context_exceeded("prompt", self.engine.context_length, len(tokens))
         return tokens
 
-    def check_size(self, param: str, text: str) -> None:
-        """Raises ApiError for a text too long for its tokens to fit; counting those of 4 MiB takes half a second."""
-        least = len(text) // self.model.longest_token
+    def check_size(self, param: str, characters: int) -> None:
+        """Raises ApiError for texts too long for their tokens to fit; counting those of 4 MiB takes half a second."""
+        least = characters // self.model.longest_token
         if least > self.engine.context_length:
             raise context_exceeded(param, self.engine.context_length, f"at least {least}")
 
