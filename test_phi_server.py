@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -72,6 +72,7 @@ class Server:
             with self.news:
                 self.log.append(json.loads(line) if line.startswith("{") else {"message": line})
                 self.news.notify_all()
+        self.process.wait()  # else it might still seem to run when those who wait look for the last time
         with self.news:
             self.news.notify_all()
 
@@ -1316,6 +1317,74 @@ def changed(model_folder: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
+class TellingGraph(phi_server.GraphWriter):
+    """A decoder with one tiny layer whose likeliest next tokens tell what it was fed: one of its inputs."""
+
+    TYPES: ClassVar = {**phi_server.GraphWriter.TYPES, "float16": 10}
+
+    def tell(self, fed: Literal["mask width", "positions"], vocab_size: int, kind: str) -> bytes:
+        """The whole graph's file, with logits and KV of this kind."""
+        ids = self.port(self.INPUT, "input_ids", "int64", ["batch", "sequence"])
+        mask = self.port(self.INPUT, "attention_mask", "int64", ["batch", "total"])
+        if fed == "positions":
+            told = self.port(self.INPUT, "position_ids", "int64", ["batch", "sequence"])
+        else:
+            width = self.node("Gather", self.node("Shape", mask), self.constant("one", np.array([1])))
+            told = self.node("Expand", width, self.node("Shape", ids))
+        values = self.node("Cast", self.constant("off and on", np.array([0, 1])), to=self.TYPES[kind])
+        self.node("OneHot", told, self.constant("depth", np.array(vocab_size)), values, outputs=["logits"])
+        self.port(self.OUTPUT, "logits", kind, ["batch", "sequence", vocab_size])
+        for part in ("key", "value"):
+            past = self.port(self.INPUT, f"past_key_values.0.{part}", kind, ["batch", 1, "past", 8])
+            present = self.node("Identity", past, outputs=[f"present.0.{part}"])
+            self.port(self.OUTPUT, present, kind, ["batch", 1, "total", 8])
+        return phi_server.protobuf((1, 10), (7, phi_server.protobuf((2, "telling")) + self.parts), (8, OPERATORS))
+
+
+OPERATORS = phi_server.protobuf((1, ""), (2, 21))
+TINY = {"filename": "telling.onnx", "num_hidden_layers": 1, "num_key_value_heads": 1, "head_size": 8}
+
+
+def telling(
+    model_folder: Path, folder: Path, fed: Literal["mask width", "positions"], kind: str = "float32", **changes: object
+) -> Path:
+    """The demo model's folder with a TellingGraph."""
+    changed(model_folder, folder, **TINY, **changes)
+    (folder / "telling.onnx").write_bytes(TellingGraph(Any, Any).tell(fed, 49152, kind))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "context_length", "width"),
+    [
+        pytest.param("phi3", 4096, 12, id="LongRoPE in a short context keeps to the short factors"),
+        pytest.param("phi3", 8192, 4097, id="LongRoPE in a long context has the long factors from the first token"),
+        pytest.param("phi3small", 4160, 4097, id="so has a relative of Phi-3"),
+        pytest.param("llama", 8192, 12, id="another model has no such factors"),
+    ],
+)
+def test_the_attention_mask_is_as_wide_as_the_rope_factors_want(
+    model_folder: Path, tmp_path: Path, kind: str, context_length: int, width: int
+) -> None:
+    config = phi_server.ModelConfig.read(telling(model_folder, tmp_path, "mask width", type=kind))
+    model = phi_server.Model(config, context_length, 2, 1)
+    assert model.forward(0, np.array([[5, 6]]), np.array([10])).argmax(axis=-1).tolist() == [[width, width]]
+
+
+def test_a_graph_that_wants_positions_gets_those_of_each_row(model_folder: Path, tmp_path: Path) -> None:
+    model = phi_server.Model(phi_server.ModelConfig.read(telling(model_folder, tmp_path, "positions")), 512, 4, 1)
+    assert model.forward(1, np.array([[5], [6]]), np.array([10, 300])).argmax(axis=-1).tolist() == [[10], [300]]
+    assert model.forward(0, np.array([[5, 6, 7]]), np.array([20])).argmax(axis=-1).tolist() == [[20, 21, 22]]
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16"])
+def test_a_graph_may_compute_in_16_bits(model_folder: Path, tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    with running(MODEL_PATH=telling(model_folder, tmp_path, "positions", kind)) as server:
+        reply = complete(server, [5] * 100, max_tokens=3, temperature=1, top_k=1, presence_penalty=1, logprobs=1)
+        assert reply["choices"][0]["text"] == tokenizer.decode(np.array([99, 100, 101], np.int32))
+        assert reply["choices"][0]["logprobs"]["token_logprobs"] == [pytest.approx(-9.8, abs=0.1)] * 3
+
+
 def test_the_capital_of_france_is_paris(server: Server) -> None:
     reply = chat(server, "What is the capital of France?")
     assert content(reply) == "The capital of France is Paris."
@@ -1571,10 +1640,23 @@ def test_no_text_has_fewer_tokens_than_its_length_over_the_longest_tokens(model:
     assert model.tokenizer.decode(tokens) or tokens == [tokens[0]] * 200
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT])
-def test_a_text_that_cannot_fit_is_refused_before_it_becomes_tokens(server: Server, model: Any, path: str) -> None:
-    text = "a" * 1_000_000
-    reply = post(server, path, {"prompt": text, "messages": turns(text)})
+LONG_TEXT = '"' * 1_000_000  # twice as long in JSON
+LONG_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LONG_TEXT}}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        pytest.param(TEXT, {"prompt": LONG_TEXT}, id="a prompt"),
+        pytest.param(CHAT, {"messages": turns(LONG_TEXT)}, id="a message"),
+        pytest.param(CHAT, {"messages": turns(*[LONG_TEXT[:1000]] * 1000)}, id="messages"),
+        pytest.param(CHAT, {"messages": [*turns("Hi"), LONG_CALL]}, id="arguments"),
+    ],
+)
+def test_a_text_that_cannot_fit_is_refused_before_it_becomes_tokens(
+    server: Server, model: Any, path: str, fields: dict[str, Any]
+) -> None:
+    reply = post(server, path, fields)
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
     least = re.search(r"resulted in at least (\d+) tokens", reply.error["message"])
     assert least
@@ -3378,6 +3460,22 @@ def test_json_is_read_to_a_depth_of_100(server: Server, body: bytes, code: str) 
     assert post(server, TEXT, body).error["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        pytest.param(
+            b'{"model":"none","prompt":"Hi","x":[%b]}' % b",".join([b"[]"] * 19_998), "model_not_found", id="20,000"
+        ),
+        pytest.param(
+            b'{"model":"none","prompt":"Hi","x":[%b]}' % b",".join([b"{}"] * 19_999), "invalid_json", id="20,001"
+        ),
+        pytest.param(b'{"model":"none","prompt":"%b"}' % (b"[{" * 20_000), "model_not_found", id="in a string"),
+    ],
+)
+def test_json_is_read_to_20_000_arrays_and_objects(server: Server, body: bytes, code: str) -> None:
+    assert post(server, TEXT, body).error["code"] == code
+
+
 FUZZED_BODIES = [
     b'{"model":"smollm2-135m","prompt":["Hi",""],"max_tokens":1,"logprobs":null}',
     b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"\\u00e9"}]}],"tools":[]}',
@@ -3977,6 +4075,23 @@ def test_a_stream_begins_before_its_prompt_is_prefilled(server: Server, path: st
         wire.read_until(first)
         assert metric(server, "generated_tokens_total") == generated
     assert eventually(lambda: is_idle(server))
+
+
+IMPATIENT = """
+import sys, phi_server
+phi_server.SILENCE_SECONDS = 0.1
+sys.exit(phi_server.main([]))
+"""
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_stream_that_is_silent_for_long_says_that_it_is_alive(path: str) -> None:
+    long = " ".join(str(i) for i in range(700))
+    with running(script=IMPATIENT) as server, stream_forever(server, long, path=path, max_tokens=1) as wire:
+        wire.read_until(b": keepalive")
+        assert metric(server, "generated_tokens_total") == 0
+        wire.read_until(b": keepalive")
+        wire.read_until(FIRST_TEXT if path == CHAT else b'"text":')
 
 
 def test_text_comes_as_it_is_generated(server: Server) -> None:
