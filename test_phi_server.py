@@ -3875,7 +3875,7 @@ EITHER = {"anyOf": [{"type": "integer", "minimum": i} for i in range(9)]}
         pytest.param({"allOf": [{"pattern": f"^.*[{i}]"} for i in range(600)]}, 1, "16 conjunctions", id="patterns"),
         pytest.param({"allOf": [EITHER] * 9}, 1, "100 of them times its alternatives", id="alternatives"),
         pytest.param({"anyOf": [{"$ref": f"#/{i}", "pattern": "a"} for i in range(17)]}, 1, "$ref", id="references"),
-        pytest.param({"x": [[]] * 200_000}, 1, "more than 100000 characters", id="parts"),
+        pytest.param({"x": [1] * 200_000}, 1, "more than 100000 characters", id="parts"),
     ],
 )
 def test_a_schema_that_would_take_the_grammar_engine_long_is_refused(
