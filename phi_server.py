@@ -165,7 +165,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
     """Reads NAME=value lines of a .env file, {} without one; raises SettingsError."""
     values = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -174,7 +174,7 @@ def read_dotenv(path: Path) -> dict[str, str]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))(?:\s+#.*)?", line)
+        match = re.fullmatch(r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?", line)
         if not match:
             raise SettingsError(f"{path} line {number}: expected NAME=value, but got {line!r}")
         values[match[1]] = match[2] or match[3] or match[4] or ""
@@ -771,10 +771,9 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
 
 def parse_json(body: bytes) -> Fields:
     """The body's JSON object; NaN, Infinity, invalid UTF-8, deep nesting and too many parts count as no JSON."""
-    if body.count(b"[") + body.count(b"{") > MOST_NESTED:  # also those in strings
-        check_structure(body)
+    check_structure(body)
     try:
-        value = json.loads(body.decode(), parse_constant=refuse_constant)
+        value = read_json(body.decode())
     except ValueError as error:
         raise invalid_json(str(error).partition(" (char")[0]) from None
     if not isinstance(value, dict):
@@ -790,6 +789,8 @@ BRACKETS = np.array([(byte in b"[{") - (byte in b"]}") for byte in range(256)], 
 
 def check_structure(body: bytes) -> None:
     """Raises ApiError for JSON of too many arrays and objects, or too deep ones; numpy counts them in an instant."""
+    if body.count(b"[") + body.count(b"{") <= MOST_NESTED:  # with those in strings
+        return
     steps = BRACKETS[np.frombuffer(JSON_STRING.sub(b"", body), np.uint8)]
     if (parts := np.count_nonzero(steps == 1)) > MOST_PARTS:
         raise invalid_json(f"it has {parts} arrays and objects, more than {MOST_PARTS}")
@@ -797,9 +798,17 @@ def check_structure(body: bytes) -> None:
         raise invalid_json(f"it is nested more than {MOST_NESTED} deep")
 
 
-def refuse_constant(name: str) -> None:
-    """Raises ValueError: NaN and Infinity are Python's, not JSON's (RFC 8259 section 6)."""
-    raise ValueError(f"{name} is no JSON number")
+def read_json(text: str) -> Json:
+    """The value of a JSON text; raises ValueError."""
+    return json.loads(text, parse_constant=finite, parse_float=finite)
+
+
+def finite(text: str) -> float:
+    """The number that a text spells; raises ValueError for NaN and Infinity, which are none in JSON (RFC 8259)."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def parse_generation(fields: Fields, vocab_size: int, max_tokens: int | None, top_logprobs: int | None) -> Generation:
@@ -840,7 +849,7 @@ def parse_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     """Biases by token id; an id that is no token of the model is refused."""
     bias = {}
     for key in fields.values:
-        if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key) or int(key) >= vocab_size:
             expected = f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
             raise invalid_value(fields.param(key), expected)
         bias[int(key)] = fields.number(key, -100, 100, default=0)
@@ -1013,6 +1022,9 @@ Integers = npt.NDArray[np.int64]
 # Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 
+# LongRoPE: from this width of the attention mask on the graph takes the long factors, for all rows.
+LONG_ROPE_WIDTH = 4097
+
 # A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control token can span one.
 CUT = "\ufdd0"
 
@@ -1170,7 +1182,6 @@ class Grammars:
         stub = onnxruntime_genai.Config(str(config.folder))
         stub.overlay(json.dumps({"model": overlay}))
         stub.add_model_data("stub.onnx", stub_graph(config.vocab_size))
-        self.vocab_size = config.vocab_size
         self.start_token = config.start_token
         self.context_length = config.context_length
         self.model = onnxruntime_genai.Model(stub)
@@ -1199,11 +1210,11 @@ class Guide:
 
     def __init__(self, generator: onnxruntime_genai.Generator) -> None:
         self.generator = generator
-        self.avoided: list[int] = []  # tokens to take only if the grammar allows no other
+        self.avoided = np.empty(0, np.int64)  # tokens to take only if the grammar allows no other
 
     def pick(self, scores: Floats) -> int:
         """The token of the highest score [vocab] that the grammar allows next."""
-        if self.avoided:
+        if len(self.avoided):
             scores = scores.copy()
             scores[self.avoided] -= AVOIDED_PENALTY
         self.generator.get_logits()  # the stub's, without which the search takes no others
@@ -1293,6 +1304,7 @@ class Model:
         # + 1: the last chunk may take one token more, rather than leave it alone.
         positions = max(LONGEST_CHUNK + 1, rows)
         self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
+        self.mask_memory = virtual_memory(rows * max(capacity, LONG_ROPE_WIDTH) * np.dtype(np.int64).itemsize)
         self.logits_memory = virtual_memory(positions * config.vocab_size * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
         try:
@@ -1343,13 +1355,18 @@ class Model:
         The grammar engine loses its way when a character that the grammar spells is made of several tokens.
         """
         spelled = re.findall(r"[^\x00-\x7f]+", grammar)
-        parts = [token for token, data in self.vocabulary.items() if not is_text(data)] if spelled else []
         for text in spelled:
-            if not set(parts).isdisjoint(self.encode(text)):
+            if np.isin(self.encode(text), self.partial_tokens).any():
                 raise ValueError(f"the model's tokens split the characters of '{text}', which a grammar cannot force")
         guide = self.grammars.guide(kind, grammar)
-        guide.avoided = parts
+        if spelled:
+            guide.avoided = self.partial_tokens
         return guide
+
+    @functools.cached_property
+    def partial_tokens(self) -> Integers:
+        """The tokens [n] that are no whole characters."""
+        return np.array([token for token, data in self.vocabulary.items() if not is_text(data)], np.int64)
 
     @functools.cached_property
     def vocabulary(self) -> dict[int, bytes]:
@@ -1371,14 +1388,13 @@ class Model:
         """
         rows, count = tokens.shape
         names, width = self.config.inputs, int(lengths.max()) + count
-        if self.config.is_long_rope and self.context_length > 4096:
-            # LongRoPE: the graph takes the long factors for all rows when the mask is this wide.
-            width = max(width, 4097)
+        if self.config.is_long_rope and self.context_length >= LONG_ROPE_WIDTH:
+            width = max(width, LONG_ROPE_WIDTH)
         columns = np.arange(width)
-        inputs = {
-            names["input_ids"]: tokens,
-            names["attention_mask"]: (columns < lengths[:, None] + count).astype(np.int64),
-        }
+        # One memory for the masks of all calls, since a binding keeps what was last bound.
+        mask = np.frombuffer(self.mask_memory, np.int64, rows * width).reshape(rows, width)
+        np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
+        inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
         if self.has_position_ids:
             inputs[names["position_ids"]] = lengths[:, None] + columns[:count]
         binding = self.binding(low, low + rows)
@@ -1551,10 +1567,11 @@ def turn_object(message: Message) -> dict[str, Json]:
 
 
 def json_or_text(text: str) -> Json:
-    """The value of a JSON text, or the text itself when it is none."""
+    """The value of a JSON text, or the text itself when a body could not have it."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        check_structure(text.encode())
+        return read_json(text)
+    except (ApiError, ValueError):
         return text
 
 
@@ -1579,7 +1596,7 @@ def spelled_out(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple
     turns = [plain_turn(message) for message in messages]
     if not tools:
         return tuple(turns)
-    told = TOOL_PROMPT + "\n".join(json.dumps(tool_object(tool)["function"]) for tool in tools)
+    told = TOOL_PROMPT + "\n".join(json.dumps(tool_object(tool)["function"], ensure_ascii=False) for tool in tools)
     if turns[0].role == "system":
         return (Message("system", f"{turns[0].content}\n\n{told}"), *turns[1:])
     return (Message("system", told), *turns)
@@ -1590,7 +1607,7 @@ def plain_turn(message: Message) -> Message:
     if message.role == "tool":
         return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
     calls = [{"name": call.name, "arguments": json_or_text(call.arguments)} for call in message.tool_calls]
-    marked = [f"{CALL_BEGIN}\n{json.dumps(call)}\n{CALL_END}" for call in calls]
+    marked = [f"{CALL_BEGIN}\n{json.dumps(call, ensure_ascii=False)}\n{CALL_END}" for call in calls]
     return Message(message.role, "\n".join([message.content, *marked] if message.content else marked))
 
 
@@ -2037,7 +2054,7 @@ def conjunctions(schema: dict[str, Json]) -> int:
 def repeated(schema: dict[str, Json]) -> float:
     """How many parts the grammar engine writes out for what an object of a schema repeats or divides by."""
     counts = [schema.get(name) for name in ("minItems", "maxItems", "multipleOf")]
-    counts += map(int, re.findall(r"([0-9]{1,18})\}", str(schema.get("pattern", ""))))
+    counts += map(int, re.findall(r"([0-9]{1,18}),?\}", str(schema.get("pattern", ""))))
     return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
 
 
@@ -2070,6 +2087,7 @@ def without_comments(value: Json) -> Json:
 # even number of rows, and a seeded sequence reuses only prefilled KV.
 
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
+LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
 ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
 SHARED_SECONDS = 0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
 REST_SECONDS = 3.0  # without work, before memory is given back; taking it anew costs a chunk 2 or 3 %
@@ -2269,8 +2287,12 @@ class Engine:
 
     def end(self) -> None:
         """Ends all sequences because the server stops."""
+        self.close_all("shutdown")
+
+    def close_all(self, reason: str) -> None:
+        """Ends all sequences, those that wait for a slot too."""
         for sequence in [*self.waiting, *(slot.sequence for slot in self.slots if slot.sequence)]:
-            sequence.close("shutdown")
+            sequence.close(reason)
 
     def observe(self) -> None:
         """Brings the gauges up to date."""
@@ -2368,8 +2390,8 @@ class Engine:
         self.prefill_seconds = self.prefill_seconds + seconds if plan.is_chunk else 0.0
         if plan.samples and not plan.is_chunk:
             self.metrics.batch_size.observe(len(plan.slots))
-        if plan.is_chunk and plan.count >= 32:  # shorter chunks do not show the speed of long ones
-            self.prefill_speed += 0.5 * (plan.count / seconds - self.prefill_speed)
+        if plan.is_chunk:
+            self.learn_speed(plan.count, seconds)
         for slot, picked in zip(plan.slots, picks, strict=True):
             sequence, slot.used = slot.running, self.steps
             if picked is None:
@@ -2382,6 +2404,12 @@ class Engine:
                 slot.prefilled = len(slot.tokens)
             for pick in picked:
                 self.accept(sequence, pick)
+
+    def learn_speed(self, count: int, seconds: float) -> None:
+        """Corrects the prefill speed by a chunk. A short one is slower: it counts if it was faster, or took too long."""
+        speed = count / seconds
+        if count >= LONG_CHUNK or speed > self.prefill_speed or seconds > ALONE_SECONDS:
+            self.prefill_speed += 0.5 * (speed - self.prefill_speed)
 
     def accept(self, sequence: Sequence, pick: Pick) -> None:
         """Appends a sampled token, unless its sequence has ended in the meantime."""
@@ -2433,16 +2461,16 @@ class Engine:
         return reason
 
     def fail(self) -> None:
-        """Ends all sequences with an error; what the rows of those that ran hold is unknown now."""
-        self.sampled = []
-        for sequence in self.waiting:
-            sequence.close("error")
+        """Ends all sequences with an error, and gives all rows back: which chores were done is unknown now."""
+        self.deliver()
+        self.close_all("error")
         self.waiting.clear()
+        self.chores = []
         for slot in self.slots:
-            if slot.sequence:
-                slot.sequence.close("error")
-                slot.sequence = None
-                slot.keep([], 0)
+            slot.sequence = None
+            slot.keep([], 0)
+            slot.resident = self.model.kv.capacity
+            self.trim(slot, 0)
 
     # planning
 
@@ -3037,8 +3065,13 @@ class Reply:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in prompts)},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+
+    @property
+    def cached_tokens(self) -> int:
+        """How many prompt tokens were not computed."""
+        return sum(sequence.cached_tokens for sequence in self.choices if sequence.leader is None)
 
 
 class Api:
@@ -3507,7 +3540,7 @@ def outcome(exchange: Exchange, reply: Reply, started: float) -> dict[str, objec
     first = min((sequence.first_token for sequence in reply.choices if sequence.first_token), default=None)
     return {
         "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": sum(sequence.cached_tokens for sequence in reply.choices if sequence.leader is None),
+        "cached_tokens": reply.cached_tokens,
         "completion_tokens": usage["completion_tokens"],
         "time_to_first_token_ms": milliseconds(exchange.started, first) if first else None,
         "inference_time_ms": milliseconds(started, time.perf_counter()),
@@ -3593,7 +3626,7 @@ class Keys:
     def refresh(self) -> None:
         """Reads the file if it has changed; raises OSError."""
         if self.path and (modified := self.path.stat().st_mtime_ns) != self.modified:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
             self.filed = [digest(key.encode()) for line in lines if (key := line.strip())]
             self.modified = modified
 

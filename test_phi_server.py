@@ -33,6 +33,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -547,6 +548,9 @@ def test_kv_memory_that_is_neither_is_refused(text: str) -> None:
         ("NAME='a \"b\"'", {"NAME": 'a "b"'}),
         ("NAME=a#b # comment", {"NAME": "a#b"}),
         ("NAME=", {"NAME": ""}),
+        ("NAME= # comment", {"NAME": ""}),
+        ("NAME=#b", {"NAME": "#b"}),
+        ("\ufeffNAME=value", {"NAME": "value"}),
         ("NAME=a=b", {"NAME": "a=b"}),
         ("# NAME=value", {}),
         ("", {}),
@@ -554,7 +558,7 @@ def test_kv_memory_that_is_neither_is_refused(text: str) -> None:
 )
 def test_a_line_of_dotenv_sets_a_variable(tmp_path: Path, line: str, values: dict[str, str]) -> None:
     path = tmp_path / ".env"
-    path.write_text(f"\n{line}\n", encoding="utf-8")
+    path.write_text(f"{line}\n\n", encoding="utf-8")
     assert phi_server.read_dotenv(path) == values
 
 
@@ -653,7 +657,7 @@ ERRORS = [
     ("no JSON", CHAT, b"{", 400, "invalid_json", None, "We could not parse the JSON body of your request. "),
     ("no body", CHAT, b"", 400, "invalid_json", None, "We could not parse the JSON body"),
     ("invalid UTF-8", CHAT, b'{"a":"\xff"}', 400, "invalid_json", None, "We could not parse the JSON body"),
-    ("NaN", CHAT, b'{"a":NaN}', 400, "invalid_json", None, "We could not parse .* NaN is no JSON number"),
+    ("NaN", CHAT, b'{"a":NaN}', 400, "invalid_json", None, "We could not parse .* NaN is no finite number"),
     ("Infinity", CHAT, b'{"a":-Infinity}', 400, "invalid_json", None, "We could not parse the JSON body"),
     ("too deep", CHAT, b'{"a":' + b"[" * 9000, 400, "invalid_json", None, "We could not parse the JSON body"),
     ("huge number", CHAT, b"9" * 5000, 400, "invalid_json", None, "We could not parse the JSON body"),
@@ -1109,6 +1113,7 @@ def test_unknown_fields_are_ignored(path: str) -> None:
         (CHAT, {"stop": ["a", 5]}, "invalid_parameter", "stop[1]"),
         (CHAT, {"logit_bias": {"1000": 1}}, "invalid_parameter", "logit_bias.1000"),
         (CHAT, {"logit_bias": {"x": 1}}, "invalid_parameter", "logit_bias.x"),
+        (CHAT, {"logit_bias": {"05": 1}}, "invalid_parameter", "logit_bias.05"),
         (CHAT, {"logit_bias": {"-1": 1}}, "invalid_parameter", "logit_bias.-1"),
         (CHAT, {"logit_bias": {"65": 101}}, "invalid_parameter", "logit_bias.65"),
         (CHAT, {"logit_bias": {"65": "1"}}, "invalid_parameter", "logit_bias.65"),
@@ -1541,6 +1546,24 @@ def test_a_template_that_knows_tools_gets_them_and_the_calls(model: Any) -> None
     assert rendered(model, TOOL_TEMPLATE) == turns
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param('{"city": "Ro', id="cut off"),
+        pytest.param('{"city": NaN}', id="NaN"),
+        pytest.param('{"city": -Infinity}', id="Infinity"),
+        pytest.param('{"city": 1e999}', id="a number beyond 64 bits"),
+        pytest.param("[ " * 101 + "]" * 101, id="too deep"),
+        pytest.param("[" + "[]," * 20_000 + "1]", id="too many parts"),
+    ],
+)
+def test_arguments_that_are_no_json_are_text_for_the_template(model: Any, arguments: str) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    template = "{% for m in messages %}{{ m.tool_calls[0].function.arguments }}{% endfor %}{# tools #}"
+    assert rendered(model, template, messages=[{"role": "assistant", "tool_calls": [call]}]) == arguments
+
+
 def test_other_templates_get_tools_in_the_system_prompt_and_calls_as_text(model: Any) -> None:
     prompt = rendered(model, phi_server.PHI_TEMPLATE, tools=TOOLS)
     system, user, call, result, end = prompt.split("<|end|>\n")
@@ -1550,6 +1573,15 @@ def test_other_templates_get_tools_in_the_system_prompt_and_calls_as_text(model:
     assert call == ('<|assistant|>\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>')
     assert result == "<|user|>\n<tool_response>\nSunny.\n</tool_response>"
     assert end == "<|assistant|>\n"
+
+
+def test_the_characters_of_tools_and_calls_are_told_as_they_are(model: Any) -> None:
+    call = {"function": {"name": "weather", "arguments": '{"city": "Zürich 東京"}'}}
+    messages = [*turns("Hi"), {"role": "assistant", "tool_calls": [call]}]
+    offered = [tool("weather", city={"description": "Straße 🙂"})]
+    prompt = rendered(model, phi_server.PHI_TEMPLATE, messages=messages, tools=offered)
+    assert "Zürich 東京" in prompt
+    assert "Straße 🙂" in prompt
 
 
 def test_tools_are_told_behind_the_chats_own_system_prompt(model: Any) -> None:
@@ -1835,6 +1867,19 @@ def kv_cache(model_folder: Path) -> Any:
     for array in cache.arrays:
         array[:] = 1
     return cache
+
+
+def test_a_call_leaves_no_mask_behind(model: Any) -> None:
+    def call_all(length: int) -> None:
+        for low, rows in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (2, 2)]:
+            model.forward(low, np.ones((rows, 1), np.int64), np.full(rows, length))
+
+    call_all(1)
+    tracemalloc.start()
+    call_all(500)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 17 * 500 * 8 / 2  # the masks have 17 rows of 500
 
 
 def test_copying_kv_touches_the_tokens_asked_for(model_folder: Path) -> None:
@@ -2693,6 +2738,44 @@ def test_a_conversation_goes_on_in_its_slot_and_one_that_only_begins_alike_does_
     engine.slots[1].keep(list(range(100)), 100)
     assert engine.choose_slot(sequence(list(range(120)), None), engine.slots) is engine.slots[1]
     assert engine.choose_slot(sequence([*range(50), *range(900, 950)], None), engine.slots) is not engine.slots[1]
+
+
+def test_after_a_fault_nothing_is_known_of_any_row(engine: Any) -> None:
+    for slot in engine.slots:
+        slot.keep(list(range(100)), 100)
+        slot.resident = engine.whole_pages(100)
+    engine.chores.append(lambda: pytest.fail("of the step that has failed"))
+    engine.fail()
+    assert engine.find_prefix(sequence(list(range(100)), None)) == (None, 0)
+    assert [(len(slot.tokens), slot.prefilled, slot.resident) for slot in engine.slots] == [(0, 0, 0)] * 4
+    for chore in engine.chores:  # which give the memory of all rows back
+        chore()
+
+
+def test_a_sequence_that_came_to_its_end_before_a_fault_ends_as_it_would_have(engine: Any) -> None:
+    ended, running = sequence([1, 2], None), sequence([1, 2], None)
+    engine.sampled.append((ended, None, "stop"))
+    engine.slots[0].sequence = running
+    engine.fail()
+    assert (ended.finish_reason, running.finish_reason) == ("stop", "error")
+    assert ended.outlet.get_nowait() == (ended, None)
+
+
+@pytest.mark.parametrize(
+    ("speed", "count", "seconds", "corrected"),
+    [
+        pytest.param(100.0, 96, 2.0, 74.0, id="a long chunk shows the speed"),
+        pytest.param(44.0, 5, 0.2, 44.0, id="a short one does not"),
+        pytest.param(24.0, 24, 0.6, 32.0, id="unless it is faster than long ones were"),
+        pytest.param(31.0, 24, 3.0, 19.5, id="or even it takes too long"),
+    ],
+)
+def test_the_prefill_speed_follows_that_of_chunks(
+    engine: Any, speed: float, count: int, seconds: float, corrected: float
+) -> None:
+    engine.prefill_speed = speed
+    engine.learn_speed(count, seconds)
+    assert engine.prefill_speed == corrected
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
@@ -3865,6 +3948,7 @@ EITHER = {"anyOf": [{"type": "integer", "minimum": i} for i in range(9)]}
         pytest.param({"type": "array", "minItems": 10**400}, 1, "add up to more than 10000", id="minItems"),
         pytest.param({"type": "integer", "multipleOf": 1_000_003}, 1, "add up to more than 10000", id="multipleOf"),
         pytest.param({"type": "string", "pattern": "a{9,20000}"}, 1, "add up to more than 10000", id="pattern"),
+        pytest.param({"type": "string", "pattern": "a{20000,}"}, 1, "add up to more than 10000", id="open pattern"),
         pytest.param({"anyOf": [{"minItems": -9e9}, {"maxItems": 1e9}]}, 1, "add up to more than", id="one negative"),
         pytest.param({"type": "array", "maxItems": 3000}, 4, "add up to more than 10000", id="maxItems times n"),
         pytest.param({"const": "x" * 100_000}, 1, "more than 100000 characters", id="characters"),
@@ -4409,7 +4493,7 @@ WRONG_KEY = "sk-9876543210fedcbaSTUV"
 @pytest.fixture(scope="module")
 def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("keys") / "keys"
-    file.write_text(f"\n  {FILED_KEY}  \n", encoding="utf-8")
+    file.write_text(f"\ufeff  {FILED_KEY}  \n\n", encoding="utf-8")  # as some editors write it
     return file
 
 
