@@ -2406,7 +2406,7 @@ class Engine:
                 self.accept(sequence, pick)
 
     def learn_speed(self, count: int, seconds: float) -> None:
-        """Corrects the prefill speed by a chunk. A short one is slower: it counts if it was faster, or took too long."""
+        """Corrects the prefill speed by a chunk. A short one is slower: it counts if it was faster or took too long."""
         speed = count / seconds
         if count >= LONG_CHUNK or speed > self.prefill_speed or seconds > ALONE_SECONDS:
             self.prefill_speed += 0.5 * (speed - self.prefill_speed)
