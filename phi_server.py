@@ -145,7 +145,10 @@ def convert(declared: dataclasses.Field[Any], text: str) -> object:
     """Reads the text of one variable as its field's type, within its bounds or choices; raises SettingsError."""
     name, choices = declared.name.upper(), declared.metadata["choices"]
     if isinstance(declared.default, tuple):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        if not parts:  # keys that are all empty must not leave the server open
+            raise SettingsError(f"{name}: expected values separated by commas, but got {text!r}")
+        return parts
     if isinstance(declared.default, str):
         if choices and text.lower() not in choices:
             raise SettingsError(f"{name}: expected one of {', '.join(choices)}, but got {text!r}")
@@ -589,7 +592,7 @@ class Message:
     @property
     def characters(self) -> int:
         """How long its texts are together."""
-        return len(self.content) + sum(len(call.arguments) for call in self.tool_calls)
+        return len(self.content) + sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
 
 
 @dataclass(frozen=True)
@@ -775,7 +778,7 @@ def parse_json(body: bytes) -> Fields:
     try:
         value = read_json(body.decode())
     except ValueError as error:
-        raise invalid_json(str(error).partition(" (char")[0]) from None
+        raise invalid_json(re.split(r" \(char|; use", str(error))[0]) from None  # nothing of Python's own
     if not isinstance(value, dict):
         raise not_an_object(JSON_NAMES[type(value)])
     return Fields(value)
@@ -1021,6 +1024,10 @@ Integers = npt.NDArray[np.int64]
 
 # Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
+
+# Letters in a row; 100,000 random ones took the tokenizer 3 s, in parts of this length they take 0.2 s.
+LONGEST_WORD = 2000
+WORD = re.compile(rf"[^\W\d_]{{1,{LONGEST_WORD}}}")
 
 # LongRoPE: from this width of the attention mask on the graph takes the long factors, for all rows.
 LONG_ROPE_WIDTH = 4097
@@ -1287,7 +1294,9 @@ class Model:
             self.control_texts = control_texts(described)
             self.control_starts = control_starts(self.control_texts.values())
             self.drops_leading_space = strips_leading_space(described)
-            self.longest_token = longest_token(described)
+            texts = token_texts(described)
+            self.longest_token = max(map(len, texts), default=sys.maxsize)
+            self.most_letters = max(map(count_letters, texts), default=0) or sys.maxsize  # of one token
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # another layout than we know
             raise ModelLoadingFailed(f"the tokenizer files of {config.folder} cannot be read: {error!r}") from None
         inputs = {port.name: port for port in self.session.get_inputs()}
@@ -1321,9 +1330,17 @@ class Model:
             raise ModelLoadingFailed(f"{self.config.graph} cannot be run as a text decoder: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; the text of a control token is that token."""
-        tokens: list[int] = self.tokenizer.encode(text).tolist()
-        return tokens
+        """Token ids of a text; the text of a control token is that token.
+
+        The tokenizer's time grows with the square of a word's length, so the longest are cut.
+        """
+        cuts = [word.end() for word in WORD.finditer(text) if len(word[0]) == LONGEST_WORD]
+        parts = [text[start:end] for start, end in itertools.pairwise([0, *cuts, len(text)])]
+        return [token for part in parts for token in self.tokenizer.encode(part).tolist()]
+
+    def least_tokens(self, text: str) -> int:
+        """How many tokens a text has at least, told in a tenth of the time that they take."""
+        return max(len(text) // self.longest_token, count_letters(text) // self.most_letters)
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a chat that render_chat has made; the text of a control token is none where it is cut."""
@@ -1522,10 +1539,14 @@ def token_ids(tokenizer: Mapping[str, Json]) -> dict[str, int]:
     return dict(ids)
 
 
-def longest_token(tokenizer: Mapping[str, Json]) -> int:
-    """How many characters of a text one token covers at most."""
-    texts = [*token_ids(tokenizer), *(token["content"] for token in tokenizer.get("added_tokens", []))]
-    return max(map(len, texts), default=sys.maxsize)
+def token_texts(tokenizer: Mapping[str, Json]) -> list[str]:
+    """The texts of all tokens in the tokenizer's own spelling, none of which is shorter than what it spells."""
+    return [*token_ids(tokenizer), *(token["content"] for token in tokenizer.get("added_tokens", []))]
+
+
+def count_letters(text: str) -> int:
+    """How many letters of ASCII a text has, which all tokenizers spell as themselves."""
+    return sum(map(len, re.findall("[A-Za-z]+", text)))
 
 
 def is_text(data: bytes) -> bool:
@@ -1977,8 +1998,9 @@ def compact_schema(schema: dict[str, Json]) -> str:
 # and 1.1 GB, 600 patterns in one allOf more than 90 s and 14 GB.
 MOST_SCHEMA_CHARACTERS = 100_000  # OpenAI allows 120,000 in names and values
 MOST_REPETITIONS = 10_000
-MOST_CONJUNCTIONS = 16
+MOST_CONJUNCTIONS = 8  # 9 patterns in one allOf took 8 ms, 12 took 0.4 s, 15 took 23 s
 MOST_CASES = 100  # conjunctions times alternatives, which the engine multiplies out
+MOST_PATTERNS = 100  # of patternProperties, each of which is compared with all others
 MOST_PROPERTIES = 250  # of one object; the engine's parser fails from about 400 on
 
 
@@ -2004,6 +2026,8 @@ def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
     """Raises ApiError for too many properties in one of a schema's objects, or too many combinations in all."""
     if max(map(members, parts)) > MOST_PROPERTIES:
         raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
+    if sum(len(property_patterns(part)) for part in parts) > MOST_PATTERNS:
+        raise invalid_schema(param, f"it has more than {MOST_PATTERNS} patternProperties")
     both = sum(map(conjunctions, parts))
     cases = both * sum(array_length(part, name) for part in parts for name in ("anyOf", "oneOf"))
     if both > MOST_CONJUNCTIONS or cases > MOST_CASES:
@@ -2044,6 +2068,12 @@ def members(schema: dict[str, Json]) -> int:
     return max(len(schema), array_length(schema, "required"))
 
 
+def property_patterns(schema: dict[str, Json]) -> list[str]:
+    """The patterns of names that an object of a schema has rules for."""
+    rules = schema.get("patternProperties")
+    return list(rules) if isinstance(rules, dict) else []
+
+
 def conjunctions(schema: dict[str, Json]) -> int:
     """How often an object of a schema asks for something else to hold as well."""
     combined = [name for name in ("allOf", "anyOf", "oneOf", "$ref") if name in schema]
@@ -2054,7 +2084,8 @@ def conjunctions(schema: dict[str, Json]) -> int:
 def repeated(schema: dict[str, Json]) -> float:
     """How many parts the grammar engine writes out for what an object of a schema repeats or divides by."""
     counts = [schema.get(name) for name in ("minItems", "maxItems", "multipleOf")]
-    counts += map(int, re.findall(r"([0-9]{1,18}),?\}", str(schema.get("pattern", ""))))
+    for pattern in [str(schema.get("pattern", "")), *property_patterns(schema)]:
+        counts += map(int, re.findall(r"([0-9]{1,18}),?\}", pattern))
     return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
 
 
@@ -3129,14 +3160,20 @@ class Api:
         """POST /v1/chat/completions."""
         request = parse_chat(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        self.check_size("messages", sum(message.characters for message in request.messages))
+        self.check_least("messages", self.characters(request) // self.model.longest_token)
         rendered = self.model.render_chat(request.messages, request.tools.offered)
-        self.check_size("messages", len(rendered))
+        self.check_least("messages", self.model.least_tokens(rendered))
         prompt = self.model.encode_chat(rendered)
         guides = self.chat_guides(request)
         drops_space = self.model.drops_leading_space
         reply = await self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
         return await self.respond(exchange, reply, ChatWriter(reply, request.tools, self.model))
+
+    def characters(self, request: ChatRequest) -> int:
+        """About how many characters a chat's prompt will have, counted only as far as could fit."""
+        most = self.engine.context_length * self.model.longest_token
+        told = sum(len(tool.description) + schema_size(tool.parameters, most) for tool in request.tools.offered)
+        return told + sum(message.characters for message in request.messages)
 
     def chat_guides(self, request: ChatRequest) -> Iterator[Guide | None]:
         """A guide for each choice of a chat, None where nothing is forced; raises ApiError for a refused schema."""
@@ -3181,16 +3218,15 @@ class Api:
 
     async def encode(self, prompt: str) -> list[int]:
         """Token ids of a text completion's prompt; raises ApiError for one that cannot fit."""
-        self.check_size("prompt", len(prompt))
+        self.check_least("prompt", self.model.least_tokens(prompt))
         await asyncio.sleep(0)  # there may be many
         tokens = self.model.encode(prompt)
         if len(tokens) > self.engine.context_length:
             raise context_exceeded("prompt", self.engine.context_length, len(tokens))
         return tokens
 
-    def check_size(self, param: str, characters: int) -> None:
-        """Raises ApiError for texts too long for their tokens to fit; counting those of 4 MiB takes half a second."""
-        least = characters // self.model.longest_token
+    def check_least(self, param: str, least: int) -> None:
+        """Raises ApiError if not even so many tokens fit; counting those of 4 MiB of text takes half a second."""
         if least > self.engine.context_length:
             raise context_exceeded(param, self.engine.context_length, f"at least {least}")
 
@@ -3615,7 +3651,7 @@ class Keys:
         """Reads the file; raises SettingsError when it cannot be read."""
         self.fixed = [digest(key.encode()) for key in keys]
         self.path = Path(path).expanduser() if path else None
-        self.modified = -1
+        self.state: tuple[int, ...] = ()  # of the file when it was read
         self.filed: list[bytes] = []
         self.are_set = bool(self.fixed or self.path)
         try:
@@ -3625,10 +3661,14 @@ class Keys:
 
     def refresh(self) -> None:
         """Reads the file if it has changed; raises OSError."""
-        if self.path and (modified := self.path.stat().st_mtime_ns) != self.modified:
+        if not self.path:
+            return
+        status = self.path.stat()
+        state = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if state != self.state:
             lines = self.path.read_text(encoding="utf-8-sig").splitlines()
             self.filed = [digest(key.encode()) for line in lines if (key := line.strip())]
-            self.modified = modified
+            self.state = state
 
     def check(self, request: HttpRequest) -> None:
         """Raises ApiError unless the request has one of the keys, or none is set."""
@@ -3637,7 +3677,7 @@ class Keys:
         with contextlib.suppress(OSError, UnicodeDecodeError):  # while it is replaced the keys so far stay good
             self.refresh()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        key = key.strip() if scheme.lower() == "bearer" else ""
+        key = key.strip(" \t") if scheme.lower() == "bearer" else ""
         key = key or request.headers.get("x-api-key", "") or request.headers.get("api-key", "")
         # All are compared, each in constant time, so that the time tells nothing of any of them.
         sent = digest(key.encode("latin-1"))  # as HTTP has it
@@ -3717,13 +3757,17 @@ class Server:
         await until(asyncio.ensure_future(self.idle.wait()), FAREWELL_SECONDS, hurry)
         for task in self.conversations:
             task.cancel()
-        closed = asyncio.gather(*self.conversations, return_exceptions=True)
         # What has been written may still be read; then those that wait for that are cancelled.
-        await until(closed, max(FAREWELL_SECONDS, deadline - loop.time()), hurry)
-        while waiting := set(self.conversations):  # again, if one was cancelled before it came to wait
-            await asyncio.wait(waiting, timeout=FAREWELL_SECONDS)
-            for task in waiting:
+        await until(asyncio.ensure_future(self.closed()), max(FAREWELL_SECONDS, deadline - loop.time()), hurry)
+        while self.conversations:  # again, if one was cancelled before it came to wait
+            for task in self.conversations:
                 task.cancel()
+            await asyncio.wait(self.conversations, timeout=FAREWELL_SECONDS)
+
+    async def closed(self) -> None:
+        """Waits until all connections are closed."""
+        while self.conversations:
+            await asyncio.wait(self.conversations)
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers a client's requests in turn, until one side closes."""
@@ -3798,6 +3842,8 @@ class Server:
             leaving.cancel()
             answering.cancel()
             await asyncio.wait({answering})
+            # An exception has this frame, and the task the exception: a cycle that would keep a whole request.
+            del answering
 
     async def answer(self, exchange: Exchange) -> None:
         """Finds the handler of a request and sends what it returns; raises ApiError."""
@@ -4293,6 +4339,8 @@ def load_model(settings: Settings) -> Model:
 
 async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: Model) -> None:
     """Serves until SIGINT or SIGTERM; raises SettingsError."""
+    stopping, hurry = asyncio.Event(), asyncio.Event()
+    handle_signals(stopping, hurry)
     metrics = Metrics()
     engine = Engine(model, metrics, settings.max_concurrent_requests, memory_bound(settings.kv_memory, free_memory()))
     server = Server(settings, keys, Api(settings, model, engine, metrics), metrics)
@@ -4304,8 +4352,6 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: 
     logger.info("serving", extra={"fields": fields})
     if not keys.are_set and not is_loopback(settings.server_host):
         logger.warning("anybody who reaches this address may use the model; set API_KEYS, or listen on 127.0.0.1")
-    stopping, hurry = asyncio.Event(), asyncio.Event()
-    handle_signals(stopping, hurry)
     await stopping.wait()
     logger.info("draining", extra={"fields": {"requests": server.exchanges}})
     await server.drain(listening, hurry)
@@ -4317,9 +4363,10 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: 
 def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
     """Sets `stopping` at the first SIGINT or SIGTERM, and `hurry` at the second."""
     loop = asyncio.get_running_loop()
+    meant = itertools.chain([stopping], itertools.repeat(hurry))
 
     def handle(*_: object) -> None:
-        loop.call_soon_threadsafe((hurry if stopping.is_set() else stopping).set)
+        loop.call_soon_threadsafe(next(meant).set)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
@@ -4336,6 +4383,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"phi_server {VERSION}")
     parser.parse_args(argv)
+    # While the model loads; the first process of a container would ignore it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         environ = {name: text for name, text in os.environ.items() if text.strip()}
         settings = read_settings(read_dotenv(Path(".env")) | environ)

@@ -486,6 +486,7 @@ def test_a_variable_sets_its_setting(variable: str, text: str, value: object) ->
         ("MAX_BODY_BYTES", "0", "an integer from 1,024 to"),
         ("KEEPALIVE_SECONDS", "0", "a number from 1 to"),
         ("READ_SECONDS", "soon", "a number, but got 'soon'"),
+        ("API_KEYS", " , ", "values separated by commas, but got ','"),
         ("READ_SECONDS", "nan", "a number from 0.1 to 3,600, but got nan"),
         ("READ_SECONDS", "inf", "a number from 0.1 to 3,600, but got inf"),
         ("LOG_LEVEL", "loud", "one of debug, info, warning, error, but got 'loud'"),
@@ -657,6 +658,8 @@ ERRORS = [
     ("no JSON", CHAT, b"{", 400, "invalid_json", None, "We could not parse the JSON body of your request. "),
     ("no body", CHAT, b"", 400, "invalid_json", None, "We could not parse the JSON body"),
     ("invalid UTF-8", CHAT, b'{"a":"\xff"}', 400, "invalid_json", None, "We could not parse the JSON body"),
+    ("digits", CHAT, b'{"a":%b}' % (b"1" * 5000), 400, "invalid_json", None,
+     "We could not parse .* value has 5000 digits\\.\\)$"),
     ("NaN", CHAT, b'{"a":NaN}', 400, "invalid_json", None, "We could not parse .* NaN is no finite number"),
     ("Infinity", CHAT, b'{"a":-Infinity}', 400, "invalid_json", None, "We could not parse the JSON body"),
     ("too deep", CHAT, b'{"a":' + b"[" * 9000, 400, "invalid_json", None, "We could not parse the JSON body"),
@@ -1665,15 +1668,53 @@ def test_every_end_token_ends_a_reply(model_folder: Path, tokenizer: Any, tmp_pa
         assert content(chat(server, "What is the capital of Japan?")).endswith(".")
 
 
-@pytest.mark.parametrize("text", ["a", "          ", "https://", "漢字", "🙂", "1", "The owl. ", "<|im_end|>"])
-def test_no_text_has_fewer_tokens_than_its_length_over_the_longest_tokens(model: Any, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a",
+        "          ",
+        "https://",
+        "漢字",
+        "🙂",
+        "1",
+        "The owl. ",
+        "<|im_end|>",
+        " interconnectedness",
+        "NotImplementedError",
+    ],
+)
+def test_no_text_has_fewer_tokens_than_it_must_have_at_least(model: Any, text: str) -> None:
     tokens = model.encode(text * 200)
-    assert len(tokens) >= len(text * 200) // model.longest_token
+    assert len(tokens) >= model.least_tokens(text * 200)
     assert model.tokenizer.decode(tokens) or tokens == [tokens[0]] * 200
+
+
+def seconds_to_encode(model: Any, characters: int) -> float:
+    """The shortest of some times that so many random letters take to become tokens."""
+    text = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=characters))
+    assert model.tokenizer.decode(np.array(model.encode(text), np.int32)) == text
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model.encode(text)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_a_word_of_many_thousand_letters_takes_no_longer_than_many_words(model: Any) -> None:
+    assert seconds_to_encode(model, 40_000) < 20 * seconds_to_encode(model, 4000)
+
+
+def test_a_text_of_more_letters_than_tokens_can_have_is_refused_before_it_becomes_tokens(server: Server) -> None:
+    reply = post(server, TEXT, {"prompt": "ab" * 100_000})
+    assert reply.error["code"] == "context_length_exceeded"
+    assert "resulted in at least " in reply.error["message"]
 
 
 LONG_TEXT = '"' * 1_000_000  # twice as long in JSON
 LONG_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": LONG_TEXT}}]}
+LONG_NAME = {"role": "assistant", "tool_calls": [{"function": {"name": LONG_TEXT, "arguments": ""}}]}
+LONG_TOOL = {"type": "function", "function": {"name": "f", "description": LONG_TEXT}}
 
 
 @pytest.mark.parametrize(
@@ -1683,6 +1724,9 @@ LONG_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arg
         pytest.param(CHAT, {"messages": turns(LONG_TEXT)}, id="a message"),
         pytest.param(CHAT, {"messages": turns(*[LONG_TEXT[:1000]] * 1000)}, id="messages"),
         pytest.param(CHAT, {"messages": [*turns("Hi"), LONG_CALL]}, id="arguments"),
+        pytest.param(CHAT, {"messages": [*turns("Hi"), LONG_NAME]}, id="a name"),
+        pytest.param(CHAT, HELLO | {"tools": [LONG_TOOL]}, id="a description"),
+        pytest.param(CHAT, HELLO | {"tools": [tool("f", a={"enum": [LONG_TEXT]})]}, id="a schema"),
     ],
 )
 def test_a_text_that_cannot_fit_is_refused_before_it_becomes_tokens(
@@ -3956,7 +4000,13 @@ EITHER = {"anyOf": [{"type": "integer", "minimum": i} for i in range(9)]}
         pytest.param({"type": "object", "properties": MANY}, 1, "more than 250 properties", id="properties"),
         pytest.param({"items": {"required": [*MANY]}}, 1, "more than 250 properties", id="required properties"),
         pytest.param({"const": [MANY]}, 1, "more than 250 properties", id="members of a constant"),
-        pytest.param({"allOf": [{"pattern": f"^.*[{i}]"} for i in range(600)]}, 1, "16 conjunctions", id="patterns"),
+        pytest.param({"allOf": [{"pattern": f"^.*[{i}]"} for i in range(600)]}, 1, "8 conjunctions", id="patterns"),
+        pytest.param(
+            {"allOf": [{"pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(1, 11)]}, 1, "8 conj", id="few ones"
+        ),
+        pytest.param({"patternProperties": {f"^{i}a*{i}$": {} for i in range(101)}}, 1, "100 pattern", id="names"),
+        pytest.param({"anyOf": [{"patternProperties": {"a": {}}}] * 101}, 1, "100 pattern", id="names of many"),
+        pytest.param({"patternProperties": {"a{20000}": {}}}, 1, "add up to more than 10000", id="a name's pattern"),
         pytest.param({"allOf": [EITHER] * 9}, 1, "100 of them times its alternatives", id="alternatives"),
         pytest.param({"anyOf": [{"$ref": f"#/{i}", "pattern": "a"} for i in range(17)]}, 1, "$ref", id="references"),
         pytest.param({"x": [1] * 200_000}, 1, "more than 100000 characters", id="parts"),
@@ -4468,6 +4518,41 @@ def test_prompts_and_replies_are_not_logged(server: Server) -> None:
     assert content(reply.json)[:20] not in log
 
 
+UNCOLLECTED = "import gc, sys, phi_server; gc.disable(); sys.exit(phi_server.main([]))"
+LARGE = b'{"model":"smollm2-135m","prompt":"%b"}' % (b"a " * (2 << 20))[:-100]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
+@pytest.mark.parametrize(
+    ("header", "body", "is_cut"),
+    [
+        pytest.param(f"Content-Length: {len(LARGE) + 1}", LARGE, True, id="cut off"),
+        pytest.param(
+            "Transfer-Encoding: chunked", b"%x\r\n%b" % (len(LARGE) + 1, LARGE), True, id="cut off in a chunk"
+        ),
+        pytest.param(
+            "Transfer-Encoding: chunked", b"%x\r\n%b\r\n\r\n" % (len(LARGE), LARGE), False, id="no last chunk"
+        ),
+        pytest.param(f"Content-Length: {len(LARGE)}", LARGE, False, id="refused"),
+        pytest.param(f"Content-Length: {len(LARGE)}", LARGE.replace(b":", b"=", 1), False, id="no JSON"),
+    ],
+)
+def test_a_large_request_that_failed_is_forgotten_at_once(header: str, body: bytes, is_cut: bool) -> None:
+    def fail(name: str) -> None:
+        with Wire(server) as wire:
+            wire.send(raw(f"POST {TEXT} HTTP/1.1", "Host: localhost", f"x-request-id: {name}", header, body=body))
+            assert is_cut or wire.read_reply()
+        server.logged(request_id=name)
+
+    with running(script=UNCOLLECTED) as server:
+        for i in range(4):
+            fail(f"first-{i}")
+        at_first = memory_besides_kv(server)
+        for i in range(20):
+            fail(f"then-{i}")
+        assert memory_besides_kv(server) < at_first + (40 << 20)  # twenty bodies have 80 MiB
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_server(number: signal.Signals) -> None:
     with running(DRAIN_SECONDS=0) as server, stream_forever(server, STORY) as wire:
@@ -4500,7 +4585,7 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def keyed_server(key_file: Path) -> Iterator[Server]:
     """A server with keys from the environment and from a file, on every address."""
-    with running(API_KEYS=f"{KEY}, {SHORT_KEY}", API_KEYS_FILE=key_file, SERVER_HOST="0.0.0.0") as server:
+    with running(API_KEYS=f"{KEY}, {SHORT_KEY}, clé-à", API_KEYS_FILE=key_file, SERVER_HOST="0.0.0.0") as server:
         server.url = server.url.replace("0.0.0.0", "127.0.0.1")
         yield server
 
@@ -4516,6 +4601,7 @@ def bearer(key: str) -> str:
         pytest.param([bearer(KEY)], 200, None, id="bearer"),
         pytest.param([bearer(SHORT_KEY)], 200, None, id="another key"),
         pytest.param([bearer(FILED_KEY)], 200, None, id="key of the file"),
+        pytest.param([bearer("clé-à".encode().decode("latin-1"))], 200, None, id="key beyond ASCII"),
         pytest.param([f"authorization: bEARER   {KEY}"], 200, None, id="bearer in any case"),
         pytest.param([f"x-api-key: {KEY}"], 200, None, id="x-api-key"),
         pytest.param([f"API-Key: {KEY}"], 200, None, id="api-key"),
@@ -4589,6 +4675,20 @@ def test_a_file_of_keys_is_read_again_when_it_changes(keyed_server: Server, key_
     assert accepts(keyed_server, FILED_KEY)
     key_file.write_text(before, encoding="utf-8")
     assert not accepts(keyed_server, "new-key")
+
+
+def test_a_file_of_keys_that_is_replaced_by_one_of_the_same_time_is_read_again(
+    keyed_server: Server, key_file: Path
+) -> None:
+    before, new = key_file.read_text(encoding="utf-8"), key_file.with_name("new")
+    new.write_text(before.replace(FILED_KEY, FILED_KEY[::-1]), encoding="utf-8")
+    moment = key_file.stat().st_mtime_ns
+    os.utime(new, ns=(moment, moment))
+    new.replace(key_file)
+    assert not accepts(keyed_server, FILED_KEY)
+    assert accepts(keyed_server, FILED_KEY[::-1])
+    key_file.write_text(before, encoding="utf-8")
+    assert accepts(keyed_server, FILED_KEY)
 
 
 def test_a_file_of_keys_that_becomes_empty_does_not_open_the_server(keyed_server: Server, key_file: Path) -> None:
@@ -4852,6 +4952,35 @@ def test_a_second_signal_stops_at_once() -> None:
         assert b"[DONE]" not in wire.stream.read()
 
 
+def test_a_second_signal_stops_at_once_however_soon_it_comes() -> None:
+    with running() as server, stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        told = time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            server.process.send_signal(number)
+        assert server.process.wait(PATIENCE) == 0
+        assert time.monotonic() - told < 5
+
+
+def test_a_server_that_has_just_begun_to_serve_can_be_stopped(tmp_path: Path) -> None:
+    serving = "phi_server.logger.info = lambda message, **_: message == 'serving' and os.kill(os.getpid(), 15)"
+    script = f"import os, sys, phi_server; {serving}; sys.exit(phi_server.main([]))"
+    path = environment(SERVER_PORT=0, PYTHONPATH=FILE.parent)
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=path, timeout=PATIENCE).returncode == 0
+
+
+def test_clients_that_have_sent_half_a_request_leave_no_trace_in_the_log_of_a_stop() -> None:
+    half = raw(f"POST {CHAT} HTTP/1.1", "Host: localhost", "Content-Length: 100", body=b"{")
+    with running(DRAIN_SECONDS=0.5) as server, Wire(server) as first, Wire(server) as second:
+        for wire in (first, second):
+            wire.send(half)
+        assert get(server, "/health").status == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+        server.reader.join(PATIENCE)
+        assert [entry for entry in server.log if entry.get("level") == "error"] == []
+
+
 def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> None:
     with running(DRAIN_SECONDS=1, WRITE_SECONDS=30) as server, deaf_client(server) as client:
         for i in range(12):
@@ -4883,13 +5012,14 @@ def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads(is_generati
             server.process.kill()
 
 
-def test_an_interrupt_ends_the_loading_of_a_model_at_once(tmp_path: Path) -> None:
-    loading = "phi_server.load_model = lambda settings: (os.kill(os.getpid(), 2), time.sleep(20))"
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_the_loading_of_a_model_at_once(tmp_path: Path, number: int, code: int) -> None:
+    loading = f"phi_server.load_model = lambda settings: (os.kill(os.getpid(), {number}), time.sleep(20))"
     script = f"import os, sys, time, phi_server; {loading}; sys.exit(phi_server.main([]))"
     path = environment(SERVER_PORT=0, PYTHONPATH=FILE.parent)
     command = [sys.executable, "-c", script]
     ended = subprocess.run(command, cwd=tmp_path, env=path, capture_output=True, timeout=15, check=False)
-    assert (ended.returncode, b"Traceback" in ended.stderr) == (130, False)
+    assert (ended.returncode, b"Traceback" in ended.stderr) == (code, False)
 
 
 def test_a_connection_that_is_reset_between_requests_is_no_request(server: Server) -> None:
