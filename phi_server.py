@@ -1340,7 +1340,8 @@ class Model:
 
     def least_tokens(self, text: str) -> int:
         """How many tokens a text has at least, told in a tenth of the time that they take."""
-        return max(len(text) // self.longest_token, count_letters(text) // self.most_letters)
+        least = len(text) // self.longest_token
+        return least if least > self.context_length else max(least, count_letters(text) // self.most_letters)
 
     def encode_chat(self, rendered: str) -> list[int]:
         """Token ids of a chat that render_chat has made; the text of a control token is none where it is cut."""
@@ -3170,8 +3171,8 @@ class Api:
         return await self.respond(exchange, reply, ChatWriter(reply, request.tools, self.model))
 
     def characters(self, request: ChatRequest) -> int:
-        """About how many characters a chat's prompt will have, counted only as far as could fit."""
-        most = self.engine.context_length * self.model.longest_token
+        """About how many characters a chat's prompt will have; of a schema no more are counted than cannot fit."""
+        most = (self.engine.context_length + 1) * self.model.longest_token
         told = sum(len(tool.description) + schema_size(tool.parameters, most) for tool in request.tools.offered)
         return told + sum(message.characters for message in request.messages)
 
