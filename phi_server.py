@@ -51,6 +51,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
+from fractions import Fraction
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
@@ -2001,7 +2002,6 @@ MOST_SCHEMA_CHARACTERS = 100_000  # OpenAI allows 120,000 in names and values
 MOST_REPETITIONS = 10_000
 MOST_CONJUNCTIONS = 8  # 9 patterns in one allOf took 8 ms, 12 took 0.4 s, 15 took 23 s
 MOST_CASES = 100  # conjunctions times alternatives, which the engine multiplies out
-MOST_PATTERNS = 100  # of patternProperties, each of which is compared with all others
 MOST_PROPERTIES = 250  # of one object; the engine's parser fails from about 400 on
 
 
@@ -2018,7 +2018,7 @@ def check_schemas(request: ChatRequest) -> None:
         parts = list(objects_within(without_comments(schema)))
         repetitions += request.generation.n * sum(map(repeated, parts))
         if repetitions > MOST_REPETITIONS:
-            sums = "n times all minItems, maxItems, multipleOf and {} of patterns add up to"
+            sums = "n times all minItems, maxItems, multipleOf and parts of patterns add up to"
             raise invalid_schema(param, f"{sums} more than {MOST_REPETITIONS}")
         check_parts(param, parts)
 
@@ -2027,8 +2027,8 @@ def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
     """Raises ApiError for too many properties in one of a schema's objects, or too many combinations in all."""
     if max(map(members, parts)) > MOST_PROPERTIES:
         raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
-    if sum(len(property_patterns(part)) for part in parts) > MOST_PATTERNS:
-        raise invalid_schema(param, f"it has more than {MOST_PATTERNS} patternProperties")
+    if common_multiple(parts) > MOST_REPETITIONS:
+        raise invalid_schema(param, f"the least common multiple of all multipleOf is above {MOST_REPETITIONS}")
     both = sum(map(conjunctions, parts))
     cases = both * sum(array_length(part, name) for part in parts for name in ("anyOf", "oneOf"))
     if both > MOST_CONJUNCTIONS or cases > MOST_CASES:
@@ -2069,25 +2069,48 @@ def members(schema: dict[str, Json]) -> int:
     return max(len(schema), array_length(schema, "required"))
 
 
-def property_patterns(schema: dict[str, Json]) -> list[str]:
-    """The patterns of names that an object of a schema has rules for."""
-    rules = schema.get("patternProperties")
-    return list(rules) if isinstance(rules, dict) else []
+ANNOTATIONS = ("$schema", "default", "examples", "deprecated", "readOnly", "writeOnly")  # which force nothing
 
 
 def conjunctions(schema: dict[str, Json]) -> int:
     """How often an object of a schema asks for something else to hold as well."""
     combined = [name for name in ("allOf", "anyOf", "oneOf", "$ref") if name in schema]
-    siblings = schema.keys() - {"allOf", "anyOf", "oneOf", "$ref", "$defs", "definitions", "$schema", "default", "type"}
+    siblings = schema.keys() - {"allOf", "anyOf", "oneOf", "$ref", "$defs", "definitions", "type", *ANNOTATIONS}
     return max(0, array_length(schema, "allOf") - 1) + max(0, len(combined) - 1) + bool("$ref" in schema and siblings)
 
 
 def repeated(schema: dict[str, Json]) -> float:
     """How many parts the grammar engine writes out for what an object of a schema repeats or divides by."""
     counts = [schema.get(name) for name in ("minItems", "maxItems", "multipleOf")]
-    for pattern in [str(schema.get("pattern", "")), *property_patterns(schema)]:
-        counts += map(int, re.findall(r"([0-9]{1,18}),?\}", pattern))
+    names = schema.get("patternProperties")
+    names = list(names) if isinstance(names, dict) else []  # each of which is compared with all others
+    counts += [pattern_size(str(schema.get("pattern", ""))), len(names) * sum(map(pattern_size, names))]
     return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
+
+
+# A part of a regular expression; the group is how often it repeats the one before at most.
+PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|.", re.DOTALL)
+
+
+def pattern_size(pattern: str) -> int:
+    """About how many parts a regular expression has when its repetitions are written out."""
+    sizes, last = [0], 0  # of the groups that are open, and of the part before
+    for part in PATTERN_PART.finditer(pattern):
+        if part[1]:
+            sizes[-1] += last * (int(part[1]) - 1)
+        elif part[0] == "(":
+            sizes.append(0)
+        else:
+            last = sizes.pop() if part[0] == ")" and len(sizes) > 1 else 1
+            sizes[-1] += last
+    return sum(sizes)
+
+
+def common_multiple(parts: list[dict[str, Json]]) -> int:
+    """The least common multiple of all that a schema divides by, each fraction by its numerator and denominator."""
+    divisors = [part.get("multipleOf") for part in parts]
+    fractions = [Fraction(str(divisor)) for divisor in divisors if type(divisor) in (int, float) and divisor]
+    return math.lcm(*(fraction.numerator * fraction.denominator for fraction in fractions))
 
 
 def without_comments(value: Json) -> Json:
@@ -4356,9 +4379,14 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: 
     await stopping.wait()
     logger.info("draining", extra={"fields": {"requests": server.exchanges}})
     await server.drain(listening, hurry)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # it stops already
     generating.cancel()
     engine.executor.shutdown(cancel_futures=True)
     logger.info("stopped")
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
@@ -4369,7 +4397,7 @@ def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
     def handle(*_: object) -> None:
         loop.call_soon_threadsafe(next(meant).set)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, handle)
 
 

@@ -4004,9 +4004,25 @@ EITHER = {"anyOf": [{"type": "integer", "minimum": i} for i in range(9)]}
         pytest.param(
             {"allOf": [{"pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(1, 11)]}, 1, "8 conj", id="few ones"
         ),
-        pytest.param({"patternProperties": {f"^{i}a*{i}$": {} for i in range(101)}}, 1, "100 pattern", id="names"),
-        pytest.param({"anyOf": [{"patternProperties": {"a": {}}}] * 101}, 1, "100 pattern", id="names of many"),
+        pytest.param({"patternProperties": {f"^{i}a*{i}$": {} for i in range(101)}}, 1, "add up to", id="names"),
         pytest.param({"patternProperties": {"a{20000}": {}}}, 1, "add up to more than 10000", id="a name's pattern"),
+        pytest.param(
+            {"patternProperties": {f"^[a-z]{{0,99}}{i}$": {} for i in range(20)}},
+            1,
+            "add up to",
+            id="long names of many",
+        ),
+        pytest.param({"pattern": "((a{99}){99}){99}"}, 1, "add up to more than 10000", id="a pattern in a pattern"),
+        pytest.param({"pattern": "(a|b)?" * 2600}, 1, "add up to more than 10000", id="a long pattern"),
+        pytest.param(
+            {"allOf": [{"multipleOf": 97}, {"multipleOf": 89}, {"multipleOf": 83}]}, 1, "least common", id="lcm"
+        ),
+        pytest.param(
+            {"$ref": "#/$defs/a", "$defs": {"a": {"multipleOf": 0.997}}, "multipleOf": 0.991},
+            1,
+            "least common",
+            id="lcm of fractions",
+        ),
         pytest.param({"allOf": [EITHER] * 9}, 1, "100 of them times its alternatives", id="alternatives"),
         pytest.param({"anyOf": [{"$ref": f"#/{i}", "pattern": "a"} for i in range(17)]}, 1, "$ref", id="references"),
         pytest.param({"x": [1] * 200_000}, 1, "more than 100000 characters", id="parts"),
@@ -4034,6 +4050,13 @@ def test_the_tool_whose_schema_would_take_long_is_named_if_it_may_be_forced(serv
         pytest.param({"type": "array", "items": {"type": "integer"}, "maxItems": 10_000}, id="items"),
         pytest.param({"type": "object", "properties": dict([*MANY.items()][:250])}, id="properties"),
         pytest.param({"type": "number", "multipleOf": 0.01, "minimum": -1e12, "maximum": 1e12}, id="large numbers"),
+        pytest.param(closed(a={"multipleOf": 0.01}, b={"multipleOf": 60}, c={"multipleOf": 100}), id="multiples"),
+        pytest.param({"pattern": "^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}[\\n)]?){200}$"}, id="many parts"),
+        pytest.param(
+            closed(**{f"p{i}": {"$ref": "#/$defs/a", "examples": [i], "readOnly": True} for i in range(12)})
+            | {"$defs": {"a": {"type": "integer"}}},
+            id="references with annotations",
+        ),
         pytest.param({"type": "string", "pattern": "^[a-z]{2,10}$", "maxLength": 1_000_000}, id="pattern and length"),
         pytest.param({"$defs": {"a": EITHER}, "items": [{"allOf": [{"$ref": "#/$defs/a"}]}] * 20}, id="allOf of one"),
         pytest.param(closed(**{f"p{i}": {"anyOf": [{"type": "null"}, EITHER]} for i in range(20)}), id="optional"),
@@ -4960,6 +4983,16 @@ def test_a_second_signal_stops_at_once_however_soon_it_comes() -> None:
             server.process.send_signal(number)
         assert server.process.wait(PATIENCE) == 0
         assert time.monotonic() - told < 5
+
+
+def test_more_signals_than_are_needed_change_nothing() -> None:
+    with running() as server:
+        while server.process.poll() is None:
+            server.process.send_signal(signal.SIGTERM)
+            threading.Event().wait(0.002)
+        server.reader.join(PATIENCE)
+        assert server.process.returncode == 0
+        assert server.log[-1]["message"] == "stopped"
 
 
 def test_a_server_that_has_just_begun_to_serve_can_be_stopped(tmp_path: Path) -> None:
