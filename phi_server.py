@@ -2088,8 +2088,8 @@ def repeated(schema: dict[str, Json]) -> float:
     return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
 
 
-# A part of a regular expression; the group is how often it repeats the one before at most.
-PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|.", re.DOTALL)
+# A part of a regular expression, the rest where a class does not end; the group is how often one repeats that before.
+PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|.", re.DOTALL)
 
 
 def pattern_size(pattern: str) -> int:
@@ -2107,10 +2107,14 @@ def pattern_size(pattern: str) -> int:
 
 
 def common_multiple(parts: list[dict[str, Json]]) -> int:
-    """The least common multiple of all that a schema divides by, each fraction by its numerator and denominator."""
-    divisors = [part.get("multipleOf") for part in parts]
-    fractions = [Fraction(str(divisor)) for divisor in divisors if type(divisor) in (int, float) and divisor]
-    return math.lcm(*(fraction.numerator * fraction.denominator for fraction in fractions))
+    """What numbers are divided by together if a schema has several divisors, told no further than it is too large."""
+    divisors = {divisor for part in parts if type(divisor := part.get("multipleOf")) in (int, float) and divisor}
+    multiple = 1
+    for divisor in divisors if len(divisors) > 1 else ():
+        if multiple <= MOST_REPETITIONS:
+            fraction = Fraction(str(divisor))
+            multiple = math.lcm(multiple, fraction.numerator * fraction.denominator)
+    return multiple
 
 
 def without_comments(value: Json) -> Json:

@@ -4037,6 +4037,49 @@ def test_a_schema_that_would_take_the_grammar_engine_long_is_refused(
     assert reason in reply.error["message"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        ("", 0),
+        ("abc", 3),
+        ("a{3}b{2,5}c{4,}d*", 3 + 5 + 4 + 2),
+        ("[^]a{9}]{2}", 2),
+        (r"[a\]{9}]{2}\{9}", 2 + 3),
+        ("(ab){3}", 6),
+        ("((a{2}b){3}c){4}", 4 * (3 * 3 + 1)),
+        ("(a{5}", 5),
+        ("a){2}", 3),
+        ("[" * 50_000, 1),
+        ("[\\", 1),
+        ("(" * 4000 + "a" + "){999999999999999999}" * 4000, 999999999999999999**4000),
+    ],
+    ids=itertools.count(),
+)
+def test_a_pattern_has_as_many_parts_as_its_repetitions_write_out(pattern: str, size: int) -> None:
+    start = time.perf_counter()
+    assert phi_server.pattern_size(pattern) == size
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("divisors", "multiple"),
+    [
+        pytest.param([], 1, id="none"),
+        pytest.param([0.000001, 0.000001], 1, id="the same twice"),
+        pytest.param([4, 6, True, "8", 0], 12, id="whole numbers"),
+        pytest.param([0.01, 60], 300, id="a fraction"),
+    ],
+)
+def test_divisors_multiply_as_far_as_they_have_nothing_in_common(divisors: list[Any], multiple: int) -> None:
+    assert phi_server.common_multiple([{"multipleOf": divisor} for divisor in divisors]) == multiple
+
+
+def test_thousands_of_divisors_are_multiplied_no_further_than_the_bound() -> None:
+    start = time.perf_counter()
+    assert phi_server.common_multiple([{"multipleOf": (i + 0.5) * 1e-300} for i in range(5000)]) > 10_000
+    assert time.perf_counter() - start < 0.5
+
+
 def test_the_tool_whose_schema_would_take_long_is_named_if_it_may_be_forced(server: Server) -> None:
     asked = {"messages": turns("Hi"), "max_tokens": 1, "tools": [tool("f"), tool("g", a={"maxItems": 1_000_000})]}
     reply = post(server, CHAT, asked | {"tool_choice": "required"})
