@@ -2088,14 +2088,19 @@ def repeated(schema: dict[str, Json]) -> float:
     return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
 
 
-# A part of a regular expression, the rest where a class does not end; the group is how often one repeats that before.
-PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|.", re.DOTALL)
+# A part of a regular expression, the rest where a class does not end; the groups are how often one repeats that before,
+# and the flag of verbose mode, in which comments could hide parts.
+PATTERN_PART = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|\(\?[A-Za-z-]*(x)|.", re.DOTALL
+)
 
 
 def pattern_size(pattern: str) -> int:
-    """About how many parts a regular expression has when its repetitions are written out."""
+    """About how many parts a regular expression has when its repetitions are written out; too many in verbose mode."""
     sizes, last = [0], 0  # of the groups that are open, and of the part before
     for part in PATTERN_PART.finditer(pattern):
+        if part[2]:  # which JSON Schema's expressions do not have (ECMA-262)
+            return MOST_REPETITIONS + 1
         if part[1]:
             sizes[-1] += last * (int(part[1]) - 1)
         elif part[0] == "(":
