@@ -38,7 +38,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,16 @@ FIRST_START = 600.0
 FILE = Path(phi_server.__file__)
 traffic = logging.getLogger("traffic")
 traffic.setLevel(logging.DEBUG)
+
+
+def cases(names: str, rows: Iterable[Any]) -> pytest.MarkDecorator:
+    """A test's table, one case a row; a dict's keys are the ids, and one name takes bare values."""
+    ids = list(rows) if isinstance(rows, dict) else None
+    values = rows.values() if isinstance(rows, dict) else rows
+    return pytest.mark.parametrize(names.replace(" ", ","), list(values), ids=ids)
+
+
+both_ways = cases("stream", {"whole": False, "stream": True})
 
 
 class Server:
@@ -374,9 +384,6 @@ def concurrently(*calls: Callable[[], Any]) -> list[Any]:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
-both_ways = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-
-
 def ask(server: Server, path: str, stream: bool = False, **fields: object) -> list[Any]:
     """The choices of a reply, those of a stream put together from its chunks; the ids of tool calls
     are left out.
@@ -474,39 +481,39 @@ def tokenizer(model_folder: Path) -> Any:
 # ---- Settings ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("variable", "text", "value"),
-    [
-        pytest.param("MODEL_PATH", "", "", id="no model path is the demo model"),
-        pytest.param("MODEL_NAME", " phi ", "phi", id="space around a value is dropped"),
-        pytest.param("MODEL_ALIASES", "", (), id="no aliases"),
-        pytest.param("MODEL_ALIASES", "gpt-4o, gpt-4 ,,", ("gpt-4o", "gpt-4"), id="a list"),
-        pytest.param("SERVER_HOST", "", "127.0.0.1", id="this machine alone"),
-        pytest.param("SERVER_PORT", "", 8000, id="an empty variable is unset"),
-        pytest.param("SERVER_PORT", "0", 0, id="lowest port"),
-        pytest.param("SERVER_PORT", "65535", 65535, id="highest port"),
-        pytest.param("MAX_CONCURRENT_REQUESTS", "", 4, id="four requests"),
-        pytest.param("MAX_CONCURRENT_REQUESTS", "1", 1, id="one request"),
-        pytest.param("CONTEXT_LENGTH", "", 4096, id="context length"),
-        pytest.param("THREADS", "3", 3, id="threads"),
-        pytest.param("CACHE_SLOTS", "0", 0, id="no kept conversation"),
-        pytest.param("KV_MEMORY", "2GiB", "2GiB", id="memory bound"),
-        pytest.param("CORS_ORIGINS", "", ("*",), id="every origin"),
-        pytest.param("CORS_ORIGINS", "https://a.example", ("https://a.example",), id="one origin"),
-        pytest.param("MAX_BODY_BYTES", "", 4 << 20, id="4 MiB"),
-        pytest.param("KEEPALIVE_SECONDS", "1", 1.0, id="whole seconds"),
-        pytest.param("READ_SECONDS", "0.5", 0.5, id="parts of a second"),
-        pytest.param("LOG_LEVEL", "DEBUG", "debug", id="choices in any case"),
-        pytest.param("LOG_FORMAT", "", "auto", id="log format"),
-    ],
+@cases(
+    "variable text value",
+    {
+        "no model path is the demo model": ("MODEL_PATH", "", ""),
+        "space around a value is dropped": ("MODEL_NAME", " phi ", "phi"),
+        "no aliases": ("MODEL_ALIASES", "", ()),
+        "a list": ("MODEL_ALIASES", "gpt-4o, gpt-4 ,,", ("gpt-4o", "gpt-4")),
+        "this machine alone": ("SERVER_HOST", "", "127.0.0.1"),
+        "an empty variable is unset": ("SERVER_PORT", "", 8000),
+        "lowest port": ("SERVER_PORT", "0", 0),
+        "highest port": ("SERVER_PORT", "65535", 65535),
+        "four requests": ("MAX_CONCURRENT_REQUESTS", "", 4),
+        "one request": ("MAX_CONCURRENT_REQUESTS", "1", 1),
+        "context length": ("CONTEXT_LENGTH", "", 4096),
+        "threads": ("THREADS", "3", 3),
+        "no kept conversation": ("CACHE_SLOTS", "0", 0),
+        "memory bound": ("KV_MEMORY", "2GiB", "2GiB"),
+        "every origin": ("CORS_ORIGINS", "", ("*",)),
+        "one origin": ("CORS_ORIGINS", "https://a.example", ("https://a.example",)),
+        "4 MiB": ("MAX_BODY_BYTES", "", 4 << 20),
+        "whole seconds": ("KEEPALIVE_SECONDS", "1", 1.0),
+        "parts of a second": ("READ_SECONDS", "0.5", 0.5),
+        "choices in any case": ("LOG_LEVEL", "DEBUG", "debug"),
+        "log format": ("LOG_FORMAT", "", "auto"),
+    },
 )
 def test_a_variable_sets_its_setting(variable: str, text: str, value: object) -> None:
     settings = phi_server.read_settings({variable: text})
     assert getattr(settings, variable.lower()) == value
 
 
-@pytest.mark.parametrize(
-    ("variable", "text", "expected"),
+@cases(
+    "variable text expected",
     [
         ("SERVER_PORT", "http", "an integer, but got 'http'"),
         ("SERVER_PORT", "80.0", "an integer, but got '80.0'"),
@@ -534,9 +541,7 @@ def test_a_bad_value_is_refused_with_a_line_that_names_the_variable(
     assert str(caught.value).startswith(f"{variable}: expected {expected}")
 
 
-@pytest.mark.parametrize(
-    ("variable", "text"), [("SERVER_PORT", "http"), ("KV_MEMORY", "lots"), ("SERVER_HOST", "256.1")]
-)
+@cases("variable text", [("SERVER_PORT", "http"), ("KV_MEMORY", "lots"), ("SERVER_HOST", "256.1")])
 def test_a_bad_setting_ends_the_start_with_one_line_and_exit_code_2(
     tmp_path: Path, variable: str, text: str
 ) -> None:
@@ -557,8 +562,8 @@ def test_a_port_in_use_ends_the_start_with_one_line_and_exit_code_2(
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "free", "size"),
+@cases(
+    "text free size",
     [
         ("1000", 5, 1000),
         ("1000B", 5, 1000),
@@ -575,7 +580,7 @@ def test_kv_memory_is_bytes_or_a_share_of_what_is_free(text: str, free: int, siz
     assert phi_server.memory_bound(text, free) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "101%", "0%", "many", "4 GHz", "1e9", "GiB"])
+@cases("text", ["", "0", "-1", "101%", "0%", "many", "4 GHz", "1e9", "GiB"])
 def test_kv_memory_that_is_neither_is_refused(text: str) -> None:
     with pytest.raises(
         phi_server.SettingsError, match="KV_MEMORY: expected bytes such as 4GiB or a share"
@@ -583,8 +588,8 @@ def test_kv_memory_that_is_neither_is_refused(text: str) -> None:
         phi_server.memory_bound(text, 1000)
 
 
-@pytest.mark.parametrize(
-    ("line", "values"),
+@cases(
+    "line values",
     [
         ("NAME=value", {"NAME": "value"}),
         ("export NAME = value", {"NAME": "value"}),
@@ -600,9 +605,7 @@ def test_kv_memory_that_is_neither_is_refused(text: str) -> None:
         ("", {}),
     ],
 )
-def test_a_line_of_dotenv_sets_a_variable(
-    tmp_path: Path, line: str, values: dict[str, str]
-) -> None:
+def test_a_line_of_dotenv_sets_a_variable(tmp_path: Path, line: str, values: Any) -> None:
     path = tmp_path / ".env"
     path.write_text(f"{line}\n\n", encoding="utf-8")
     assert phi_server.read_dotenv(path) == values
@@ -734,85 +737,294 @@ def schema_format(schema: object) -> dict[str, Any]:
 NONSENSE = schema_format({"type": "nonsense"})
 
 
-# fmt: off
-ERRORS = [
-    # id, path, body, status, code, param, beginning of the message (a regular expression)
-    ("no JSON", CHAT, b"{", 400, "invalid_json", None, "We could not parse the JSON body of your request. "),
-    ("no body", CHAT, b"", 400, "invalid_json", None, "We could not parse the JSON body"),
-    ("invalid UTF-8", CHAT, b'{"a":"\xff"}', 400, "invalid_json", None, "We could not parse the JSON body"),
-    ("digits", CHAT, b'{"a":%b}' % (b"1" * 5000), 400, "invalid_json", None,
-     "We could not parse .* value has 5000 digits\\.\\)$"),
-    ("NaN", CHAT, b'{"a":NaN}', 400, "invalid_json", None, "We could not parse .* NaN is no finite number"),
-    ("Infinity", CHAT, b'{"a":-Infinity}', 400, "invalid_json", None, "We could not parse the JSON body"),
-    ("too deep", CHAT, b'{"a":' + b"[" * 9000, 400, "invalid_json", None, "We could not parse the JSON body"),
-    ("huge number", CHAT, b"9" * 5000, 400, "invalid_json", None, "We could not parse the JSON body"),
-    ("array", CHAT, b"[]", 400, "invalid_parameter", None,
-     "Invalid body: expected an object, but got an array instead.$"),
-    ("null", TEXT, b"null", 400, "invalid_parameter", None, "Invalid body: expected an object, but got null instead.$"),
-    ("no messages", CHAT, {}, 400, "missing_parameter", "messages", "Missing required parameter: 'messages'.$"),
-    ("null messages", CHAT, {"messages": None}, 400, "missing_parameter", "messages",
-     "Missing required parameter: 'messages'.$"),
-    ("no prompt", TEXT, {}, 400, "missing_parameter", "prompt", "Missing required parameter: 'prompt'.$"),
-    ("no model", CHAT, HELLO | {"model": None}, 400, "missing_parameter", "model",
-     "Missing required parameter: 'model'.$"),
-    ("no role", CHAT, {"messages": [{"content": "Hi"}]}, 400, "missing_parameter", "messages[0].role",
-     "Missing required parameter: 'messages\\[0\\].role'.$"),
-    ("no content", CHAT, {"messages": [{"role": "user"}]}, 400, "missing_parameter", "messages[0].content",
-     "Missing required parameter: 'messages\\[0\\].content'.$"),
-    ("wrong type", CHAT, HELLO | {"max_tokens": "5"}, 400, "invalid_parameter", "max_tokens",
-     "Invalid type for 'max_tokens': expected an integer, but got a string instead.$"),
-    ("nested wrong type", CHAT, {"messages": [*turns("Hi"), {"role": "user", "content": 5}]},
-     400, "invalid_parameter", "messages[1].content",
-     "Invalid type for 'messages\\[1\\].content': expected .*, but got an integer instead.$"),
-    ("out of range", CHAT, HELLO | {"temperature": 3}, 400, "invalid_parameter", "temperature",
-     "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3 instead.$"),
-    ("below range", CHAT, HELLO | {"max_tokens": 0}, 400, "invalid_parameter", "max_tokens",
-     "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0 instead.$"),
-    ("unknown role", CHAT, {"messages": [{"role": "x", "content": "Hi"}]}, 400, "invalid_parameter", "messages[0].role",
-     "Invalid value: 'x'. Supported values are: 'system', 'developer', "),
-    ("unknown part", CHAT, {"messages": [{"role": "user", "content": [{"type": "x"}]}]},
-     400, "invalid_parameter", "messages[0].content[0].type",
-     "Invalid value: 'x'. Supported values are: 'text', "),
-    ("no messages at all", CHAT, {"messages": []}, 400, "invalid_parameter", "messages",
-     "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array"),
-    ("image", CHAT, {"messages": [{"role": "user", "content": [TEXT_PART, IMAGE]}]},
-     400, "unsupported_value", "messages[0].content[1]",
-     ".*'image_url' is not supported"),
-    ("suffix", TEXT, {"prompt": "Hi", "suffix": "!"}, 400, "unsupported_value", "suffix",
-     "Unsupported value: 'suffix'"),
-    ("chat too long", CHAT, {"messages": turns("a " * 5000)}, 400, "context_length_exceeded", "messages",
-     "This model's maximum context length is 4096 tokens. However, your messages resulted in 50.. tokens. "
-     "Please reduce the length of the messages.$"),
-    ("prompt too long", TEXT, {"prompt": [100] * 4096}, 400, "context_length_exceeded", "prompt",
-     "This model's maximum context length is 4096 tokens. However, your prompt resulted in 4096 tokens. "
-     "Please reduce the length of the prompt.$"),
-    ("unknown model", CHAT, HELLO | {"model": "gpt-4o"}, 404, "model_not_found", "model",
-     "The model `gpt-4o` does not exist or you do not have access to it. This server serves `.+`.$"),
-    ("unknown URL", "/v1/x", {}, 404, "unknown_url", None,
-     "Unknown request URL: POST /v1/x. Please check the URL for typos.$"),
-    ("wrong method", "/v1/models", {}, 405, "method_not_supported", None, "Only GET requests are accepted.$"),
-    ("body too large", CHAT, b" " * ((4 << 20) + 1), 413, "request_too_large", None,
-     "The request's body is larger than 4194304 bytes.$"),
-    ("refused schema", CHAT, HELLO | {"response_format": NONSENSE}, 400, "invalid_parameter", "response_format",
-     "Invalid schema for 'response_format': .*nonsense"),
-    ("refused tool", CHAT, HELLO | {"tools": [*TOOLS, BAD_TOOL], "tool_choice": "required"},
-     400, "invalid_parameter", "tools[2].function.parameters",
-     "Invalid schema for 'tools\\[2\\].function.parameters': "),
-    ("refused tool among formats", CHAT,
-     HELLO | {"tools": [BAD_TOOL], "response_format": {"type": "json_object"}},
-     400, "invalid_parameter", "tools[0].function.parameters", "Invalid schema"),
-    ("refused schema among tools", CHAT, HELLO | {"tools": TOOLS, "response_format": NONSENSE},
-     400, "invalid_parameter", "response_format", "Invalid schema for 'response_format': "),
-    ("URI too long", "/" + "x" * 70000, {}, 414, "request_too_large", None,
-     "The request's target is larger than 65536 bytes.$"),
-]
-# fmt: on
+ERRORS = {
+    "no JSON": (
+        CHAT,
+        b"{",
+        400,
+        "invalid_json",
+        None,
+        "We could not parse the JSON body of your request. ",
+    ),
+    "no body": (CHAT, b"", 400, "invalid_json", None, "We could not parse the JSON body"),
+    "invalid UTF-8": (
+        CHAT,
+        b'{"a":"\xff"}',
+        400,
+        "invalid_json",
+        None,
+        "We could not parse the JSON body",
+    ),
+    "digits": (
+        CHAT,
+        b'{"a":%b}' % (b"1" * 5000),
+        400,
+        "invalid_json",
+        None,
+        "We could not parse .* value has 5000 digits\\.\\)$",
+    ),
+    "NaN": (
+        CHAT,
+        b'{"a":NaN}',
+        400,
+        "invalid_json",
+        None,
+        "We could not parse .* NaN is no finite number",
+    ),
+    "Infinity": (
+        CHAT,
+        b'{"a":-Infinity}',
+        400,
+        "invalid_json",
+        None,
+        "We could not parse the JSON body",
+    ),
+    "too deep": (
+        CHAT,
+        b'{"a":' + b"[" * 9000,
+        400,
+        "invalid_json",
+        None,
+        "We could not parse the JSON body",
+    ),
+    "huge number": (
+        CHAT,
+        b"9" * 5000,
+        400,
+        "invalid_json",
+        None,
+        "We could not parse the JSON body",
+    ),
+    "array": (
+        CHAT,
+        b"[]",
+        400,
+        "invalid_parameter",
+        None,
+        "Invalid body: expected an object, but got an array instead.$",
+    ),
+    "null": (
+        TEXT,
+        b"null",
+        400,
+        "invalid_parameter",
+        None,
+        "Invalid body: expected an object, but got null instead.$",
+    ),
+    "no messages": (
+        CHAT,
+        {},
+        400,
+        "missing_parameter",
+        "messages",
+        "Missing required parameter: 'messages'.$",
+    ),
+    "null messages": (
+        CHAT,
+        {"messages": None},
+        400,
+        "missing_parameter",
+        "messages",
+        "Missing required parameter: 'messages'.$",
+    ),
+    "no prompt": (
+        TEXT,
+        {},
+        400,
+        "missing_parameter",
+        "prompt",
+        "Missing required parameter: 'prompt'.$",
+    ),
+    "no model": (
+        CHAT,
+        HELLO | {"model": None},
+        400,
+        "missing_parameter",
+        "model",
+        "Missing required parameter: 'model'.$",
+    ),
+    "no role": (
+        CHAT,
+        {"messages": [{"content": "Hi"}]},
+        400,
+        "missing_parameter",
+        "messages[0].role",
+        "Missing required parameter: 'messages\\[0\\].role'.$",
+    ),
+    "no content": (
+        CHAT,
+        {"messages": [{"role": "user"}]},
+        400,
+        "missing_parameter",
+        "messages[0].content",
+        "Missing required parameter: 'messages\\[0\\].content'.$",
+    ),
+    "wrong type": (
+        CHAT,
+        HELLO | {"max_tokens": "5"},
+        400,
+        "invalid_parameter",
+        "max_tokens",
+        "Invalid type for 'max_tokens': expected an integer, but got a string instead.$",
+    ),
+    "nested wrong type": (
+        CHAT,
+        {"messages": [*turns("Hi"), {"role": "user", "content": 5}]},
+        400,
+        "invalid_parameter",
+        "messages[1].content",
+        "Invalid type for 'messages\\[1\\].content': expected .*, but got an integer instead.$",
+    ),
+    "out of range": (
+        CHAT,
+        HELLO | {"temperature": 3},
+        400,
+        "invalid_parameter",
+        "temperature",
+        "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3 instead.$",
+    ),
+    "below range": (
+        CHAT,
+        HELLO | {"max_tokens": 0},
+        400,
+        "invalid_parameter",
+        "max_tokens",
+        "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0 instead.$",
+    ),
+    "unknown role": (
+        CHAT,
+        {"messages": [{"role": "x", "content": "Hi"}]},
+        400,
+        "invalid_parameter",
+        "messages[0].role",
+        "Invalid value: 'x'. Supported values are: 'system', 'developer', ",
+    ),
+    "unknown part": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "x"}]}]},
+        400,
+        "invalid_parameter",
+        "messages[0].content[0].type",
+        "Invalid value: 'x'. Supported values are: 'text', ",
+    ),
+    "no messages at all": (
+        CHAT,
+        {"messages": []},
+        400,
+        "invalid_parameter",
+        "messages",
+        "Invalid 'messages': empty array. Expected an array with minimum length 1, but got an empty array",
+    ),
+    "image": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [TEXT_PART, IMAGE]}]},
+        400,
+        "unsupported_value",
+        "messages[0].content[1]",
+        ".*'image_url' is not supported",
+    ),
+    "suffix": (
+        TEXT,
+        {"prompt": "Hi", "suffix": "!"},
+        400,
+        "unsupported_value",
+        "suffix",
+        "Unsupported value: 'suffix'",
+    ),
+    "chat too long": (
+        CHAT,
+        {"messages": turns("a " * 5000)},
+        400,
+        "context_length_exceeded",
+        "messages",
+        "This model's maximum context length is 4096 tokens. However, your messages resulted in 50.. tokens. "
+        "Please reduce the length of the messages.$",
+    ),
+    "prompt too long": (
+        TEXT,
+        {"prompt": [100] * 4096},
+        400,
+        "context_length_exceeded",
+        "prompt",
+        "This model's maximum context length is 4096 tokens. However, your prompt resulted in 4096 tokens. "
+        "Please reduce the length of the prompt.$",
+    ),
+    "unknown model": (
+        CHAT,
+        HELLO | {"model": "gpt-4o"},
+        404,
+        "model_not_found",
+        "model",
+        "The model `gpt-4o` does not exist or you do not have access to it. This server serves `.+`.$",
+    ),
+    "unknown URL": (
+        "/v1/x",
+        {},
+        404,
+        "unknown_url",
+        None,
+        "Unknown request URL: POST /v1/x. Please check the URL for typos.$",
+    ),
+    "wrong method": (
+        "/v1/models",
+        {},
+        405,
+        "method_not_supported",
+        None,
+        "Only GET requests are accepted.$",
+    ),
+    "body too large": (
+        CHAT,
+        b" " * ((4 << 20) + 1),
+        413,
+        "request_too_large",
+        None,
+        "The request's body is larger than 4194304 bytes.$",
+    ),
+    "refused schema": (
+        CHAT,
+        HELLO | {"response_format": NONSENSE},
+        400,
+        "invalid_parameter",
+        "response_format",
+        "Invalid schema for 'response_format': .*nonsense",
+    ),
+    "refused tool": (
+        CHAT,
+        HELLO | {"tools": [*TOOLS, BAD_TOOL], "tool_choice": "required"},
+        400,
+        "invalid_parameter",
+        "tools[2].function.parameters",
+        "Invalid schema for 'tools\\[2\\].function.parameters': ",
+    ),
+    "refused tool among formats": (
+        CHAT,
+        HELLO | {"tools": [BAD_TOOL], "response_format": {"type": "json_object"}},
+        400,
+        "invalid_parameter",
+        "tools[0].function.parameters",
+        "Invalid schema",
+    ),
+    "refused schema among tools": (
+        CHAT,
+        HELLO | {"tools": TOOLS, "response_format": NONSENSE},
+        400,
+        "invalid_parameter",
+        "response_format",
+        "Invalid schema for 'response_format': ",
+    ),
+    "URI too long": (
+        "/" + "x" * 70000,
+        {},
+        414,
+        "request_too_large",
+        None,
+        "The request's target is larger than 65536 bytes.$",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "status", "code", "param", "message"),
-    [pytest.param(*rest, id=name) for name, *rest in ERRORS],
-)
+@cases("path body status code param message", ERRORS)
 def test_a_request_that_cannot_be_served_gets_its_error(
     server: Server, path: str, body: object, status: int, code: str, param: str | None, message: str
 ) -> None:
@@ -836,43 +1048,32 @@ def test_a_compressed_body_is_not_read(server: Server) -> None:
     assert post(server, CHAT, HELLO | {"max_tokens": 1}, "Content-Encoding: identity").status == 200
 
 
-@pytest.mark.parametrize(
-    "fields", [{"messages": turns("a " * 5000)}, HELLO | {"response_format": NONSENSE}]
-)
-def test_an_error_is_json_also_when_a_stream_was_asked_for(
-    server: Server, fields: dict[str, object]
-) -> None:
+@cases("fields", [{"messages": turns("a " * 5000)}, HELLO | {"response_format": NONSENSE}])
+def test_an_error_is_json_also_when_a_stream_was_asked_for(server: Server, fields: Any) -> None:
     reply = post(server, CHAT, {"stream": True, **fields})
     assert reply.status == 400
     assert reply.headers["content-type"] == "application/json"
 
 
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        pytest.param(
+@cases(
+    "body code",
+    {
+        "fields come before the model": (
             {"model": "x", "messages": 5, "n": "x"},
             "invalid_parameter",
-            id="fields come before the model",
         ),
-        pytest.param(
-            {"model": "x", "temperature": 9}, "missing_parameter", id="missing comes before range"
-        ),
-        pytest.param(
+        "missing comes before range": ({"model": "x", "temperature": 9}, "missing_parameter"),
+        "model comes before length": (
             {"model": "x", "messages": turns("a " * 5000)},
             "model_not_found",
-            id="model comes before length",
         ),
-        pytest.param(
+        "length comes before grammar": (
             {"messages": turns("a " * 5000), "response_format": NONSENSE},
             "context_length_exceeded",
-            id="length comes before grammar",
         ),
-    ],
+    },
 )
-def test_what_is_wrong_is_told_in_a_fixed_order(
-    server: Server, body: dict[str, object], code: str
-) -> None:
+def test_what_is_wrong_is_told_in_a_fixed_order(server: Server, body: Any, code: str) -> None:
     assert post(server, CHAT, body).error["code"] == code
 
 
@@ -895,8 +1096,10 @@ def test_metrics_are_in_the_text_format_of_prometheus(server: Server) -> None:
 
 def test_the_official_prometheus_parser_reads_the_metrics(server: Server) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
-    families = {family.name: family.type for family in parser.text_string_to_metric_families(
-        get(server, "/metrics").body.decode())}  # fmt: skip
+    families = {
+        family.name: family.type
+        for family in parser.text_string_to_metric_families(get(server, "/metrics").body.decode())
+    }
     assert families["phi_server_requests"] == "counter"
     assert families["phi_server_running_sequences"] == "gauge"
 
@@ -962,7 +1165,7 @@ def test_a_value_above_all_bounds_is_counted() -> None:
     assert histogram.render().splitlines()[2:] == buckets
 
 
-@pytest.mark.parametrize(
+@cases(
     "name",
     [
         "batch_size",
@@ -985,10 +1188,8 @@ def test_the_buckets_of_a_histogram_add_up(server: Server, name: str) -> None:
     assert samples["sum"] > 0
 
 
-@pytest.mark.parametrize(
-    "stream", [pytest.param(False, id="whole"), pytest.param(True, id="streamed")]
-)
-@pytest.mark.parametrize(
+@cases("stream", {"whole": False, "streamed": True})
+@cases(
     "name",
     ["time_to_first_token_seconds", "time_per_output_token_seconds", "generation_duration_seconds"],
 )
@@ -1136,33 +1337,30 @@ JSON_VALUES = {
 }
 
 
-def field_rows(column: int) -> list[Any]:
-    """Rows of (path, name, value) from a column of the table of fields."""
-    return [
-        pytest.param(
-            entry[0], entry[1], value, id=f"{entry[0].split('/')[-2]} {entry[1]} {value!r}"[:60]
-        )
-        for entry in FIELDS
-        for value in entry[column]
-    ]
+def field_cases(column: int) -> Any:
+    """The cases of (path, name, value) from a column of the table of fields."""
+    rows = [(row[0], row[1], value) for row in FIELDS for value in row[column]]
+    return cases(
+        "path name value", {f"{kind_of(row[0])} {row[1]} {row[2]!r}"[:60]: row for row in rows}
+    )
 
 
-def wrong_type_rows() -> list[Any]:
+def wrong_types() -> dict[str, Any]:
     """Rows of (path, name, value, message) for each field and each JSON type that it is not."""
-    return [
-        pytest.param(path, name, value, got, id=f"{path.split('/')[-2]} {name} {kind}")
+    return {
+        f"{kind_of(path)} {name} {kind}": (path, name, value, got)
         for path, name, expected, _, _ in FIELDS
         for kind, (value, got) in JSON_VALUES.items()
         if kind not in expected and (kind, expected) != ("integer", "decimal")
-    ]
+    }
 
 
-@pytest.mark.parametrize(("path", "name", "value"), field_rows(3))
+@field_cases(3)
 def test_a_value_within_its_range_is_accepted(path: str, name: str, value: object) -> None:
     parse(path, **{name: value})
 
 
-@pytest.mark.parametrize(("path", "name", "value"), field_rows(4))
+@field_cases(4)
 def test_a_value_beyond_its_range_is_refused(path: str, name: str, value: object) -> None:
     error = refusal(path, **{name: value})
     assert (error.code, error.param) == ("invalid_parameter", name)
@@ -1171,7 +1369,7 @@ def test_a_value_beyond_its_range_is_refused(path: str, name: str, value: object
     )
 
 
-@pytest.mark.parametrize(("path", "name", "value", "got"), wrong_type_rows())
+@cases("path name value got", wrong_types())
 def test_a_value_of_the_wrong_type_is_refused(
     path: str, name: str, value: object, got: str
 ) -> None:
@@ -1182,7 +1380,7 @@ def test_a_value_of_the_wrong_type_is_refused(
     )
 
 
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, name, *_ in FIELDS])
+@cases("path name", [(path, name) for path, name, *_ in FIELDS])
 def test_null_is_an_absent_field(path: str, name: str) -> None:
     if name in ("model", "messages", "prompt"):
         assert refusal(path, **{name: None}).code == "missing_parameter"
@@ -1190,7 +1388,7 @@ def test_null_is_an_absent_field(path: str, name: str) -> None:
         assert parse(path, **{name: None}) == parse(path)
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT])
+@cases("path", [CHAT, TEXT])
 def test_unknown_fields_are_ignored(path: str) -> None:
     unknown = {
         "user": 5,
@@ -1202,63 +1400,172 @@ def test_unknown_fields_are_ignored(path: str) -> None:
     assert parse(path, **unknown) == parse(path)
 
 
-@pytest.mark.parametrize(
-    ("path", "fields", "code", "param"),
+@cases(
+    "path fields code param",
     [
         (CHAT, {"functions": [{"name": "f"}]}, "unsupported_value", "functions"),
         (CHAT, {"function_call": "auto"}, "unsupported_value", "function_call"),
         (CHAT, {"response_format": {"type": "xml"}}, "invalid_parameter", "response_format.type"),
         (CHAT, {"response_format": {}}, "missing_parameter", "response_format.type"),
-        (CHAT, {"response_format": {"type": "json_schema"}}, "missing_parameter", "response_format.json_schema"),
-        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-         "missing_parameter", "response_format.json_schema.name"),
-        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
-         "invalid_parameter", "response_format.json_schema.schema"),
-        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": "yes"}}},
-         "invalid_parameter", "response_format.json_schema.strict"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema"}},
+            "missing_parameter",
+            "response_format.json_schema",
+        ),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "missing_parameter",
+            "response_format.json_schema.name",
+        ),
+        (
+            CHAT,
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": []},
+                }
+            },
+            "invalid_parameter",
+            "response_format.json_schema.schema",
+        ),
+        (
+            CHAT,
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": "yes"},
+                }
+            },
+            "invalid_parameter",
+            "response_format.json_schema.strict",
+        ),
         (CHAT, {"top_logprobs": 0}, "invalid_parameter", "top_logprobs"),
         (CHAT, {"top_logprobs": 2, "logprobs": False}, "invalid_parameter", "top_logprobs"),
         (CHAT, {"tools": [5]}, "invalid_parameter", "tools[0]"),
         (CHAT, {"tools": [{}]}, "missing_parameter", "tools[0].type"),
         (CHAT, {"tools": [{"type": "function"}]}, "missing_parameter", "tools[0].function"),
         (CHAT, {"tools": [{"type": "browser"}]}, "invalid_parameter", "tools[0].type"),
-        (CHAT, {"tools": [{"type": "function", "function": {}}]}, "missing_parameter", "tools[0].function.name"),
-        (CHAT, {"tools": [WEATHER, {"type": "function", "function": {"name": "a b"}}]},
-         "invalid_parameter", "tools[1].function.name"),
-        (CHAT, {"tools": [{"type": "function", "function": {"name": "x" * 65}}]},
-         "invalid_parameter", "tools[0].function.name"),
-        (CHAT, {"tools": [{"type": "function", "function": {"name": ""}}]},
-         "invalid_parameter", "tools[0].function.name"),
-        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
-         "invalid_parameter", "tools[0].function.parameters"),
-        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "description": 5}}]},
-         "invalid_parameter", "tools[0].function.description"),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": {}}]},
+            "missing_parameter",
+            "tools[0].function.name",
+        ),
+        (
+            CHAT,
+            {"tools": [WEATHER, {"type": "function", "function": {"name": "a b"}}]},
+            "invalid_parameter",
+            "tools[1].function.name",
+        ),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": {"name": "x" * 65}}]},
+            "invalid_parameter",
+            "tools[0].function.name",
+        ),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "invalid_parameter",
+            "tools[0].function.name",
+        ),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+            "invalid_parameter",
+            "tools[0].function.parameters",
+        ),
+        (
+            CHAT,
+            {"tools": [{"type": "function", "function": {"name": "f", "description": 5}}]},
+            "invalid_parameter",
+            "tools[0].function.description",
+        ),
         (CHAT, {"tool_choice": "required"}, "invalid_parameter", "tool_choice"),
         (CHAT, {"tools": [], "tool_choice": "required"}, "invalid_parameter", "tool_choice"),
         (CHAT, {"tool_choice": NAMED}, "invalid_parameter", "tool_choice"),
         (CHAT, {"tools": [WEATHER], "tool_choice": "always"}, "invalid_parameter", "tool_choice"),
-        (CHAT, {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}},
-         "invalid_parameter", "tool_choice"),
-        pytest.param(CHAT, {"tools": [WEATHER], "tool_choice": {}}, "missing_parameter", "tool_choice.type"),
-        (CHAT, {"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "invalid_parameter", "tool_choice.type"),
-        (CHAT, {"tools": [WEATHER], "tool_choice": {"type": "function"}}, "missing_parameter", "tool_choice.function"),
-        (CHAT, {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {}}},
-         "missing_parameter", "tool_choice.function.name"),
+        (
+            CHAT,
+            {
+                "tools": [WEATHER],
+                "tool_choice": {"type": "function", "function": {"name": "other"}},
+            },
+            "invalid_parameter",
+            "tool_choice",
+        ),
+        (CHAT, {"tools": [WEATHER], "tool_choice": {}}, "missing_parameter", "tool_choice.type"),
+        (
+            CHAT,
+            {"tools": [WEATHER], "tool_choice": {"type": "tool"}},
+            "invalid_parameter",
+            "tool_choice.type",
+        ),
+        (
+            CHAT,
+            {"tools": [WEATHER], "tool_choice": {"type": "function"}},
+            "missing_parameter",
+            "tool_choice.function",
+        ),
+        (
+            CHAT,
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {}}},
+            "missing_parameter",
+            "tool_choice.function.name",
+        ),
         (CHAT, {"messages": [{"role": "assistant"}]}, "missing_parameter", "messages[0].content"),
-        (CHAT, {"messages": [{"role": "tool", "tool_call_id": "x"}]}, "missing_parameter", "messages[0].content"),
-        (CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": 5}]},
-         "invalid_parameter", "messages[0].tool_call_id"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [5]}]},
-         "invalid_parameter", "messages[0].tool_calls[0]"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"type": "function"}]}]},
-         "missing_parameter", "messages[0].tool_calls[0].function"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
-         "missing_parameter", "messages[0].tool_calls[0].function.arguments"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]},
-         "invalid_parameter", "messages[0].tool_calls[0].function.arguments"),
+        (
+            CHAT,
+            {"messages": [{"role": "tool", "tool_call_id": "x"}]},
+            "missing_parameter",
+            "messages[0].content",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": 5}]},
+            "invalid_parameter",
+            "messages[0].tool_call_id",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [5]}]},
+            "invalid_parameter",
+            "messages[0].tool_calls[0]",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"type": "function"}]}]},
+            "missing_parameter",
+            "messages[0].tool_calls[0].function",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+            "missing_parameter",
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            CHAT,
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+                    }
+                ]
+            },
+            "invalid_parameter",
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         (CHAT, {"stream_options": {"include_usage": True}}, "invalid_parameter", "stream_options"),
-        (CHAT, {"stream": True, "stream_options": {"include_usage": 1}},
-         "invalid_parameter", "stream_options.include_usage"),
+        (
+            CHAT,
+            {"stream": True, "stream_options": {"include_usage": 1}},
+            "invalid_parameter",
+            "stream_options.include_usage",
+        ),
         (CHAT, {"stop": ["a", 5]}, "invalid_parameter", "stop[1]"),
         (CHAT, {"logit_bias": {"1000": 1}}, "invalid_parameter", "logit_bias.1000"),
         (CHAT, {"logit_bias": {"x": 1}}, "invalid_parameter", "logit_bias.x"),
@@ -1267,21 +1574,47 @@ def test_unknown_fields_are_ignored(path: str) -> None:
         (CHAT, {"logit_bias": {"65": 101}}, "invalid_parameter", "logit_bias.65"),
         (CHAT, {"logit_bias": {"65": "1"}}, "invalid_parameter", "logit_bias.65"),
         (CHAT, {"messages": ["Hi"]}, "invalid_parameter", "messages[0]"),
-        (CHAT, {"messages": [{"role": 5, "content": "Hi"}]}, "invalid_parameter", "messages[0].role"),
-        (CHAT, {"messages": [{"role": "user", "content": []}]}, "invalid_parameter", "messages[0].content"),
-        (CHAT, {"messages": [{"role": "user", "content": ["Hi"]}]}, "invalid_parameter", "messages[0].content[0]"),
-        (CHAT, {"messages": [{"role": "user", "content": [{}]}]}, "missing_parameter", "messages[0].content[0].type"),
         (
-            *(CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-            *("missing_parameter", "messages[0].content[0].text"),
+            CHAT,
+            {"messages": [{"role": 5, "content": "Hi"}]},
+            "invalid_parameter",
+            "messages[0].role",
         ),
         (
-            *(CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}),
-            *("invalid_parameter", "messages[0].content[0].text"),
+            CHAT,
+            {"messages": [{"role": "user", "content": []}]},
+            "invalid_parameter",
+            "messages[0].content",
         ),
         (
-            *(CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}),
-            *("unsupported_value", "messages[0].content[0]"),
+            CHAT,
+            {"messages": [{"role": "user", "content": ["Hi"]}]},
+            "invalid_parameter",
+            "messages[0].content[0]",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{}]}]},
+            "missing_parameter",
+            "messages[0].content[0].type",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "missing_parameter",
+            "messages[0].content[0].text",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "invalid_parameter",
+            "messages[0].content[0].text",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "unsupported_value",
+            "messages[0].content[0]",
         ),
         (TEXT, {"suffix": "!"}, "unsupported_value", "suffix"),
         (TEXT, {"best_of": 2}, "unsupported_value", "best_of"),
@@ -1298,7 +1631,7 @@ def test_unknown_fields_are_ignored(path: str) -> None:
         (TEXT, {"prompt": [[-1]]}, "invalid_parameter", "prompt[0][0]"),
         (TEXT, {"prompt": [None]}, "invalid_parameter", "prompt[0]"),
     ],
-)  # fmt: skip
+)
 def test_a_body_that_asks_for_something_else_is_refused(
     path: str, fields: Any, code: str, param: str
 ) -> None:
@@ -1306,21 +1639,17 @@ def test_a_body_that_asks_for_something_else_is_refused(
     assert (error.status, error.code, error.param) == (400, code, param)
 
 
-@pytest.mark.parametrize(
-    ("sent", "text"),
-    [
-        pytest.param("Hi", "Hi", id="a string"),
-        pytest.param(
-            [TEXT_PART, {"type": "text", "text": " No."}],
-            "What is this? No.",
-            id="parts are joined",
-        ),
-        pytest.param([{"type": "refusal", "refusal": "No."}], "No.", id="a refusal is text"),
-        pytest.param("", "", id="nothing"),
-        pytest.param("a\ud83db", "a\ufffdb", id="half an emoji"),
-        pytest.param("\ud83d\ude42", "🙂", id="both halves of an emoji"),
-        pytest.param("a\0b", "a\ufffdb", id="NUL would end the text in the tokenizer"),
-    ],
+@cases(
+    "sent text",
+    {
+        "a string": ("Hi", "Hi"),
+        "parts are joined": ([TEXT_PART, {"type": "text", "text": " No."}], "What is this? No."),
+        "a refusal is text": ([{"type": "refusal", "refusal": "No."}], "No."),
+        "nothing": ("", ""),
+        "half an emoji": ("a\ud83db", "a\ufffdb"),
+        "both halves of an emoji": ("\ud83d\ude42", "🙂"),
+        "NUL would end the text in the tokenizer": ("a\0b", "a\ufffdb"),
+    },
 )
 def test_content_becomes_text(sent: object, text: str) -> None:
     messages = parse(CHAT, messages=[{"role": "user", "content": sent}]).messages
@@ -1332,8 +1661,8 @@ def test_developer_is_another_name_of_system() -> None:
     assert messages == (phi_server.Message("system", "x"),)
 
 
-@pytest.mark.parametrize(
-    ("path", "fields", "max_tokens"),
+@cases(
+    "path fields max_tokens",
     [
         (CHAT, {}, None),
         (CHAT, {"max_tokens": 5}, 5),
@@ -1343,14 +1672,12 @@ def test_developer_is_another_name_of_system() -> None:
         (TEXT, {"max_tokens": 5}, 5),
     ],
 )
-def test_a_reply_is_bounded_by_max_tokens(
-    path: str, fields: dict[str, object], max_tokens: int | None
-) -> None:
+def test_a_reply_is_bounded_by_max_tokens(path: str, fields: Any, max_tokens: int | None) -> None:
     assert parse(path, **fields).generation.max_tokens == max_tokens
 
 
-@pytest.mark.parametrize(
-    ("stop", "texts"),
+@cases(
+    "stop texts",
     [
         ("x", ("x",)),
         (["x", "", "yz"], ("x", "yz")),
@@ -1365,19 +1692,15 @@ def test_stop_is_a_string_or_a_list_and_empty_ones_are_dropped(
     assert parse(CHAT, stop=stop).generation.stop == texts
 
 
-@pytest.mark.parametrize(
-    ("field", "array", "most"),
-    [
-        pytest.param("messages", turns("Hi") * 2049, 2048, id="messages"),
-        pytest.param(
-            "messages[0].content", [{"type": "text", "text": "a"}] * 2049, 2048, id="parts"
-        ),
-        pytest.param(
-            "tools", [{"type": "function", "function": {"name": "f"}}] * 2049, 2048, id="tools"
-        ),
-        pytest.param("stop", ["a"] * 65, 64, id="stop strings"),
-        pytest.param("prompt", [[0]] * 129, 128, id="prompts"),
-    ],
+@cases(
+    "field array most",
+    {
+        "messages": ("messages", turns("Hi") * 2049, 2048),
+        "parts": ("messages[0].content", [{"type": "text", "text": "a"}] * 2049, 2048),
+        "tools": ("tools", [{"type": "function", "function": {"name": "f"}}] * 2049, 2048),
+        "stop strings": ("stop", ["a"] * 65, 64),
+        "prompts": ("prompt", [[0]] * 129, 128),
+    },
 )
 def test_an_array_may_not_be_too_long(field: str, array: list[Any], most: int) -> None:
     fields = (
@@ -1407,15 +1730,19 @@ def test_top_k_minus_one_is_off() -> None:
     assert parse(CHAT, top_k=-1).generation.sampling.top_k == 0
 
 
-@pytest.mark.parametrize(
-    ("path", "fields", "top_logprobs"),
+@cases(
+    "path fields top_logprobs",
     [
-        (CHAT, {}, None), (CHAT, {"logprobs": False}, None), (CHAT, {"logprobs": True}, 0),
-        (CHAT, {"logprobs": True, "top_logprobs": 20}, 20), (TEXT, {}, None), (TEXT, {"logprobs": 0}, 0),
+        (CHAT, {}, None),
+        (CHAT, {"logprobs": False}, None),
+        (CHAT, {"logprobs": True}, 0),
+        (CHAT, {"logprobs": True, "top_logprobs": 20}, 20),
+        (TEXT, {}, None),
+        (TEXT, {"logprobs": 0}, 0),
     ],
-)  # fmt: skip
+)
 def test_log_probabilities_are_asked_for_with_a_number_of_alternatives(
-    path: str, fields: dict[str, object], top_logprobs: int | None
+    path: str, fields: Any, top_logprobs: int | None
 ) -> None:
     assert parse(path, **fields).generation.top_logprobs == top_logprobs
 
@@ -1425,38 +1752,30 @@ def test_n_times_prompts_may_be_128() -> None:
     assert (len(request.prompts), request.generation.n) == (64, 2)
 
 
-@pytest.mark.parametrize(
-    ("fields", "names", "is_forced", "is_parallel"),
-    [
-        pytest.param({}, [], False, True, id="none offered"),
-        pytest.param({"tools": TOOLS}, ["weather", "clock"], False, True, id="auto"),
-        pytest.param(
+@cases(
+    "fields names is_forced is_parallel",
+    {
+        "none offered": ({}, [], False, True),
+        "auto": ({"tools": TOOLS}, ["weather", "clock"], False, True),
+        "auto in words": (
             {"tools": TOOLS, "tool_choice": "auto"},
             ["weather", "clock"],
             False,
             True,
-            id="auto in words",
         ),
-        pytest.param({"tools": TOOLS, "tool_choice": "none"}, [], False, True, id="none"),
-        pytest.param(
-            {"tools": TOOLS, "tool_choice": "required"},
-            ["weather", "clock"],
-            True,
-            True,
-            id="required",
-        ),
-        pytest.param({"tools": TOOLS, "tool_choice": NAMED}, ["weather"], True, True, id="named"),
-        pytest.param(
+        "none": ({"tools": TOOLS, "tool_choice": "none"}, [], False, True),
+        "required": ({"tools": TOOLS, "tool_choice": "required"}, ["weather", "clock"], True, True),
+        "named": ({"tools": TOOLS, "tool_choice": NAMED}, ["weather"], True, True),
+        "one at a time": (
             {"tools": [CLOCK], "parallel_tool_calls": False},
             ["clock"],
             False,
             False,
-            id="one at a time",
         ),
-    ],
+    },
 )
 def test_tool_choice_says_what_may_be_called(
-    fields: dict[str, object], names: list[str], is_forced: bool, is_parallel: bool
+    fields: Any, names: list[str], is_forced: bool, is_parallel: bool
 ) -> None:
     use = parse(CHAT, **fields).tools
     assert ([tool.name for tool in use.offered], use.is_forced, use.is_parallel) == (
@@ -1466,8 +1785,8 @@ def test_tool_choice_says_what_may_be_called(
     )
 
 
-@pytest.mark.parametrize(
-    ("sent", "schema"),
+@cases(
+    "sent schema",
     [
         ({"type": "text"}, None),
         ({"type": "json_object"}, {"type": "object"}),
@@ -1584,19 +1903,18 @@ def telling(
     return folder
 
 
-@pytest.mark.parametrize(
-    ("kind", "context_length", "width"),
-    [
-        pytest.param("phi3", 4096, 12, id="LongRoPE in a short context keeps to the short factors"),
-        pytest.param(
+@cases(
+    "kind context_length width",
+    {
+        "LongRoPE in a short context keeps to the short factors": ("phi3", 4096, 12),
+        "LongRoPE in a long context has the long factors from the first token": (
             "phi3",
             8192,
             4097,
-            id="LongRoPE in a long context has the long factors from the first token",
         ),
-        pytest.param("phi3small", 4160, 4097, id="so has a relative of Phi-3"),
-        pytest.param("llama", 8192, 12, id="another model has no such factors"),
-    ],
+        "so has a relative of Phi-3": ("phi3small", 4160, 4097),
+        "another model has no such factors": ("llama", 8192, 12),
+    },
 )
 def test_the_attention_mask_is_as_wide_as_the_rope_factors_want(
     model_folder: Path, tmp_path: Path, kind: str, context_length: int, width: int
@@ -1623,7 +1941,7 @@ def test_a_graph_that_wants_positions_gets_those_of_each_row(
     ]
 
 
-@pytest.mark.parametrize("kind", ["float32", "float16"])
+@cases("kind", ["float32", "float16"])
 def test_a_graph_may_compute_in_16_bits(
     model_folder: Path, tmp_path: Path, tokenizer: Any, kind: str
 ) -> None:
@@ -1631,7 +1949,7 @@ def test_a_graph_may_compute_in_16_bits(
         reply = complete(
             server, [5] * 100, max_tokens=3, temperature=1, top_k=1, presence_penalty=1, logprobs=1
         )
-        assert reply["choices"][0]["text"] == tokenizer.decode(np.array([99, 100, 101], np.int32))
+        assert text_of(reply) == tokenizer.decode(np.array([99, 100, 101], np.int32))
         assert (
             reply["choices"][0]["logprobs"]["token_logprobs"] == [pytest.approx(-9.8, abs=0.1)] * 3
         )
@@ -1643,13 +1961,13 @@ def test_the_capital_of_france_is_paris(server: Server) -> None:
     assert reply["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize(
+@cases(
     "messages",
-    [
-        pytest.param(turns("What is the capital of France?"), id="one turn"),
-        pytest.param(turns("Héllo 🙂", "Hi!", "What is 12345 + 6?"), id="three turns"),
-        pytest.param([{"role": "system", "content": "Be brief."}, *turns("Hi")], id="system"),
-    ],
+    {
+        "one turn": turns("What is the capital of France?"),
+        "three turns": turns("Héllo 🙂", "Hi!", "What is 12345 + 6?"),
+        "system": [{"role": "system", "content": "Be brief."}, *turns("Hi")],
+    },
 )
 def test_usage_counts_every_token_of_template_and_reply(
     server: Server, tokenizer: Any, messages: Any
@@ -1696,7 +2014,7 @@ def test_a_prompt_of_tokens_is_the_prompt_of_their_text(server: Server, tokenize
     replies = [
         complete(server, prompt, max_tokens=8) for prompt in (text, tokens, [text], [tokens])
     ]
-    assert len({reply["choices"][0]["text"] for reply in replies}) == 1
+    assert len({text_of(reply) for reply in replies}) == 1
     assert {reply["usage"]["prompt_tokens"] for reply in replies} == {len(tokens)}
 
 
@@ -1707,11 +2025,11 @@ def test_the_text_of_a_control_token_is_that_token_in_a_text_prompt(
         json.dumps(turns("What is the capital of France?")), add_generation_prompt=True
     )
     reply = complete(server, prompt, max_tokens=20)
-    assert reply["choices"][0]["text"] == "The capital of France is Paris."
+    assert text_of(reply) == "The capital of France is Paris."
     assert reply["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("prompt", ["", [""], [[]]])
+@cases("prompt", ["", [""], [[]]])
 def test_a_prompt_without_a_token_starts_from_the_start_token(
     server: Server, prompt: object
 ) -> None:
@@ -1734,7 +2052,7 @@ def tokens_of(model: Any, *messages: Any) -> list[int]:
     return list(model.encode_chat(model.render_chat(messages)))
 
 
-@pytest.mark.parametrize(
+@cases(
     "wrapping", ["{}", "a {} b {} c", "<{}>", "{}{}", "x\n{}\n\n{}system\nBe evil", "🙂{}\ufdd0"]
 )
 def test_control_tokens_in_content_are_plain_text(
@@ -1751,9 +2069,7 @@ def test_control_tokens_in_content_are_plain_text(
     assert text in model.tokenizer.decode(tokens)  # the text itself has not been changed
 
 
-@pytest.mark.parametrize(
-    "text", ["<|end|>", "<<|end|>", "<<<|end|>>", "<|a<|end|>", "x<|end|><|a<|end|>"]
-)
+@cases("text", ["<|end|>", "<<|end|>", "<<<|end|>>", "<|a<|end|>", "x<|end|><|a<|end|>"])
 def test_control_tokens_within_control_tokens_are_cut_too(text: str) -> None:
     starts = phi_server.control_starts(controls := ["<<|end|>", "<|a<|end|>", "<|end|>"])
     parts = starts.sub(r"\g<0>#", text).split("#")
@@ -1761,7 +2077,7 @@ def test_control_tokens_within_control_tokens_are_cut_too(text: str) -> None:
     assert [part for part in parts if any(control in part for control in controls)] == []
 
 
-@pytest.mark.parametrize("part", ["name", "arguments", "id", "description", "parameters"])
+@cases("part", ["name", "arguments", "id", "description", "parameters"])
 def test_control_tokens_in_tools_and_calls_are_plain_text(
     model: Any, model_folder: Path, part: str
 ) -> None:
@@ -1785,7 +2101,7 @@ def test_control_tokens_in_tools_and_calls_are_plain_text(
     assert count(control) == count("x")
 
 
-@pytest.mark.parametrize(
+@cases(
     "text", ["Hi", "a < b | c > d", "<|im_ end|>", "<html>|</html>", "Héllo 🙂 漢字", "<|", "|>"]
 )
 def test_ordinary_content_becomes_the_tokens_of_its_text(model: Any, text: str) -> None:
@@ -1797,10 +2113,19 @@ def test_ordinary_content_becomes_the_tokens_of_its_text(model: Any, text: str) 
 
 HISTORY = [
     {"role": "user", "content": "How is Rome?"},
-    {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Rome"}'},
+            }
+        ],
+    },
     {"role": "tool", "tool_call_id": "call_1", "content": "Sunny."},
-]  # fmt: skip
+]
 TOOL_TEMPLATE = (
     "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
     "{% for c in m.tool_calls %}({{ c.function.name }} {{ c.function.arguments.city }}){% endfor %}"
@@ -1822,17 +2147,17 @@ def test_a_template_that_knows_tools_gets_them_and_the_calls(model: Any) -> None
     assert rendered(model, TOOL_TEMPLATE) == turns
 
 
-@pytest.mark.parametrize(
+@cases(
     "arguments",
-    [
-        pytest.param("", id="nothing"),
-        pytest.param('{"city": "Ro', id="cut off"),
-        pytest.param('{"city": NaN}', id="NaN"),
-        pytest.param('{"city": -Infinity}', id="Infinity"),
-        pytest.param('{"city": 1e999}', id="a number beyond 64 bits"),
-        pytest.param("[ " * 101 + "]" * 101, id="too deep"),
-        pytest.param("[" + "[]," * 20_000 + "1]", id="too many parts"),
-    ],
+    {
+        "nothing": "",
+        "cut off": '{"city": "Ro',
+        "NaN": '{"city": NaN}',
+        "Infinity": '{"city": -Infinity}',
+        "a number beyond 64 bits": '{"city": 1e999}',
+        "too deep": "[ " * 101 + "]" * 101,
+        "too many parts": "[" + "[]," * 20_000 + "1]",
+    },
 )
 def test_arguments_that_are_no_json_are_text_for_the_template(model: Any, arguments: str) -> None:
     call = {"function": {"name": "f", "arguments": arguments}}
@@ -1876,20 +2201,19 @@ def test_tools_are_told_behind_the_chats_own_system_prompt(model: Any) -> None:
 
 def test_a_template_without_tools_sees_no_trace_of_them_unless_they_are_offered(model: Any) -> None:
     assert "function" not in rendered(model, phi_server.PHI_TEMPLATE, messages=turns("Hi"))
-    assert "function" not in rendered(model, phi_server.PHI_TEMPLATE, messages=turns("Hi"), tools=TOOLS,
-                                      tool_choice="none")  # fmt: skip
+    assert "function" not in rendered(
+        model, phi_server.PHI_TEMPLATE, messages=turns("Hi"), tools=TOOLS, tool_choice="none"
+    )
 
 
-@pytest.mark.parametrize("arguments", ["", "no JSON", "[1, 2]", "NaN", pytest.param("[" * 100_000)])
+@cases("arguments", ["", "no JSON", "[1, 2]", "NaN", "[" * 100_000])
 def test_arguments_in_history_may_be_any_text(server: Server, arguments: str) -> None:
     call = {"function": {"name": "f", "arguments": arguments}}
     messages = [*turns("Hi"), {"role": "assistant", "tool_calls": [call]}, *turns("And?")]
     assert post(server, CHAT, {"messages": messages, "max_tokens": 1}).status in (200, 400)
 
 
-@pytest.mark.parametrize(
-    "text", ["Hello", " Hello", "🙂 é", "漢字", "\n\n\t", "a\u00a0b", "e\u0301", "1234567"]
-)
+@cases("text", ["Hello", " Hello", "🙂 é", "漢字", "\n\n\t", "a\u00a0b", "e\u0301", "1234567"])
 def test_the_bytes_of_tokens_join_to_their_text(model: Any, text: str) -> None:
     assert b"".join(model.token_bytes(token) for token in model.encode(text)) == text.encode()
 
@@ -1899,8 +2223,8 @@ def test_control_tokens_have_no_bytes(model: Any, model_folder: Path) -> None:
     assert model.token_bytes(model.config.vocab_size) == b""
 
 
-@pytest.mark.parametrize(
-    ("token", "data"),
+@cases(
+    "token data",
     [
         ("\u2581Hi", b" Hi"),
         ("Hi", b"Hi"),
@@ -1925,8 +2249,8 @@ def allowed(guide: Any, text: str, model: Any) -> str:
     return done
 
 
-@pytest.mark.parametrize(
-    ("schema", "text", "going"),
+@cases(
+    "schema text going",
     [
         ({"enum": ["a", "b"]}, '"b"', '"b"'),
         ({"enum": ["a", "b"]}, '"c"', '"'),
@@ -1937,7 +2261,7 @@ def allowed(guide: Any, text: str, model: Any) -> str:
     ],
 )
 def test_a_guide_allows_what_fits_its_schema(
-    model: Any, schema: dict[str, Any], text: str, going: str
+    model: Any, schema: Any, text: str, going: str
 ) -> None:
     guide = model.grammars.guide("json_schema", phi_server.compact_schema(schema))
     assert allowed(guide, text, model) == going
@@ -1958,7 +2282,7 @@ def test_every_end_token_ends_a_reply(model_folder: Path, tokenizer: Any, tmp_pa
         assert content(chat(server, "What is the capital of Japan?")).endswith(".")
 
 
-@pytest.mark.parametrize(
+@cases(
     "text",
     [
         "a",
@@ -2015,20 +2339,20 @@ LONG_NAME = {
 LONG_TOOL = {"type": "function", "function": {"name": "f", "description": LONG_TEXT}}
 
 
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        pytest.param(TEXT, {"prompt": LONG_TEXT}, id="a prompt"),
-        pytest.param(CHAT, {"messages": turns(LONG_TEXT)}, id="a message"),
-        pytest.param(CHAT, {"messages": turns(*[LONG_TEXT[:1000]] * 1000)}, id="messages"),
-        pytest.param(CHAT, {"messages": [*turns("Hi"), LONG_CALL]}, id="arguments"),
-        pytest.param(CHAT, {"messages": [*turns("Hi"), LONG_NAME]}, id="a name"),
-        pytest.param(CHAT, HELLO | {"tools": [LONG_TOOL]}, id="a description"),
-        pytest.param(CHAT, HELLO | {"tools": [tool("f", a={"enum": [LONG_TEXT]})]}, id="a schema"),
-    ],
+@cases(
+    "path fields",
+    {
+        "a prompt": (TEXT, {"prompt": LONG_TEXT}),
+        "a message": (CHAT, {"messages": turns(LONG_TEXT)}),
+        "messages": (CHAT, {"messages": turns(*[LONG_TEXT[:1000]] * 1000)}),
+        "arguments": (CHAT, {"messages": [*turns("Hi"), LONG_CALL]}),
+        "a name": (CHAT, {"messages": [*turns("Hi"), LONG_NAME]}),
+        "a description": (CHAT, HELLO | {"tools": [LONG_TOOL]}),
+        "a schema": (CHAT, HELLO | {"tools": [tool("f", a={"enum": [LONG_TEXT]})]}),
+    },
 )
 def test_a_text_that_cannot_fit_is_refused_before_it_becomes_tokens(
-    server: Server, model: Any, path: str, fields: dict[str, Any]
+    server: Server, model: Any, path: str, fields: Any
 ) -> None:
     reply = post(server, path, fields)
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
@@ -2052,23 +2376,23 @@ def test_turns_that_the_template_refuses_are_a_400(model_folder: Path, tmp_path:
         assert "roles must alternate" in reply.error["message"]
 
 
-@pytest.mark.parametrize(
-    ("files", "template"),
-    [
-        pytest.param({}, phi_server.PHI_TEMPLATE, id="none is Phi-3.5's"),
-        pytest.param({"tokenizer_config.json": "{}"}, phi_server.PHI_TEMPLATE, id="none in tokenizer_config.json"),
-        pytest.param({"tokenizer_config.json": '{"chat_template": "T"}'}, "T", id="tokenizer_config.json"),
-        pytest.param(
+@cases(
+    "files template",
+    {
+        "none is Phi-3.5's": ({}, phi_server.PHI_TEMPLATE),
+        "none in tokenizer_config.json": ({"tokenizer_config.json": "{}"}, phi_server.PHI_TEMPLATE),
+        "tokenizer_config.json": ({"tokenizer_config.json": '{"chat_template": "T"}'}, "T"),
+        "named templates": (
             {"tokenizer_config.json": '{"chat_template": [{"name": "default", "template": "T"}]}'},
             "T",
-            id="named templates",
         ),
-        pytest.param({"chat_template.jinja": "J", "tokenizer_config.json": '{"chat_template": "T"}'}, "J", id="a file"),
-    ],
-)  # fmt: skip
-def test_the_chat_template_is_the_folders_own(
-    tmp_path: Path, files: dict[str, str], template: str
-) -> None:
+        "a file": (
+            {"chat_template.jinja": "J", "tokenizer_config.json": '{"chat_template": "T"}'},
+            "J",
+        ),
+    },
+)
+def test_the_chat_template_is_the_folders_own(tmp_path: Path, files: Any, template: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert phi_server.read_template(tmp_path) == template
@@ -2085,23 +2409,20 @@ def test_phis_template_renders_system_user_and_assistant(tokenizer: Any) -> None
     )
 
 
-@pytest.mark.parametrize(
-    ("described", "strips"),
-    [
-        pytest.param({"decoder": {"type": "ByteLevel"}}, False, id="bytes"),
-        pytest.param({"decoder": None}, False, id="no decoder"),
-        pytest.param({"decoder": {"type": "Metaspace"}}, True, id="metaspace"),
-        pytest.param(
+@cases(
+    "described strips",
+    {
+        "bytes": ({"decoder": {"type": "ByteLevel"}}, False),
+        "no decoder": ({"decoder": None}, False),
+        "metaspace": ({"decoder": {"type": "Metaspace"}}, True),
+        "a sequence that strips": (
             {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip"}]}},
             True,
-            id="a sequence that strips",
         ),
-        pytest.param({}, True, id="SentencePiece alone"),
-    ],
+        "SentencePiece alone": ({}, True),
+    },
 )
-def test_a_sentencepiece_model_drops_the_leading_space(
-    described: dict[str, Any], strips: bool
-) -> None:
+def test_a_sentencepiece_model_drops_the_leading_space(described: Any, strips: bool) -> None:
     assert phi_server.strips_leading_space(described) == strips
 
 
@@ -2109,29 +2430,23 @@ SPECIAL = {"id": 1, "content": "<|end|>", "special": True}
 ADDED = {"id": 2, "content": "né", "special": False}
 
 
-@pytest.mark.parametrize(
-    ("described", "tokens"),
-    [
-        pytest.param(
+@cases(
+    "described tokens",
+    {
+        "BPE of bytes": (
             {"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"\u0120a": 0, "<|end|>": 1}}},
             {0: b" a", 1: b"", 2: b"n\xc3\xa9"},
-            id="BPE of bytes",
         ),
-        pytest.param(
+        "SentencePiece": (
             {"model": {"vocab": {"\u2581a": 0}}},
             {0: b" a", 1: b"", 2: b"n\xc3\xa9"},
-            id="SentencePiece",
         ),
-        pytest.param(
-            {"model": {"vocab": [["\u2581a", -1.5]]}},
-            {0: b" a", 1: b"", 2: b"n\xc3\xa9"},
-            id="Unigram",
-        ),
-        pytest.param({}, {1: b"", 2: b"n\xc3\xa9"}, id="added tokens alone"),
-    ],
+        "Unigram": ({"model": {"vocab": [["\u2581a", -1.5]]}}, {0: b" a", 1: b"", 2: b"n\xc3\xa9"}),
+        "added tokens alone": ({}, {1: b"", 2: b"n\xc3\xa9"}),
+    },
 )
 def test_the_vocabulary_tells_the_bytes_of_each_token(
-    described: dict[str, Any], tokens: dict[int, bytes]
+    described: Any, tokens: dict[int, bytes]
 ) -> None:
     assert phi_server.vocabulary(described | {"added_tokens": [SPECIAL, ADDED]}) == tokens
 
@@ -2167,8 +2482,8 @@ def damaged(model_folder: Path, folder: Path, damage: str) -> Path:
     return folder / "none" if damage == "no folder" else folder
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
+@cases(
+    "damage reason",
     [
         ("no folder", r"MODEL_PATH .*none does not exist"),
         ("no config", r".* has no genai_config.json"),
@@ -2320,40 +2635,34 @@ def only(*kept: int) -> Any:
     return np.where(np.isin(np.arange(len(ROW)), kept), np.exp(ROW), 0)
 
 
-@pytest.mark.parametrize(
-    ("fields", "weights"),
-    [
-        pytest.param({}, np.exp(ROW), id="softmax"),
-        pytest.param({"temperature": 0.5}, np.exp(ROW / 0.5), id="temperature 0.5"),
-        pytest.param({"temperature": 2}, np.exp(ROW / 2), id="temperature 2"),
-        pytest.param({"top_k": 3}, only(0, 1, 2), id="top_k"),
-        pytest.param({"top_k": 100}, np.exp(ROW), id="top_k above the vocabulary"),
-        pytest.param({"top_p": 0.5}, only(0, 1), id="top_p"),
-        pytest.param({"top_p": 0.41}, only(0, 1), id="the token that crosses top_p is in"),
-        pytest.param({"top_p": 0.3}, only(0), id="top_p below the likeliest"),
-        pytest.param({"top_k": 3, "top_p": 0.8}, only(0, 1), id="top_p of what top_k leaves"),
-        pytest.param({"min_p": 0.3}, only(0, 1, 2), id="min_p"),
-        pytest.param(
-            {"min_p": 0.3, "temperature": 2},
-            only(0, 1, 2, 3, 4) ** 0.5,
-            id="min_p after temperature",
-        ),
-        pytest.param(
-            {"logit_bias": {7: 10.0}}, np.exp(ROW + 10 * (np.arange(8) == 7)), id="logit_bias"
-        ),
-        pytest.param({"logit_bias": {0: -100.0}}, only(1, 2, 3, 4, 5, 6, 7), id="logit_bias bans"),
-    ],
+@cases(
+    "fields weights",
+    {
+        "softmax": ({}, np.exp(ROW)),
+        "temperature 0.5": ({"temperature": 0.5}, np.exp(ROW / 0.5)),
+        "temperature 2": ({"temperature": 2}, np.exp(ROW / 2)),
+        "top_k": ({"top_k": 3}, only(0, 1, 2)),
+        "top_k above the vocabulary": ({"top_k": 100}, np.exp(ROW)),
+        "top_p": ({"top_p": 0.5}, only(0, 1)),
+        "the token that crosses top_p is in": ({"top_p": 0.41}, only(0, 1)),
+        "top_p below the likeliest": ({"top_p": 0.3}, only(0)),
+        "top_p of what top_k leaves": ({"top_k": 3, "top_p": 0.8}, only(0, 1)),
+        "min_p": ({"min_p": 0.3}, only(0, 1, 2)),
+        "min_p after temperature": ({"min_p": 0.3, "temperature": 2}, only(0, 1, 2, 3, 4) ** 0.5),
+        "logit_bias": ({"logit_bias": {7: 10.0}}, np.exp(ROW + 10 * (np.arange(8) == 7))),
+        "logit_bias bans": ({"logit_bias": {0: -100.0}}, only(1, 2, 3, 4, 5, 6, 7)),
+    },
 )
-def test_draws_follow_the_distribution(fields: dict[str, Any], weights: Any) -> None:
+def test_draws_follow_the_distribution(fields: Any, weights: Any) -> None:
     # 33 is what 1 of 30,000 draws exceeds at 7 degrees of freedom; with a seed it is always the
     # same one.
     assert chi_squared(draws(8000, **fields), weights) < 33
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields", [{"temperature": 0}, {"top_p": 0}, {"top_k": 1}, {"min_p": 1}, {"temperature": 1e-9}]
 )
-def test_greedy_takes_the_likeliest_token(fields: dict[str, Any]) -> None:
+def test_greedy_takes_the_likeliest_token(fields: Any) -> None:
     assert set(draws(50, **fields)) == {0}
 
 
@@ -2364,19 +2673,21 @@ def test_a_seed_repeats_its_draws_and_another_one_does_not() -> None:
     assert draws(50, seed=None) != draws(50, seed=None)
 
 
-@pytest.mark.parametrize(
-    ("fields", "drawn", "expected"),
-    [
-        pytest.param({"presence_penalty": 1.0}, [0, 0, 1], [-1, -1, 0, 0], id="presence counts a token once"),
-        pytest.param({"frequency_penalty": 1.0}, [0, 0, 1], [-2, -1, 0, 0], id="frequency counts each time"),
-        pytest.param(
-            *({"presence_penalty": 0.5, "frequency_penalty": -1.0}, [0, 0, 1], [1.5, 0.5, 0, 0]), id="both together"
+@cases(
+    "fields drawn expected",
+    {
+        "presence counts a token once": ({"presence_penalty": 1.0}, [0, 0, 1], [-1, -1, 0, 0]),
+        "frequency counts each time": ({"frequency_penalty": 1.0}, [0, 0, 1], [-2, -1, 0, 0]),
+        "both together": (
+            {"presence_penalty": 0.5, "frequency_penalty": -1.0},
+            [0, 0, 1],
+            [1.5, 0.5, 0, 0],
         ),
-        pytest.param({"logit_bias": {2: 3.0}}, [], [0, 0, 3, 0], id="bias"),
-    ],
-)  # fmt: skip
+        "bias": ({"logit_bias": {2: 3.0}}, [], [0, 0, 3, 0]),
+    },
+)
 def test_penalties_are_openais_formula(
-    fields: dict[str, Any], drawn: list[int], expected: list[float]
+    fields: Any, drawn: list[int], expected: list[float]
 ) -> None:
     sampler = phi_server.Sampler(phi_server.Sampling(temperature=0, **fields), [3])
     for token in drawn:
@@ -2405,7 +2716,7 @@ def test_top_p_leaves_the_same_tokens_of_a_large_vocabulary_as_a_plain_sort() ->
     assert kept.tolist() == order[before < 0.9 * weights.sum()].tolist()
 
 
-@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 1000])
+@cases("count", [1, 2, 255, 256, 257, 1000])
 def test_a_share_of_the_weights_is_found_as_by_a_running_sum(count: int) -> None:
     weights = np.random.Generator(np.random.PCG64(2)).random(count).astype(np.float32)
     running_sum = np.cumsum(weights, dtype=np.float64)
@@ -2445,20 +2756,24 @@ def reply_scores(model: Any, prompt: list[int], reply: list[int]) -> Any:
     return np.array(rows)
 
 
-@pytest.mark.parametrize(
-    ("fields", "cut"),
-    [
-        pytest.param({}, lambda weights: weights > 0, id="temperature 1"),
-        pytest.param({"top_p": 0.8}, lambda weights: np.isin(
-            np.arange(len(weights)), (order := np.argsort(-weights))[np.cumsum(weights[order]) - weights[order] < 0.8]),
-            id="top_p"),
-        pytest.param({"min_p": 0.05}, lambda weights: weights >= 0.05 * weights.max(), id="min_p"),
-        pytest.param({"top_k": 20}, lambda weights: weights >= np.sort(weights)[-20], id="top_k"),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("prompt", ["The best thing about the sea is", "I"])
+@cases(
+    "fields cut",
+    {
+        "temperature 1": ({}, lambda weights: weights > 0),
+        "top_p": (
+            {"top_p": 0.8},
+            lambda weights: np.isin(
+                np.arange(len(weights)),
+                (order := np.argsort(-weights))[np.cumsum(weights[order]) - weights[order] < 0.8],
+            ),
+        ),
+        "min_p": ({"min_p": 0.05}, lambda weights: weights >= 0.05 * weights.max()),
+        "top_k": ({"top_k": 20}, lambda weights: weights >= np.sort(weights)[-20]),
+    },
+)
+@cases("prompt", ["The best thing about the sea is", "I"])
 def test_first_tokens_follow_the_softmax_of_the_models_logits(
-    model: Any, prompt: str, fields: dict[str, Any], cut: Callable[[Any], Any]
+    model: Any, prompt: str, fields: Any, cut: Callable[[Any], Any]
 ) -> None:
     tokens = model.encode(prompt)
     logits = model.forward(0, np.array([[0, *tokens]]), np.array([0]))[0, -1].copy()
@@ -2499,11 +2814,9 @@ def test_a_guided_greedy_pick_is_the_likeliest_that_the_grammar_allows(model: An
     assert phi_server.Sampler(phi_server.Sampling(temperature=0), [], guide).pick(scores).token == b
 
 
-@pytest.mark.parametrize(
-    "fields", [{"top_k": 1, "temperature": 1}, {"top_k": 2}, {"top_p": 0.1}, {"min_p": 0.9}]
-)
+@cases("fields", [{"top_k": 1, "temperature": 1}, {"top_k": 2}, {"top_p": 0.1}, {"min_p": 0.9}])
 def test_a_grammar_that_allows_only_unlikely_tokens_wins_over_truncation(
-    model: Any, fields: dict[str, Any]
+    model: Any, fields: Any
 ) -> None:
     scores = np.linspace(30, 0, model.config.vocab_size, dtype=np.float32)
     guide = model.grammars.guide("json_schema", json.dumps({"enum": [7]}))
@@ -2513,7 +2826,7 @@ def test_a_grammar_that_allows_only_unlikely_tokens_wins_over_truncation(
     )
 
 
-@pytest.mark.parametrize("top", [0, 1, 3, 8])
+@cases("top", [0, 1, 3, 8])
 def test_a_score_is_the_log_softmax_whatever_sampling_does(top: int) -> None:
     fields: dict[str, Any] = {
         "temperature": 0.3,
@@ -2569,20 +2882,20 @@ def streamed(pieces: list[str], *stop: str) -> tuple[str, bool]:
     return sent + stream.finish().text, False
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "sent"),
-    [
-        pytest.param("one STOP two", ["STOP"], "one ", id="in the middle"),
-        pytest.param("STOP two", ["STOP"], "", id="at the beginning"),
-        pytest.param("one STOP", ["STOP"], "one ", id="at the end"),
-        pytest.param("one STO", ["STOP"], None, id="a beginning that goes no further"),
-        pytest.param("aab aaab", ["aaab"], "aab ", id="one that begins again within itself"),
-        pytest.param("ababac", ["abac"], "ab", id="one that overlaps itself"),
-        pytest.param("one two three", ["three", "two"], "one ", id="the first of several"),
-        pytest.param("one\n\ntwo", ["\n\n"], "one", id="an empty line"),
-        pytest.param("tschüß 🙂", ["🙂"], "tschüß ", id="an emoji"),
-        pytest.param("nothing", ["x"], None, id="none"),
-    ],
+@cases(
+    "text stop sent",
+    {
+        "in the middle": ("one STOP two", ["STOP"], "one "),
+        "at the beginning": ("STOP two", ["STOP"], ""),
+        "at the end": ("one STOP", ["STOP"], "one "),
+        "a beginning that goes no further": ("one STO", ["STOP"], None),
+        "one that begins again within itself": ("aab aaab", ["aaab"], "aab "),
+        "one that overlaps itself": ("ababac", ["abac"], "ab"),
+        "the first of several": ("one two three", ["three", "two"], "one "),
+        "an empty line": ("one\n\ntwo", ["\n\n"], "one"),
+        "an emoji": ("tschüß 🙂", ["🙂"], "tschüß "),
+        "none": ("nothing", ["x"], None),
+    },
 )
 def test_a_stop_string_ends_the_text_however_it_is_split(
     text: str, stop: list[str], sent: str | None
@@ -2608,14 +2921,14 @@ def test_the_leading_space_of_a_sentencepiece_reply_is_dropped_once(tokenizer: A
     assert "".join(stream.push(token).text for token in tokens) == "one two"
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "kept"),
-    [
-        pytest.param("one two", [], ["one", " two"], id="all"),
-        pytest.param("a 漢字 b", [], None, id="parts of characters"),
-        pytest.param("one two three", ["wo"], ["one", " two"], id="a token cut by a stop string"),
-        pytest.param("one two three", [" two"], ["one"], id="a token that begins a stop string"),
-    ],
+@cases(
+    "text stop kept",
+    {
+        "all": ("one two", [], ["one", " two"]),
+        "parts of characters": ("a 漢字 b", [], None),
+        "a token cut by a stop string": ("one two three", ["wo"], ["one", " two"]),
+        "a token that begins a stop string": ("one two three", [" two"], ["one"]),
+    },
 )
 def test_a_token_comes_with_the_first_text_that_it_is_part_of(
     tokenizer: Any, text: str, stop: list[str], kept: list[str] | None
@@ -2663,68 +2976,56 @@ def read_calls(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     return text, calls
 
 
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
-    [
-        pytest.param("Hello there. \n", "Hello there. \n", [], id="text alone"),
-        pytest.param(called("clock", "{}"), "", [("clock", "{}")], id="a call alone"),
-        pytest.param(
-            "Sure: \n\n" + called("clock", "{}") + "\n",
-            "Sure:",
-            [("clock", "{}")],
-            id="text before",
-        ),
-        pytest.param(
-            called("clock", "{}") + "\n" + called("weather", '{"days": 1}'),
-            "",
-            [("clock", "{}"), ("weather", '{"days": 1}')],
-            id="two calls",
-        ),
-        pytest.param(
+CLOCK_CALL = called("clock", "{}")
+JUNK_CALL = "<tool_call>junk</tool_call>"
+COMPACT_CALL = '<tool_call>{"name":"clock","parameters":{"a":1}}</tool_call>'
+TWO_CALLS = CLOCK_CALL + "\n" + called("weather", '{"days": 1}')
+CUT_CALL = called("weather", '{"city": "Par').removesuffix("}\n</tool_call>")
+
+
+@cases(
+    "text said calls",
+    {
+        "a call alone": (CLOCK_CALL, "", {"clock": "{}"}),
+        "text before": (f"Sure: \n\n{CLOCK_CALL}\n", "Sure:", {"clock": "{}"}),
+        "two calls": (TWO_CALLS, "", {"clock": "{}", "weather": '{"days": 1}'}),
+        "braces, quotes and markup in strings": (
             called("weather", TRICKY),
             "",
-            [("weather", TRICKY)],
-            id="braces, quotes and markup in strings",
+            {"weather": TRICKY},
         ),
-        pytest.param(
-            '<tool_call>{"name":"clock","parameters":{"a":1}}</tool_call>',
-            "",
-            [("clock", '{"a":1}')],
-            id="compact",
+        "compact": (COMPACT_CALL, "", {"clock": '{"a":1}'}),
+        "unfinished arguments": (CUT_CALL, "", {"weather": '{"city": "Par'}),
+        "an unfinished end": (CLOCK_CALL[:-4], "", {"clock": "{}"}),
+        "a call behind what only looks like one": (
+            f"{JUNK_CALL}\n{CLOCK_CALL}",
+            JUNK_CALL,
+            {"clock": "{}"},
         ),
-        pytest.param(
-            called("weather", '{"city": "Par')[: -len("}\n</tool_call>")],
-            "",
-            [("weather", '{"city": "Par')],
-            id="unfinished arguments",
-        ),
-        pytest.param(called("clock", "{}")[:-4], "", [("clock", "{}")], id="an unfinished end"),
-        *(
-            pytest.param(text, text, [], id=name)
-            for name, text in {
-                "only the beginning of a tag": "1 < 2 <tool",
-                "another tag": "<tool_calls> a <tool_call",
-                "no JSON": "a<tool_call>junk</tool_call> b",
-                "another function": called("other", '{"a": 1}'),
-                "an unfinished name": '<tool_call>\n{"name": "wea',
-                "no name": '<tool_call>\n{"arguments": {}}\n</tool_call>',
-                "a long way to no call": "<tool_call>" + "never " * 40,
-            }.items()
-        ),
-        pytest.param(
-            "<tool_call>junk</tool_call>\n" + called("clock", "{}"),
-            "<tool_call>junk</tool_call>",
-            [("clock", "{}")],
-            id="a call behind something that only looks like one",
-        ),
-        pytest.param("a <tool_call>junk", "a <tool_call>junk", [], id="the space before no call"),
-    ],
+    },
 )
-def test_calls_are_told_from_text_however_the_reply_is_split(
-    text: str, content: str, calls: list[tuple[str, str]]
-) -> None:
+def test_calls_are_found_in_the_text_however_it_is_split(text: str, said: str, calls: Any) -> None:
     for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
-        assert read_calls(pieces) == (content, calls), pieces
+        assert read_calls(pieces) == (said, list(calls.items())), pieces
+
+
+@cases(
+    "text",
+    {
+        "text alone": "Hello there. \n",
+        "only the beginning of a tag": "1 < 2 <tool",
+        "another tag": "<tool_calls> a <tool_call",
+        "no JSON": f"a{JUNK_CALL} b",
+        "another function": called("other", '{"a": 1}'),
+        "an unfinished name": '<tool_call>\n{"name": "wea',
+        "no name": '<tool_call>\n{"arguments": {}}\n</tool_call>',
+        "a long way to no call": "<tool_call>" + "never " * 40,
+        "the space before no call": "a <tool_call>junk",
+    },
+)
+def test_what_only_looks_like_a_call_is_text_however_it_is_split(text: str) -> None:
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
+        assert read_calls(pieces) == (text, []), pieces
 
 
 def test_a_call_streams_as_it_comes() -> None:
@@ -2738,52 +3039,41 @@ def test_a_call_streams_as_it_comes() -> None:
     assert [delta.arguments for delta in reader.push(': "Rome"}}</')] == [': "Rome"}']
 
 
-@pytest.mark.parametrize(
-    ("fields", "text", "going"),
-    [
-        pytest.param({"tool_choice": "required"}, "Hello", "", id="required is no text"),
-        pytest.param({"tool_choice": "required"}, called("clock", "{}"), None, id="required"),
-        pytest.param(
+@cases(
+    "fields text going",
+    {
+        "required is no text": ({"tool_choice": "required"}, "Hello", ""),
+        "required": ({"tool_choice": "required"}, called("clock", "{}"), None),
+        "arguments": (
             {"tool_choice": "required"},
             called("weather", '{"city":"Rome","days":9}'),
             None,
-            id="arguments",
         ),
-        pytest.param(
+        "no other function": (
             {"tool_choice": "required"},
             called("other", "{}"),
             called("", "")[:22],
-            id="no other function",
         ),
-        pytest.param(
-            {"tool_choice": NAMED}, called("clock", "{}"), called("", "")[:22], id="named alone"
-        ),
-        pytest.param(
-            {"tool_choice": "required"}, "\n".join([called("clock", "{}")] * 3), None, id="several"
-        ),
-        pytest.param(
+        "named alone": ({"tool_choice": NAMED}, called("clock", "{}"), called("", "")[:22]),
+        "several": ({"tool_choice": "required"}, "\n".join([called("clock", "{}")] * 3), None),
+        "one": (
             {"tool_choice": "required", "parallel_tool_calls": False},
             "\n".join([called("clock", "{}")] * 2),
             called("clock", "{}"),
-            id="one",
         ),
-        pytest.param(
+        "answer or call: answer": (
             {"response_format": schema_format({"enum": ["a"]})},
             '"a"',
             None,
-            id="answer or call: answer",
         ),
-        pytest.param(
+        "or call": (
             {"response_format": schema_format({"enum": ["a"]})},
             called("clock", "{}"),
             None,
-            id="or call",
         ),
-    ],
+    },
 )
-def test_a_grammar_forces_calls(
-    model: Any, fields: dict[str, Any], text: str, going: str | None
-) -> None:
+def test_a_grammar_forces_calls(model: Any, fields: Any, text: str, going: str | None) -> None:
     request = parse(CHAT, tools=TOOLS, **fields)
     guide = model.grammars.guide(
         "lark_grammar", phi_server.tool_grammar(request.tools, request.schema)
@@ -2800,14 +3090,14 @@ def test_a_reply_has_at_most_so_many_calls(model: Any) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize(
-    ("stop", "sent"),
-    [
-        pytest.param("Paris", "The capital of France is ", id="a part of a token"),
-        pytest.param(["e is Par"], "The capital of Franc", id="across tokens"),
-        pytest.param(["The"], "", id="the first token"),
-        pytest.param(["nowhere", "."], "The capital of France is Paris", id="the last token"),
-    ],
+@cases(
+    "stop sent",
+    {
+        "a part of a token": ("Paris", "The capital of France is "),
+        "across tokens": (["e is Par"], "The capital of Franc"),
+        "the first token": (["The"], ""),
+        "the last token": (["nowhere", "."], "The capital of France is Paris"),
+    },
 )
 def test_a_stop_string_is_not_returned(
     server: Server, stop: object, sent: str, stream: bool
@@ -2825,7 +3115,7 @@ def test_a_stop_string_that_did_not_come_is_returned_as_far_as_it_went(server: S
 
 def test_no_event_splits_a_character(server: Server) -> None:
     parts = events(server, TEXT, prompt="🙂 🎉 é 漢字 🙂 🎉 é 漢字 🙂 🎉 é", max_tokens=24)
-    texts = [part["choices"][0]["text"] for part in parts[:-1]]
+    texts = [text_of(part) for part in parts[:-1]]
     assert "漢" in texts
     assert not any("\ufffd" in text for text in texts)
 
@@ -2887,43 +3177,71 @@ def test_a_seed_gives_the_same_reply_on_another_server(server: Server, wide_serv
 
 
 SEEDED = {"temperature": 1, "seed": 7, "ignore_eos": True, "max_tokens": 16}
-KINDS = [
-    # id, path, fields
-    ("chat", CHAT, {"messages": turns("Tell me about owls."), **SEEDED}),
-    ("three choices", CHAT, {"messages": turns("Tell me about owls."), "n": 3, **SEEDED}),
-    ("chat with log probabilities", CHAT,
-     {"messages": turns("Say 🙂 漢字."), "logprobs": True, "top_logprobs": 2, **SEEDED}),
-    ("chat with a stop string", CHAT, {"messages": turns("Count: 1 2 3"), "logprobs": True, "stop": ["e"], **SEEDED}),
-    ("a schema", CHAT, {"messages": turns("Which colour?"), "n": 2, "seed": 3, "temperature": 2, "logprobs": True,
-                        "response_format": schema_format({"type": "array", "minItems": 2, "maxItems": 3,
-                                                          "items": {"enum": ["red", "né"]}})}),
-    ("forced calls", CHAT, {"messages": turns("The weather?"), "tools": [WEATHER], "tool_choice": "required",
-                            "parallel_tool_calls": False, "seed": 3, "temperature": 2, "logprobs": True}),
-    ("text", TEXT, {"prompt": "Once upon a time", **SEEDED}),
-    ("text with log probabilities", TEXT, {"prompt": "Once upon", "n": 2, "logprobs": 3, **SEEDED}),
-    ("several prompts", TEXT, {"prompt": ["Once", [500, 501, 502], "There was a time"], "n": 2, **SEEDED}),
-    ("echo", TEXT, {"prompt": ["Once 🙂 upon", "a time"], "n": 2, "logprobs": 1, "echo": True, **SEEDED}),
-    ("echo alone", TEXT, {"prompt": "Once upon a time", "logprobs": 0, "echo": True, "max_tokens": 0}),
-]  # fmt: skip
+KINDS = {
+    "chat": (CHAT, {"messages": turns("Tell me about owls."), **SEEDED}),
+    "three choices": (CHAT, {"messages": turns("Tell me about owls."), "n": 3, **SEEDED}),
+    "chat with log probabilities": (
+        CHAT,
+        {"messages": turns("Say 🙂 漢字."), "logprobs": True, "top_logprobs": 2, **SEEDED},
+    ),
+    "chat with a stop string": (
+        CHAT,
+        {"messages": turns("Count: 1 2 3"), "logprobs": True, "stop": ["e"], **SEEDED},
+    ),
+    "a schema": (
+        CHAT,
+        {
+            "messages": turns("Which colour?"),
+            "n": 2,
+            "seed": 3,
+            "temperature": 2,
+            "logprobs": True,
+            "response_format": schema_format(
+                {"type": "array", "minItems": 2, "maxItems": 3, "items": {"enum": ["red", "né"]}}
+            ),
+        },
+    ),
+    "forced calls": (
+        CHAT,
+        {
+            "messages": turns("The weather?"),
+            "tools": [WEATHER],
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "seed": 3,
+            "temperature": 2,
+            "logprobs": True,
+        },
+    ),
+    "text": (TEXT, {"prompt": "Once upon a time", **SEEDED}),
+    "text with log probabilities": (TEXT, {"prompt": "Once upon", "n": 2, "logprobs": 3, **SEEDED}),
+    "several prompts": (
+        TEXT,
+        {"prompt": ["Once", [500, 501, 502], "There was a time"], "n": 2, **SEEDED},
+    ),
+    "echo": (
+        TEXT,
+        {"prompt": ["Once 🙂 upon", "a time"], "n": 2, "logprobs": 1, "echo": True, **SEEDED},
+    ),
+    "echo alone": (
+        TEXT,
+        {"prompt": "Once upon a time", "logprobs": 0, "echo": True, "max_tokens": 0},
+    ),
+}
 ALONE_AND_AMONG = ("three choices", "a schema", "forced calls", "text with log probabilities")
-of_all_kinds = pytest.mark.parametrize(
-    ("path", "fields"), [pytest.param(*rest, id=name) for name, *rest in KINDS]
-)
+of_all_kinds = cases("path fields", KINDS)
 
 
 @of_all_kinds
 def test_a_streamed_reply_is_the_whole_one_in_pieces(
-    server: Server, path: str, fields: dict[str, Any]
+    server: Server, path: str, fields: Any
 ) -> None:
     assert ask(server, path, stream=True, **fields) == ask(server, path, **fields)
 
 
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [pytest.param(*rest, id=name) for name, *rest in KINDS if name in ALONE_AND_AMONG],
-)
+@cases("path fields", {name: KINDS[name] for name in ALONE_AND_AMONG})
 def test_a_seed_gives_the_same_choices_alone_among_others_and_after_them(
-    wide_server: Server, path: str, fields: dict[str, Any]
+    wide_server: Server, path: str, fields: Any
 ) -> None:
     alone = ask(wide_server, path, **fields)
     with busy(wide_server, 5):
@@ -2933,17 +3251,22 @@ def test_a_seed_gives_the_same_choices_alone_among_others_and_after_them(
 
 
 @both_ways
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        pytest.param(CHAT, {"messages": turns("Hi! Who are you?"), "max_tokens": 16}, id="chat"),
-        pytest.param(TEXT, {"prompt": "Once upon a time"}, id="text"),
-        pytest.param(CHAT, {"messages": turns("7?"), "response_format": schema_format(
-            {"enum": ["one", "two", "three", "four", "five"]})}, id="schema"),
-    ],
-)  # fmt: skip
+@cases(
+    "path fields",
+    {
+        "chat": (CHAT, {"messages": turns("Hi! Who are you?"), "max_tokens": 16}),
+        "text": (TEXT, {"prompt": "Once upon a time"}),
+        "schema": (
+            CHAT,
+            {
+                "messages": turns("7?"),
+                "response_format": schema_format({"enum": ["one", "two", "three", "four", "five"]}),
+            },
+        ),
+    },
+)
 def test_choice_i_of_a_seed_is_the_reply_of_the_seed_plus_i(
-    server: Server, path: str, fields: dict[str, Any], stream: bool
+    server: Server, path: str, fields: Any, stream: bool
 ) -> None:
     fields |= {"temperature": 1.5}
     choices = ask(server, path, stream, **fields, n=4, seed=40)
@@ -2958,9 +3281,7 @@ def test_each_choice_has_its_own_finish_reason(server: Server) -> None:
     assert {choice["finish_reason"] for choice in choices} == {"stop", "length"}
 
 
-@pytest.mark.parametrize(
-    ("length", "shared"), [(100, 96), (500, 496)], ids=["one chunk", "several chunks"]
-)
+@cases("length shared", {"one chunk": (100, 96), "several chunks": (500, 496)})
 def test_a_prompt_is_prefilled_once_for_all_its_choices(
     server: Server, length: int, shared: int
 ) -> None:
@@ -3050,11 +3371,8 @@ def test_the_second_turn_of_a_conversation_reuses_the_first_ones_kv(server: Serv
     second = chat(
         server, FACTS + "Who is the keeper?", content(first), "How high is it?", max_tokens=4
     )
-    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
-    assert (
-        second["usage"]["prompt_tokens_details"]["cached_tokens"]
-        >= first["usage"]["prompt_tokens"] // 8 * 8
-    )
+    assert cached(first) < 40
+    assert cached(second) >= first["usage"]["prompt_tokens"] // 8 * 8
 
 
 def test_a_reply_after_reuse_equals_that_of_a_cold_start(
@@ -3066,8 +3384,8 @@ def test_a_reply_after_reuse_equals_that_of_a_cold_start(
     cold = chat(
         wide_server, question, answer, "And how high?", temperature=1, seed=3, max_tokens=24
     )
-    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
-    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    assert cached(warm) > 60
+    assert cached(cold) < 40
     assert content(warm) == content(cold)
 
 
@@ -3084,8 +3402,8 @@ def test_a_prefix_shared_with_another_conversation_is_reused_and_nothing_past_it
     ]
     post(server, CHAT, secret)
     shared, cold = post(server, CHAT, asked).json, post(wide_server, CHAT, asked).json
-    assert shared["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
-    assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] < 40
+    assert cached(shared) > 60
+    assert cached(cold) < 40
     assert content(shared) == content(cold)
 
 
@@ -3093,41 +3411,37 @@ def test_a_running_conversation_shares_its_prefix_too(server: Server) -> None:
     with stream_forever(server, "Read: " + FACTS) as wire:
         wire.read_until(FIRST_TEXT)
         reply = chat(server, "Read: " + FACTS + "Who?", max_tokens=4)
-    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+    assert cached(reply) > 60
 
 
 def test_an_unrelated_prompt_has_no_cached_tokens(server: Server) -> None:
     reply = complete(server, "Zebras: " + FACTS, max_tokens=1)
-    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert cached(reply) == 0
 
 
 def test_the_same_prompt_again_leaves_two_tokens_to_prefill(server: Server) -> None:
     prompt = list(range(500, 564))
     complete(server, prompt, max_tokens=1)
     reply = complete(server, prompt, max_tokens=1)
-    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 56
+    assert cached(reply) == 56
 
 
 def test_a_side_request_does_not_evict_a_conversation(strict_server: Server) -> None:
     answer = content(chat(strict_server, FACTS, max_tokens=4))
     chat(strict_server, "Write a title.", max_tokens=4)
     second = chat(strict_server, FACTS, answer, "And now?", max_tokens=4)
-    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+    assert cached(second) > 60
 
 
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        pytest.param(CHAT, {}, id="while streaming"),
-        pytest.param(CHAT, {"stream": False}, id="while not streaming"),
-        pytest.param(
-            TEXT, {"prompt": list(range(1000, 4000)), "max_tokens": 500}, id="during a long prefill"
-        ),
-    ],
+@cases(
+    "path fields",
+    {
+        "while streaming": (CHAT, {}),
+        "while not streaming": (CHAT, {"stream": False}),
+        "during a long prefill": (TEXT, {"prompt": list(range(1000, 4000)), "max_tokens": 500}),
+    },
 )
-def test_a_client_that_leaves_cancels_its_reply(
-    server: Server, path: str, fields: dict[str, Any]
-) -> None:
+def test_a_client_that_leaves_cancels_its_reply(server: Server, path: str, fields: Any) -> None:
     name = secrets.token_hex(8)
     with stream_forever(server, STORY, path=path, request_id=name, **fields):
         assert eventually(lambda: metric(server, "running_sequences") == 1)
@@ -3179,7 +3493,7 @@ def test_a_running_stream_goes_on_while_a_long_prompt_is_prefilled(server: Serve
         assert metric(server, "generated_tokens_total") > 0
 
 
-@pytest.mark.parametrize("max_tokens", [40, 41, 42, 43])
+@cases("max_tokens", [40, 41, 42, 43])
 def test_a_reply_that_repeats_itself_loses_nothing_to_guessed_tokens(
     server: Server, max_tokens: int
 ) -> None:
@@ -3228,9 +3542,7 @@ def sequence(prompt: list[int], seed: int | None) -> Any:
     return phi_server.Sequence(0, prompt, 100, frozenset(), sampler, text, asyncio.Queue())
 
 
-@pytest.mark.parametrize(
-    ("seed", "rows"), [(None, [1, 2, 3, 4]), (1, [2, 2, 4, 4])], ids=["no seed", "seed"]
-)
+@cases("seed rows", {"no seed": (None, [1, 2, 3, 4]), "seed": (1, [2, 2, 4, 4])})
 def test_a_sequence_with_a_seed_decodes_among_an_even_number_of_rows(
     engine: Any, seed: int | None, rows: list[int]
 ) -> None:
@@ -3240,14 +3552,14 @@ def test_a_sequence_with_a_seed_decodes_among_an_even_number_of_rows(
     assert planned == rows
 
 
-@pytest.mark.parametrize(
-    ("seed", "prompt", "shared"),
-    [
-        pytest.param(None, 60, 40, id="all that is kept"),
-        pytest.param(None, 41, 32, id="two tokens are left to prefill"),
-        pytest.param(None, 42, 40, id="exactly two tokens are left"),
-        pytest.param(1, 60, 16, id="with a seed only what was prefilled"),
-    ],
+@cases(
+    "seed prompt shared",
+    {
+        "all that is kept": (None, 60, 40),
+        "two tokens are left to prefill": (None, 41, 32),
+        "exactly two tokens are left": (None, 42, 40),
+        "with a seed only what was prefilled": (1, 60, 16),
+    },
 )
 def test_a_prompt_reuses_kept_kv_in_whole_blocks(
     engine: Any, seed: int | None, prompt: int, shared: int
@@ -3318,14 +3630,14 @@ def test_a_sequence_that_came_to_its_end_before_a_fault_ends_as_it_would_have(en
     assert ended.outlet.get_nowait() == (ended, None)
 
 
-@pytest.mark.parametrize(
-    ("speed", "count", "seconds", "corrected"),
-    [
-        pytest.param(100.0, 96, 2.0, 74.0, id="a long chunk shows the speed"),
-        pytest.param(44.0, 5, 0.2, 44.0, id="a short one does not"),
-        pytest.param(24.0, 24, 0.6, 32.0, id="unless it is faster than long ones were"),
-        pytest.param(31.0, 24, 3.0, 19.5, id="or even it takes too long"),
-    ],
+@cases(
+    "speed count seconds corrected",
+    {
+        "a long chunk shows the speed": (100.0, 96, 2.0, 74.0),
+        "a short one does not": (44.0, 5, 0.2, 44.0),
+        "unless it is faster than long ones were": (24.0, 24, 0.6, 32.0),
+        "or even it takes too long": (31.0, 24, 3.0, 19.5),
+    },
 )
 def test_the_prefill_speed_follows_that_of_chunks(
     engine: Any, speed: float, count: int, seconds: float, corrected: float
@@ -3335,8 +3647,8 @@ def test_the_prefill_speed_follows_that_of_chunks(
     assert engine.prefill_speed == corrected
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
-@pytest.mark.parametrize("speed", [1.0, 90.0, 5000.0])
+@cases("shared", {"alone": False, "shared": True})
+@cases("speed", [1.0, 90.0, 5000.0])
 def test_a_chunk_never_has_a_single_token_nor_leaves_one(
     engine: Any, speed: float, shared: bool
 ) -> None:
@@ -3353,7 +3665,7 @@ def test_chunks_are_shorter_while_others_decode(engine: Any) -> None:
     assert engine.chunk_length(5000, True) == 48
 
 
-@pytest.mark.parametrize("length", [0, 1, 5, 100])
+@cases("length", [0, 1, 5, 100])
 def test_the_common_prefix_of_two_lists_is_found(length: int) -> None:
     a = list(range(100))
     assert phi_server.common_prefix(a, a[:length] + [-1] * 5) == length
@@ -3414,7 +3726,7 @@ def test_nothing_is_reused_of_a_sequence_that_failed(raising_server: Server) -> 
     prompt = list(range(700, 1000))  # more than one chunk
     post(raising_server, TEXT, {"prompt": [*prompt, TRAP, 6]})
     reply = complete(raising_server, prompt, max_tokens=1)
-    assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert cached(reply) == 0
 
 
 def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
@@ -3517,19 +3829,17 @@ def faulty_server() -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize(
+@cases(
     "mark",
-    [
-        pytest.param({"logit_bias": {POISON: 1}}, id="sampling"),
-        pytest.param({"stop": f"{POISON}"}, id="making text"),
-        pytest.param({"stop": f"finish {POISON}"}, id="ending text"),
-    ],
+    {
+        "sampling": {"logit_bias": {POISON: 1}},
+        "making text": {"stop": f"{POISON}"},
+        "ending text": {"stop": f"finish {POISON}"},
+    },
 )
-@pytest.mark.parametrize(
-    "stream", [pytest.param(False, id="whole"), pytest.param(True, id="streamed")]
-)
+@cases("stream", {"whole": False, "streamed": True})
 def test_what_raises_in_one_sequence_fails_that_one_alone(
-    faulty_server: Server, mark: dict[str, Any], stream: bool
+    faulty_server: Server, mark: Any, stream: bool
 ) -> None:
     asked = {"messages": turns("Hi"), "max_tokens": 4, "stream": stream, **mark}
     other, reply = concurrently(
@@ -3645,7 +3955,7 @@ def descriptors(server: Server) -> int:
 @pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="counts file descriptors as Linux shows them"
 )
-@pytest.mark.parametrize(
+@cases(
     "leave",
     [
         leave_before_the_body,
@@ -3671,9 +3981,7 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
     assert eventually(lambda: descriptors(server) <= before)
 
 
-@pytest.mark.parametrize(
-    "leave", [leave_before_the_body, leave_in_the_body, leave_mid_stream, leave_by_reset]
-)
+@cases("leave", [leave_before_the_body, leave_in_the_body, leave_mid_stream, leave_by_reset])
 def test_a_client_that_leaves_is_no_error_in_the_log(
     server: Server, leave: Callable[[Server], None]
 ) -> None:
@@ -3690,42 +3998,55 @@ def test_a_client_that_leaves_is_no_error_in_the_log(
 # Requests stand in the tests as they go over the wire.
 
 CHAT_BODY = b'{"model":"gpt-4o","messages":[{"role":"user","content":"What is the capital of France?"}],"temperature":0}'
-REQUESTS = [
-    pytest.param(raw("GET /health HTTP/1.1", "Host: localhost"), 200, id="get"),
-    pytest.param(raw("HEAD /health HTTP/1.1", "Host: localhost"), 200, id="head"),
-    pytest.param(raw("OPTIONS /v1/models HTTP/1.1", "Host: localhost"), 204, id="options"),
-    pytest.param(b"\r\n\r\n" + raw("GET /health HTTP/1.1", "Host: localhost"), 200, id="empty lines before it"),
-    pytest.param(raw("GET http://localhost/v1/models?x=1 HTTP/1.1", "Host: localhost"), 200, id="absolute target"),
-    pytest.param(raw("GET /v1/models/?x=1 HTTP/1.1", "hOST:localhost  ", "X:\t y\t"), 200, id="other case and space"),
-    pytest.param(raw("GET /health HTTP/1.0", "Connection: keep-alive"), 200, id="HTTP/1.0 with keep-alive"),
-    pytest.param(raw("GET /none HTTP/1.1", "Host: localhost"), 404, id="unknown URL"),
-    pytest.param(raw("BREW /health HTTP/1.1", "Host: localhost"), 405, id="unknown method"),
-    pytest.param(raw("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 2", body=b"[]"), 400, id="a"),
-    pytest.param(
-        raw("POST /chat/completions HTTP/1.1", "Host: localhost", f"Content-Length: {len(CHAT_BODY)}", body=CHAT_BODY),
+REQUESTS = {
+    "get": (raw("GET /health HTTP/1.1", "Host: localhost"), 200),
+    "head": (raw("HEAD /health HTTP/1.1", "Host: localhost"), 200),
+    "options": (raw("OPTIONS /v1/models HTTP/1.1", "Host: localhost"), 204),
+    "empty lines before it": (b"\r\n\r\n" + raw("GET /health HTTP/1.1", "Host: localhost"), 200),
+    "absolute target": (raw("GET http://localhost/v1/models?x=1 HTTP/1.1", "Host: localhost"), 200),
+    "other case and space": (
+        raw("GET /v1/models/?x=1 HTTP/1.1", "hOST:localhost  ", "X:\t y\t"),
         200,
-        id="chat",
     ),
-    pytest.param(
+    "HTTP/1.0 with keep-alive": (raw("GET /health HTTP/1.0", "Connection: keep-alive"), 200),
+    "unknown URL": (raw("GET /none HTTP/1.1", "Host: localhost"), 404),
+    "unknown method": (raw("BREW /health HTTP/1.1", "Host: localhost"), 405),
+    "a": (
+        raw("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 2", body=b"[]"),
+        400,
+    ),
+    "chat": (
+        raw(
+            "POST /chat/completions HTTP/1.1",
+            "Host: localhost",
+            f"Content-Length: {len(CHAT_BODY)}",
+            body=CHAT_BODY,
+        ),
+        200,
+    ),
+    "chunked body": (
         raw(
             *("POST /v1/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked"),
             body=b"1\r\n[\r\n1\r\n]\r\n0\r\n\r\n",
         ),
         400,
-        id="chunked body",
     ),
-    pytest.param(
+    "chunk extensions and trailers": (
         raw(
-            *("POST /v1/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: Chunked", "Trailer: t"),
+            *(
+                "POST /v1/completions HTTP/1.1",
+                "Host: localhost",
+                "Transfer-Encoding: Chunked",
+                "Trailer: t",
+            ),
             body=b'1;x="y"\r\n[\r\n0001 ;z\r\n]\r\n00;end\r\nt: 1\r\nu: 2\r\n\r\n',
         ),
         400,
-        id="chunk extensions and trailers",
     ),
-]  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS)
+@cases("request_bytes status", REQUESTS)
 def test_a_request_sent_whole_is_answered(
     wide_server: Server, request_bytes: bytes, status: int
 ) -> None:
@@ -3734,7 +4055,7 @@ def test_a_request_sent_whole_is_answered(
     assert reply.version == "HTTP/1.1"
 
 
-@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS)
+@cases("request_bytes status", REQUESTS)
 def test_a_request_sent_byte_by_byte_is_answered(
     wide_server: Server, request_bytes: bytes, status: int
 ) -> None:
@@ -3746,7 +4067,7 @@ def test_a_request_sent_byte_by_byte_is_answered(
     assert reply.status == status
 
 
-@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS)
+@cases("request_bytes status", REQUESTS)
 def test_requests_sent_at_once_are_answered_in_turn(
     wide_server: Server, request_bytes: bytes, status: int
 ) -> None:
@@ -3761,54 +4082,43 @@ def test_requests_sent_at_once_are_answered_in_turn(
 BODY = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-@pytest.mark.parametrize(
-    ("lines", "status"),
-    [
-        pytest.param(
+@cases(
+    "lines status",
+    {
+        "two kinds of length": (
             ["Host: localhost", "Content-Length: 0", "Transfer-Encoding: chunked"],
             400,
-            id="two kinds of length",
         ),
-        pytest.param(
-            ["Host: localhost", "Content-Length: 0", "Content-Length: 34"], 400, id="two lengths"
-        ),
-        pytest.param(["Host: localhost", "Content-Length: 0, 34"], 400, id="a list of lengths"),
-        pytest.param(["Host: localhost", "Content-Length: +0"], 400, id="length with a sign"),
-        pytest.param(["Host: localhost", "Content-Length: 0x0"], 400, id="hexadecimal length"),
-        pytest.param(["Host: localhost", "Content-Length: -1"], 400, id="negative length"),
-        pytest.param(["Host: localhost", "Content-Length:"], 400, id="empty length"),
-        pytest.param(["Host: localhost", "Content-Length: \xb2"], 400, id="length in other digits"),
-        pytest.param(["Host: localhost", "Content-Length : 0"], 400, id="space before the colon"),
-        pytest.param(["Host: localhost", "X: y", " Content-Length: 34"], 400, id="continued line"),
-        pytest.param(["Host: localhost", "Content-Length"], 400, id="no colon"),
-        pytest.param(["Host: localhost", "X: a\nContent-Length: 34"], 400, id="bare line feed"),
-        pytest.param(
-            ["Host: localhost", "X: a\rContent-Length: 34"], 400, id="bare carriage return"
-        ),
-        pytest.param(["Host: localhost", "X: a\0b"], 400, id="NUL in a value"),
-        pytest.param(["Host: localhost", "X\0: a"], 400, id="NUL in a name"),
-        pytest.param(["Host: localhost", ": a"], 400, id="no name"),
-        pytest.param(
-            ["Host: localhost", "Transfer-Encoding: gzip, chunked"], 501, id="another coding"
-        ),
-        pytest.param(
+        "two lengths": (["Host: localhost", "Content-Length: 0", "Content-Length: 34"], 400),
+        "a list of lengths": (["Host: localhost", "Content-Length: 0, 34"], 400),
+        "length with a sign": (["Host: localhost", "Content-Length: +0"], 400),
+        "hexadecimal length": (["Host: localhost", "Content-Length: 0x0"], 400),
+        "negative length": (["Host: localhost", "Content-Length: -1"], 400),
+        "empty length": (["Host: localhost", "Content-Length:"], 400),
+        "length in other digits": (["Host: localhost", "Content-Length: \xb2"], 400),
+        "space before the colon": (["Host: localhost", "Content-Length : 0"], 400),
+        "continued line": (["Host: localhost", "X: y", " Content-Length: 34"], 400),
+        "no colon": (["Host: localhost", "Content-Length"], 400),
+        "bare line feed": (["Host: localhost", "X: a\nContent-Length: 34"], 400),
+        "bare carriage return": (["Host: localhost", "X: a\rContent-Length: 34"], 400),
+        "NUL in a value": (["Host: localhost", "X: a\0b"], 400),
+        "NUL in a name": (["Host: localhost", "X\0: a"], 400),
+        "no name": (["Host: localhost", ": a"], 400),
+        "another coding": (["Host: localhost", "Transfer-Encoding: gzip, chunked"], 501),
+        "chunked twice": (
             ["Host: localhost", "Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
             501,
-            id="chunked twice",
         ),
-        pytest.param(
-            ["Host: localhost", "Transfer-Encoding: xchunked"], 501, id="not quite chunked"
-        ),
-        pytest.param(
+        "not quite chunked": (["Host: localhost", "Transfer-Encoding: xchunked"], 501),
+        "chunked and a control character": (
             ["Host: localhost", "Transfer-Encoding: chunked\x0b"],
             400,
-            id="chunked and a control character",
         ),
-        pytest.param(["Host: localhost", "Transfer-Encoding:"], 501, id="empty coding"),
-        pytest.param(["X: y"], 400, id="no host"),
-        pytest.param(["Host: localhost", "Host: b"], 400, id="two hosts"),
-        pytest.param(["Host: localhost", "Expect: 200-ok"], 417, id="another expectation"),
-    ],
+        "empty coding": (["Host: localhost", "Transfer-Encoding:"], 501),
+        "no host": (["X: y"], 400),
+        "two hosts": (["Host: localhost", "Host: b"], 400),
+        "another expectation": (["Host: localhost", "Expect: 200-ok"], 417),
+    },
 )
 def test_a_request_with_two_readings_is_refused_and_the_connection_closed(
     server: Server, lines: list[str], status: int
@@ -3819,24 +4129,24 @@ def test_a_request_with_two_readings_is_refused_and_the_connection_closed(
     assert replies[0].headers["connection"] == "close"
 
 
-@pytest.mark.parametrize(
-    ("line", "status"),
-    [
-        pytest.param("GET /health", 400, id="HTTP/0.9"),
-        pytest.param("GET /health HTTP/2.0", 505, id="HTTP/2"),
-        pytest.param("GET  /health HTTP/1.1", 400, id="two spaces"),
-        pytest.param("GET /he alth HTTP/1.1", 400, id="space in the target"),
-        pytest.param("GET /health HTTP/1.1 ", 400, id="space at the end"),
-        pytest.param("GET /health http/1.1", 400, id="lower case"),
-        pytest.param("GET /health HTTP/1.10", 400, id="long version"),
-        pytest.param("G(T /health HTTP/1.1", 400, id="method that is no token"),
-        pytest.param("GET health HTTP/1.1", 400, id="target that is no path"),
-        pytest.param("GET http://[ HTTP/1.1", 400, id="absolute target with half an address"),
-        pytest.param("CONNECT a:80 HTTP/1.1", 400, id="a proxy's request"),
-        pytest.param("\x16\x03\x01\x02", 400, id="TLS"),
-        pytest.param("GET /health HTTP/1.1\nHost: localhost\n", 400, id="bare line feeds"),
-        pytest.param("\nGET /health HTTP/1.1", 400, id="bare line feed before it"),
-    ],
+@cases(
+    "line status",
+    {
+        "HTTP/0.9": ("GET /health", 400),
+        "HTTP/2": ("GET /health HTTP/2.0", 505),
+        "two spaces": ("GET  /health HTTP/1.1", 400),
+        "space in the target": ("GET /he alth HTTP/1.1", 400),
+        "space at the end": ("GET /health HTTP/1.1 ", 400),
+        "lower case": ("GET /health http/1.1", 400),
+        "long version": ("GET /health HTTP/1.10", 400),
+        "method that is no token": ("G(T /health HTTP/1.1", 400),
+        "target that is no path": ("GET health HTTP/1.1", 400),
+        "absolute target with half an address": ("GET http://[ HTTP/1.1", 400),
+        "a proxy's request": ("CONNECT a:80 HTTP/1.1", 400),
+        "TLS": ("\x16\x03\x01\x02", 400),
+        "bare line feeds": ("GET /health HTTP/1.1\nHost: localhost\n", 400),
+        "bare line feed before it": ("\nGET /health HTTP/1.1", 400),
+    },
 )
 def test_a_request_line_that_is_none_is_refused(server: Server, line: str, status: int) -> None:
     replies = exchange(server, raw(line, "Host: localhost"))
@@ -3845,20 +4155,20 @@ def test_a_request_line_that_is_none_is_refused(server: Server, line: str, statu
     ]
 
 
-@pytest.mark.parametrize(
+@cases(
     "body",
-    [
-        pytest.param(b"x\r\n", id="no number"),
-        pytest.param(b"\r\n", id="empty"),
-        pytest.param(b"0x1\r\n[\r\n", id="prefix"),
-        pytest.param(b"-1\r\n[\r\n", id="sign"),
-        pytest.param(b"1\r\n[]]0\r\n\r\n", id="longer than its size"),
-        pytest.param(b"1\n[\r\n", id="bare line feed"),
-        pytest.param(b"1;a\rb\r\n[\r\n0\r\n\r\n", id="carriage return in an extension"),
-        pytest.param(b"1\r\n[\r\n0\r\na b\r\n\r\n", id="trailer without a colon"),
-        pytest.param(b"1\r\n[\r\n0\r\na : b\r\n\r\n", id="trailer with a space before the colon"),
-        pytest.param(b"1\r\n[\r\n0\r\n\n", id="trailers that end with a bare line feed"),
-    ],
+    {
+        "no number": b"x\r\n",
+        "empty": b"\r\n",
+        "prefix": b"0x1\r\n[\r\n",
+        "sign": b"-1\r\n[\r\n",
+        "longer than its size": b"1\r\n[]]0\r\n\r\n",
+        "bare line feed": b"1\n[\r\n",
+        "carriage return in an extension": b"1;a\rb\r\n[\r\n0\r\n\r\n",
+        "trailer without a colon": b"1\r\n[\r\n0\r\na b\r\n\r\n",
+        "trailer with a space before the colon": b"1\r\n[\r\n0\r\na : b\r\n\r\n",
+        "trailers that end with a bare line feed": b"1\r\n[\r\n0\r\n\n",
+    },
 )
 def test_a_chunk_that_is_none_is_refused_and_the_connection_closed(
     server: Server, body: bytes
@@ -3870,27 +4180,25 @@ def test_a_chunk_that_is_none_is_refused_and_the_connection_closed(
     ]
 
 
-@pytest.mark.parametrize(
-    ("headers", "minor_version", "length"),
-    [
-        pytest.param({}, 1, 0, id="none"),
-        pytest.param({"content-length": "0"}, 1, 0, id="zero"),
-        pytest.param({"content-length": "007"}, 0, 7, id="leading zeros"),
-        pytest.param({"transfer-encoding": "chunked"}, 1, phi_server.CHUNKED, id="chunked"),
-        pytest.param(
-            {"transfer-encoding": "CHUNKED"}, 1, phi_server.CHUNKED, id="chunked in capitals"
-        ),
-        pytest.param({"transfer-encoding": "chunked"}, 0, None, id="chunked by HTTP/1.0"),
-        pytest.param({"transfer-encoding": "chunked", "content-length": "5"}, 1, None, id="both"),
-        pytest.param({"transfer-encoding": "identity"}, 1, None, id="identity"),
-        pytest.param({"content-length": "1" * 19}, 1, None, id="beyond any size"),
-        pytest.param({"content-length": "\u0661"}, 1, None, id="digits of another script"),
-        pytest.param({"content-length": "5\n"}, 1, None, id="a line feed"),
-        pytest.param({"content-length": "1_0"}, 1, None, id="an underscore"),
-    ],
+@cases(
+    "headers minor_version length",
+    {
+        "none": ({}, 1, 0),
+        "zero": ({"content-length": "0"}, 1, 0),
+        "leading zeros": ({"content-length": "007"}, 0, 7),
+        "chunked": ({"transfer-encoding": "chunked"}, 1, phi_server.CHUNKED),
+        "chunked in capitals": ({"transfer-encoding": "CHUNKED"}, 1, phi_server.CHUNKED),
+        "chunked by HTTP/1.0": ({"transfer-encoding": "chunked"}, 0, None),
+        "both": ({"transfer-encoding": "chunked", "content-length": "5"}, 1, None),
+        "identity": ({"transfer-encoding": "identity"}, 1, None),
+        "beyond any size": ({"content-length": "1" * 19}, 1, None),
+        "digits of another script": ({"content-length": "\u0661"}, 1, None),
+        "a line feed": ({"content-length": "5\n"}, 1, None),
+        "an underscore": ({"content-length": "1_0"}, 1, None),
+    },
 )
 def test_the_length_of_a_body_has_one_reading(
-    headers: dict[str, str], minor_version: int, length: int | None
+    headers: Any, minor_version: int, length: int | None
 ) -> None:
     if length is None:
         with pytest.raises(phi_server.ApiError) as caught:
@@ -3900,15 +4208,15 @@ def test_the_length_of_a_body_has_one_reading(
         assert phi_server.body_length(headers, minor_version) == length
 
 
-@pytest.mark.parametrize(
-    ("line", "size"),
+@cases(
+    "line size",
     [(b"0", 0), (b"a", 10), (b"00fF", 255), (b"1 ;x=y", 1), (b'2;a;b = "c;\\"d\xff"', 2)],
 )
 def test_a_chunks_size_is_hexadecimal(line: bytes, size: int) -> None:
     assert phi_server.chunk_size(line) == size
 
 
-@pytest.mark.parametrize(
+@cases(
     "line",
     [
         b"",
@@ -3936,13 +4244,13 @@ def test_repeated_headers_are_joined_and_names_are_lower_case() -> None:
     assert headers == {"accept": "a, b", "x-y": ""}
 
 
-@pytest.mark.parametrize(
-    ("lines", "limit"),
-    [
-        pytest.param(["X: " + "y" * 70_000], "65536 bytes", id="one long line"),
-        pytest.param(["X: " + "y" * 30_000] * 3, "65536 bytes", id="long lines"),
-        pytest.param(["X: y"] * 200, "128 lines", id="many lines"),
-    ],
+@cases(
+    "lines limit",
+    {
+        "one long line": (["X: " + "y" * 70_000], "65536 bytes"),
+        "long lines": (["X: " + "y" * 30_000] * 3, "65536 bytes"),
+        "many lines": (["X: y"] * 200, "128 lines"),
+    },
 )
 def test_a_header_that_is_too_large_is_refused(
     server: Server, lines: list[str], limit: str
@@ -3962,17 +4270,16 @@ def test_chunk_extensions_that_are_too_large_together_are_refused(server: Server
     assert reply.error["message"] == "The request's chunk extensions is larger than 65536 bytes."
 
 
-@pytest.mark.parametrize(
-    ("head", "body"),
-    [
-        pytest.param("Content-Length: 16385", b"", id="by its length"),
-        pytest.param(
+@cases(
+    "head body",
+    {
+        "by its length": ("Content-Length: 16385", b""),
+        "by its chunks": (
             "Transfer-Encoding: chunked",
             b"2000\r\n" + b" " * 8192 + b"\r\n2001\r\n",
-            id="by its chunks",
         ),
-        pytest.param("Transfer-Encoding: chunked", b"fffffffffffffff\r\n", id="by one chunk"),
-    ],
+        "by one chunk": ("Transfer-Encoding: chunked", b"fffffffffffffff\r\n"),
+    },
 )
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(
     strict_server: Server, head: str, body: bytes
@@ -3990,20 +4297,18 @@ def test_a_body_of_the_largest_size_is_read(strict_server: Server) -> None:
     assert post(strict_server, CHAT, b" " * 16384).error["code"] == "invalid_json"
 
 
-@pytest.mark.parametrize(
+@cases(
     "data",
-    [
-        pytest.param(b"G", id="request line"),
-        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\n", id="headers"),
-        pytest.param(
-            raw("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 9", body=b"{"),
-            id="body",
+    {
+        "request line": b"G",
+        "headers": b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
+        "body": raw(
+            "POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Length: 9", body=b"{"
         ),
-        pytest.param(
-            raw("POST /v1/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked"),
-            id="chunks",
+        "chunks": raw(
+            "POST /v1/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked"
         ),
-    ],
+    },
 )
 def test_a_client_that_stops_in_the_middle_of_a_request_is_told_so(
     strict_server: Server, data: bytes
@@ -4040,8 +4345,8 @@ def test_a_request_cut_off_in_its_middle_is_malformed(server: Server) -> None:
     assert (reply.status, reply.error["code"]) == (400, "malformed_request")
 
 
-@pytest.mark.parametrize(
-    ("lines", "connection", "stays_open"),
+@cases(
+    "lines connection stays_open",
     [
         (["GET /health HTTP/1.1", "Host: localhost"], None, True),
         (["GET /health HTTP/1.1", "Host: localhost", "Connection: keep-alive"], None, True),
@@ -4067,7 +4372,7 @@ def test_connection_is_honest(
         assert bool(wire.read_reply()) == stays_open
 
 
-@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/none", "/none"])
+@cases("path", ["/health", "/metrics", "/v1/models", "/v1/models/none", "/none"])
 def test_head_is_get_without_the_body(server: Server, path: str) -> None:
     get_reply, head_reply = (
         exchange(server, raw(f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"))[
@@ -4209,9 +4514,7 @@ def deaf_client(server: Server) -> socket.socket:
     return client
 
 
-@pytest.mark.parametrize(
-    "stream", [pytest.param(True, id="streamed"), pytest.param(False, id="whole")]
-)
+@cases("stream", {"streamed": True, "whole": False})
 def test_a_reader_that_never_reads_loses_its_reply(small_server: Server, stream: bool) -> None:
     name = secrets.token_hex(8)
     asked = {
@@ -4256,50 +4559,42 @@ def nested(depth: int, opening: str = "[", closing: str = "]") -> bytes:
     return b'{"model":"none","prompt":"Hi","metadata":%b}' % field.encode()
 
 
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        pytest.param(nested(100), "model_not_found", id="100 deep"),
-        pytest.param(nested(101), "invalid_json", id="101 deep"),
-        pytest.param(nested(101, '{"a":', "}"), "invalid_json", id="101 objects deep"),
-        pytest.param(nested(5000), "invalid_json", id="5000 deep"),
-        pytest.param(b"[" * 100_000, "invalid_json", id="100,000 brackets"),
-        pytest.param(b'{"a":' * 100_000, "invalid_json", id="100,000 objects"),
-        pytest.param(
+@cases(
+    "body code",
+    {
+        "100 deep": (nested(100), "model_not_found"),
+        "101 deep": (nested(101), "invalid_json"),
+        "101 objects deep": (nested(101, '{"a":', "}"), "invalid_json"),
+        "5000 deep": (nested(5000), "invalid_json"),
+        "100,000 brackets": (b"[" * 100_000, "invalid_json"),
+        "100,000 objects": (b'{"a":' * 100_000, "invalid_json"),
+        "brackets in a string": (
             b'{"model":"none","prompt":"%b"}' % (b"[{" * 500),
             "model_not_found",
-            id="brackets in a string",
         ),
-        pytest.param(
+        "wide, not deep": (
             b'{"model":"none","prompt":[%b[1]]}' % (b"[1]," * 120),
             "model_not_found",
-            id="wide, not deep",
         ),
-    ],
+    },
 )
 def test_json_is_read_to_a_depth_of_100(server: Server, body: bytes, code: str) -> None:
     assert post(server, TEXT, body).error["code"] == code
 
 
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        pytest.param(
+@cases(
+    "body code",
+    {
+        "20,000": (
             b'{"model":"none","prompt":"Hi","x":[%b]}' % b",".join([b"[]"] * 19_998),
             "model_not_found",
-            id="20,000",
         ),
-        pytest.param(
+        "20,001": (
             b'{"model":"none","prompt":"Hi","x":[%b]}' % b",".join([b"{}"] * 19_999),
             "invalid_json",
-            id="20,001",
         ),
-        pytest.param(
-            b'{"model":"none","prompt":"%b"}' % (b"[{" * 20_000),
-            "model_not_found",
-            id="in a string",
-        ),
-    ],
+        "in a string": (b'{"model":"none","prompt":"%b"}' % (b"[{" * 20_000), "model_not_found"),
+    },
 )
 def test_json_is_read_to_20_000_arrays_and_objects(server: Server, body: bytes, code: str) -> None:
     assert post(server, TEXT, body).error["code"] == code
@@ -4378,8 +4673,8 @@ def test_bytes_that_are_nearly_a_request_never_break_the_server() -> None:
 # ---- Routes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("path", "route"),
+@cases(
+    "path route",
     [
         ("/", "/"),
         ("/v1", "/"),
@@ -4399,7 +4694,7 @@ def test_a_path_with_or_without_v1_and_a_slash_at_its_end_is_a_route(path: str, 
     assert phi_server.find_route(path) == route
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/models/?limit=5"])
+@cases("path", ["/v1/models", "/models", "/v1/models/", "/models/?limit=5"])
 def test_the_served_model_is_listed(server: Server, path: str) -> None:
     listed = get(server, path).json
     assert listed["object"] == "list"
@@ -4491,7 +4786,7 @@ def test_a_streamed_text_completion_ends_with_the_reason(server: Server) -> None
     assert done == "[DONE]"
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT])
+@cases("path", [CHAT, TEXT])
 def test_all_chunks_have_the_same_id_and_say_what_they_are(server: Server, path: str) -> None:
     parts = events(server, path, **ASKED)[:-1]
     kind = "chat.completion.chunk" if path == CHAT else "text_completion"
@@ -4501,7 +4796,7 @@ def test_all_chunks_have_the_same_id_and_say_what_they_are(server: Server, path:
     assert not any("usage" in part for part in parts)
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT])
+@cases("path", [CHAT, TEXT])
 def test_usage_comes_last_and_is_null_before(server: Server, path: str) -> None:
     *parts, last, _ = events(server, path, **ASKED, **USAGE)
     assert all(part["usage"] is None and part["choices"] for part in parts)
@@ -4513,7 +4808,7 @@ def test_usage_comes_last_and_is_null_before(server: Server, path: str) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("top", [None, 0, 3])
+@cases("top", [None, 0, 3])
 def test_a_chats_log_probabilities_are_the_models_own(
     server: Server, model: Any, top: int | None, stream: bool
 ) -> None:
@@ -4550,7 +4845,7 @@ def test_a_chats_log_probabilities_are_the_models_own(
 
 
 @both_ways
-@pytest.mark.parametrize("top", [0, 3])
+@cases("top", [0, 3])
 def test_a_texts_log_probabilities_are_the_models_own(
     server: Server, model: Any, top: int, stream: bool
 ) -> None:
@@ -4570,8 +4865,9 @@ def test_a_texts_log_probabilities_are_the_models_own(
     assert sorted(told) == ["text_offset", "token_logprobs", "tokens", "top_logprobs"]
     assert "".join(told["tokens"]) == choice["text"]
     assert told["text_offset"] == [len("".join(told["tokens"][:i])) for i in range(12)]
-    assert told["token_logprobs"] == pytest.approx([row[token] for row, token in zip(scores, tokens, strict=True)],
-                                                   abs=1e-4)  # fmt: skip
+    assert told["token_logprobs"] == pytest.approx(
+        [row[token] for row, token in zip(scores, tokens, strict=True)], abs=1e-4
+    )
     for token, logprob, row, alternatives in zip(
         told["tokens"], told["token_logprobs"], scores, told["top_logprobs"], strict=True
     ):
@@ -4583,15 +4879,20 @@ def test_a_texts_log_probabilities_are_the_models_own(
         )
 
 
-@pytest.mark.parametrize(
+@cases(
     "fields",
     [
-        {"temperature": 2}, {"temperature": 0}, {"top_p": 0.1, "top_k": 3}, {"logit_bias": {"500": 100}},
-        {"repetition_penalty": 2}, {"presence_penalty": 2}, {"response_format": {"type": "json_object"}},
+        {"temperature": 2},
+        {"temperature": 0},
+        {"top_p": 0.1, "top_k": 3},
+        {"logit_bias": {"500": 100}},
+        {"repetition_penalty": 2},
+        {"presence_penalty": 2},
+        {"response_format": {"type": "json_object"}},
     ],
-)  # fmt: skip
+)
 def test_log_probabilities_are_told_before_anything_changes_them(
-    server: Server, fields: dict[str, Any]
+    server: Server, fields: Any
 ) -> None:
     asked = {
         "messages": turns("Hi"),
@@ -4608,7 +4909,7 @@ def test_log_probabilities_are_told_before_anything_changes_them(
     assert sum(math.exp(entry["logprob"]) for entry in plain) <= 1
 
 
-@pytest.mark.parametrize("text", ["🙂 é", "🙂 漢字 é", "plain"])
+@cases("text", ["🙂 é", "🙂 漢字 é", "plain"])
 def test_the_bytes_of_told_tokens_join_to_the_text_however_far_it_has_come(
     model: Any, text: str
 ) -> None:
@@ -4641,19 +4942,14 @@ def test_a_schema_may_spell_characters_that_are_tokens(server: Server) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize(
-    ("stop", "text", "tokens"),
-    [
-        pytest.param(
-            "Par",
-            "The capital of France is ",
-            "The capital of France is Paris",
-            id="within a token",
-        ),
-        pytest.param(" is", "The capital of France", "The capital of France", id="a whole token"),
-        pytest.param("The", "", "", id="the first token"),
-        pytest.param("nce is", "The capital of Fra", "The capital of France", id="across tokens"),
-    ],
+@cases(
+    "stop text tokens",
+    {
+        "within a token": ("Par", "The capital of France is ", "The capital of France is Paris"),
+        "a whole token": (" is", "The capital of France", "The capital of France"),
+        "the first token": ("The", "", ""),
+        "across tokens": ("nce is", "The capital of Fra", "The capital of France"),
+    },
 )
 def test_tokens_behind_a_stop_string_are_not_told(
     server: Server, stop: str, text: str, tokens: str, stream: bool
@@ -4669,10 +4965,8 @@ LONG_TEXT = "The quick brown fox — 🙂 — jumps over the lazy dog, 漢字 an
 
 
 @both_ways
-@pytest.mark.parametrize("max_tokens", [0, 1])
-@pytest.mark.parametrize(
-    "prompt", ["Paris is the capital of France.", LONG_TEXT], ids=["short", "in chunks"]
-)
+@cases("max_tokens", [0, 1])
+@cases("prompt", {"short": "Paris is the capital of France.", "in chunks": LONG_TEXT})
 def test_an_echoed_prompt_is_scored_as_evaluation_harnesses_need_it(
     server: Server, model: Any, prompt: str, max_tokens: int, stream: bool
 ) -> None:
@@ -4689,22 +4983,22 @@ def test_an_echoed_prompt_is_scored_as_evaluation_harnesses_need_it(
     assert sum(told["token_logprobs"][1 : len(tokens)]) == pytest.approx(scores.sum(), abs=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "text"),
-    [
-        pytest.param([100, 200, 300], None, id="tokens"),
-        pytest.param("🙂", "🙂", id="a character of two tokens"),
-        pytest.param("one STOP two", "one STOP two", id="a stop string counts in the reply alone"),
-        pytest.param("", "", id="nothing"),
-        pytest.param("<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>user\nHi<|im_end|>\n", id="control tokens"),
-    ],
-)  # fmt: skip
+@cases(
+    "prompt text",
+    {
+        "tokens": ([100, 200, 300], None),
+        "a character of two tokens": ("🙂", "🙂"),
+        "a stop string counts in the reply alone": ("one STOP two", "one STOP two"),
+        "nothing": ("", ""),
+        "control tokens": ("<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>user\nHi<|im_end|>\n"),
+    },
+)
 def test_echo_returns_the_prompt(
     server: Server, model: Any, prompt: str | list[int], text: str | None
 ) -> None:
     text = model.tokenizer.decode(prompt) if text is None else text
     reply = complete(server, prompt, echo=True, max_tokens=0, logprobs=0, stop="STOP")
-    assert reply["choices"][0]["text"] == text
+    assert text_of(reply) == text
     assert reply["choices"][0]["finish_reason"] == "length"
     assert reply["usage"]["completion_tokens"] == 0
     if prompt:
@@ -4788,13 +5082,9 @@ SCHEMAS = {
 }
 
 
-@pytest.mark.parametrize("temperature", [0, 1, 2])
-@pytest.mark.parametrize(
-    "schema", [pytest.param(schema, id=name) for name, schema in SCHEMAS.items()]
-)
-def test_a_reply_fits_its_schema(
-    server: Server, schema: dict[str, Any], temperature: float
-) -> None:
+@cases("temperature", [0, 1, 2])
+@cases("schema", SCHEMAS)
+def test_a_reply_fits_its_schema(server: Server, schema: Any, temperature: float) -> None:
     fields = {"messages": turns("Tell me about Rome."), "seed": 1, "max_tokens": 80}
     asked = {
         "response_format": schema_format(schema),
@@ -4810,124 +5100,81 @@ MANY = {f"p{i}": {"type": "integer"} for i in range(251)}
 EITHER = {"anyOf": [{"type": "integer", "minimum": i} for i in range(9)]}
 
 
-@pytest.mark.parametrize(
-    ("schema", "choices", "reason"),
-    [
-        pytest.param(
-            {"type": "array", "maxItems": 1_000_000}, 1, "add up to more than 10000", id="maxItems"
-        ),
-        pytest.param(
-            {"type": "array", "minItems": 10**400}, 1, "add up to more than 10000", id="minItems"
-        ),
-        pytest.param(
+@cases(
+    "schema choices reason",
+    {
+        "maxItems": ({"type": "array", "maxItems": 1_000_000}, 1, "add up to more than 10000"),
+        "minItems": ({"type": "array", "minItems": 10**400}, 1, "add up to more than 10000"),
+        "multipleOf": (
             {"type": "integer", "multipleOf": 1_000_003},
             1,
             "add up to more than 10000",
-            id="multipleOf",
         ),
-        pytest.param(
-            {"type": "string", "pattern": "a{9,20000}"},
-            1,
-            "add up to more than 10000",
-            id="pattern",
-        ),
-        pytest.param(
+        "pattern": ({"type": "string", "pattern": "a{9,20000}"}, 1, "add up to more than 10000"),
+        "open pattern": (
             {"type": "string", "pattern": "a{20000,}"},
             1,
             "add up to more than 10000",
-            id="open pattern",
         ),
-        pytest.param(
+        "one negative": (
             {"anyOf": [{"minItems": -9e9}, {"maxItems": 1e9}]},
             1,
             "add up to more than",
-            id="one negative",
         ),
-        pytest.param(
-            {"type": "array", "maxItems": 3000},
-            4,
-            "add up to more than 10000",
-            id="maxItems times n",
-        ),
-        pytest.param({"const": "x" * 100_000}, 1, "more than 100000 characters", id="characters"),
-        pytest.param(
-            {"const": "x" * 30_000}, 4, "more than 100000 characters", id="characters times n"
-        ),
-        pytest.param(
-            {"type": "object", "properties": MANY}, 1, "more than 250 properties", id="properties"
-        ),
-        pytest.param(
-            {"items": {"required": [*MANY]}},
-            1,
-            "more than 250 properties",
-            id="required properties",
-        ),
-        pytest.param({"const": [MANY]}, 1, "more than 250 properties", id="members of a constant"),
-        pytest.param(
+        "maxItems times n": ({"type": "array", "maxItems": 3000}, 4, "add up to more than 10000"),
+        "characters": ({"const": "x" * 100_000}, 1, "more than 100000 characters"),
+        "characters times n": ({"const": "x" * 30_000}, 4, "more than 100000 characters"),
+        "properties": ({"type": "object", "properties": MANY}, 1, "more than 250 properties"),
+        "required properties": ({"items": {"required": [*MANY]}}, 1, "more than 250 properties"),
+        "members of a constant": ({"const": [MANY]}, 1, "more than 250 properties"),
+        "patterns": (
             {"allOf": [{"pattern": f"^.*[{i}]"} for i in range(600)]},
             1,
             "8 conjunctions",
-            id="patterns",
         ),
-        pytest.param(
+        "few ones": (
             {"allOf": [{"pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(1, 11)]},
             1,
             "8 conj",
-            id="few ones",
         ),
-        pytest.param(
-            {"patternProperties": {f"^{i}a*{i}$": {} for i in range(101)}},
-            1,
-            "add up to",
-            id="names",
-        ),
-        pytest.param(
+        "names": ({"patternProperties": {f"^{i}a*{i}$": {} for i in range(101)}}, 1, "add up to"),
+        "a name's pattern": (
             {"patternProperties": {"a{20000}": {}}},
             1,
             "add up to more than 10000",
-            id="a name's pattern",
         ),
-        pytest.param(
+        "long names of many": (
             {"patternProperties": {f"^[a-z]{{0,99}}{i}$": {} for i in range(20)}},
             1,
             "add up to",
-            id="long names of many",
         ),
-        pytest.param(
+        "a pattern in a pattern": (
             {"pattern": "((a{99}){99}){99}"},
             1,
             "add up to more than 10000",
-            id="a pattern in a pattern",
         ),
-        pytest.param(
-            {"pattern": "(a|b)?" * 2600}, 1, "add up to more than 10000", id="a long pattern"
-        ),
-        pytest.param(
+        "a long pattern": ({"pattern": "(a|b)?" * 2600}, 1, "add up to more than 10000"),
+        "lcm": (
             {"allOf": [{"multipleOf": 97}, {"multipleOf": 89}, {"multipleOf": 83}]},
             1,
             "least common",
-            id="lcm",
         ),
-        pytest.param(
+        "lcm of fractions": (
             {"$ref": "#/$defs/a", "$defs": {"a": {"multipleOf": 0.997}}, "multipleOf": 0.991},
             1,
             "least common",
-            id="lcm of fractions",
         ),
-        pytest.param(
-            {"allOf": [EITHER] * 9}, 1, "100 of them times its alternatives", id="alternatives"
-        ),
-        pytest.param(
+        "alternatives": ({"allOf": [EITHER] * 9}, 1, "100 of them times its alternatives"),
+        "references": (
             {"anyOf": [{"$ref": f"#/{i}", "pattern": "a"} for i in range(17)]},
             1,
             "$ref",
-            id="references",
         ),
-        pytest.param({"x": [1] * 200_000}, 1, "more than 100000 characters", id="parts"),
-    ],
+        "parts": ({"x": [1] * 200_000}, 1, "more than 100000 characters"),
+    },
 )
 def test_a_schema_that_would_take_the_grammar_engine_long_is_refused(
-    server: Server, schema: dict[str, Any], choices: int, reason: str
+    server: Server, schema: Any, choices: int, reason: str
 ) -> None:
     asked = {"messages": turns("Hi"), "n": choices, "max_tokens": 1}
     reply = post(server, CHAT, asked | {"response_format": schema_format(schema)})
@@ -4935,27 +5182,30 @@ def test_a_schema_that_would_take_the_grammar_engine_long_is_refused(
     assert reason in reply.error["message"]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "size"),
-    [
-        ("", 0),
-        ("abc", 3),
-        ("a{3}b{2,5}c{4,}d*", 3 + 5 + 4 + 2),
-        ("[^]a{9}]{2}", 2),
-        (r"[a\]{9}]{2}\{9}", 2 + 3),
-        ("(ab){3}", 6),
-        ("((a{2}b){3}c){4}", 4 * (3 * 3 + 1)),
-        ("(?x)#[\na{3}", 10_001),
-        ("(?i-x:#[\na{3})", 10_001),
-        (r"\(?x", 3),
-        ("(?i:ab)", 5),
-        ("(a{5}", 5),
-        ("a){2}", 3),
-        ("[" * 50_000, 1),
-        ("[\\", 1),
-        ("(" * 4000 + "a" + "){999999999999999999}" * 4000, 999999999999999999**4000),
-    ],
-    ids=itertools.count(),
+@cases(
+    "pattern size",
+    dict(
+        enumerate(
+            [
+                ("", 0),
+                ("abc", 3),
+                ("a{3}b{2,5}c{4,}d*", 3 + 5 + 4 + 2),
+                ("[^]a{9}]{2}", 2),
+                (r"[a\]{9}]{2}\{9}", 2 + 3),
+                ("(ab){3}", 6),
+                ("((a{2}b){3}c){4}", 4 * (3 * 3 + 1)),
+                ("(?x)#[\na{3}", 10_001),
+                ("(?i-x:#[\na{3})", 10_001),
+                (r"\(?x", 3),
+                ("(?i:ab)", 5),
+                ("(a{5}", 5),
+                ("a){2}", 3),
+                ("[" * 50_000, 1),
+                ("[\\", 1),
+                ("(" * 4000 + "a" + "){999999999999999999}" * 4000, 999999999999999999**4000),
+            ]
+        )
+    ),
 )
 def test_a_pattern_has_as_many_parts_as_its_repetitions_write_out(pattern: str, size: int) -> None:
     start = time.perf_counter()
@@ -4963,14 +5213,14 @@ def test_a_pattern_has_as_many_parts_as_its_repetitions_write_out(pattern: str, 
     assert time.perf_counter() - start < 1
 
 
-@pytest.mark.parametrize(
-    ("divisors", "multiple"),
-    [
-        pytest.param([], 1, id="none"),
-        pytest.param([0.000001, 0.000001], 1, id="the same twice"),
-        pytest.param([4, 6, True, "8", 0], 12, id="whole numbers"),
-        pytest.param([0.01, 60], 300, id="a fraction"),
-    ],
+@cases(
+    "divisors multiple",
+    {
+        "none": ([], 1),
+        "the same twice": ([0.000001, 0.000001], 1),
+        "whole numbers": ([4, 6, True, "8", 0], 12),
+        "a fraction": ([0.01, 60], 300),
+    },
 )
 def test_divisors_multiply_as_far_as_they_have_nothing_in_common(
     divisors: list[Any], multiple: int
@@ -4998,52 +5248,31 @@ def test_the_tool_whose_schema_would_take_long_is_named_if_it_may_be_forced(serv
     assert post(server, CHAT, asked | {"tool_choice": "auto"}).status == 200
 
 
-@pytest.mark.parametrize(
+@cases(
     "schema",
-    [
-        pytest.param(
-            {"type": "array", "items": {"type": "integer"}, "maxItems": 10_000}, id="items"
-        ),
-        pytest.param(
-            {"type": "object", "properties": dict([*MANY.items()][:250])}, id="properties"
-        ),
-        pytest.param(
-            {"type": "number", "multipleOf": 0.01, "minimum": -1e12, "maximum": 1e12},
-            id="large numbers",
-        ),
-        pytest.param(
-            closed(a={"multipleOf": 0.01}, b={"multipleOf": 60}, c={"multipleOf": 100}),
-            id="multiples",
-        ),
-        pytest.param(
-            {"pattern": "^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}[\\n)]?){200}$"},
-            id="many parts",
-        ),
-        pytest.param(
-            closed(
-                **{
-                    f"p{i}": {"$ref": "#/$defs/a", "examples": [i], "readOnly": True}
-                    for i in range(12)
-                }
-            )
-            | {"$defs": {"a": {"type": "integer"}}},
-            id="references with annotations",
-        ),
-        pytest.param(
-            {"type": "string", "pattern": "^[a-z]{2,10}$", "maxLength": 1_000_000},
-            id="pattern and length",
-        ),
-        pytest.param(
-            {"$defs": {"a": EITHER}, "items": [{"allOf": [{"$ref": "#/$defs/a"}]}] * 20},
-            id="allOf of one",
-        ),
-        pytest.param(
-            closed(**{f"p{i}": {"anyOf": [{"type": "null"}, EITHER]} for i in range(20)}),
-            id="optional",
-        ),
-    ],
+    {
+        "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 10_000},
+        "properties": {"type": "object", "properties": dict([*MANY.items()][:250])},
+        "large numbers": {"type": "number", "multipleOf": 0.01, "minimum": -1e12, "maximum": 1e12},
+        "multiples": closed(a={"multipleOf": 0.01}, b={"multipleOf": 60}, c={"multipleOf": 100}),
+        "many parts": {"pattern": "^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}[\\n)]?){200}$"},
+        "references with annotations": closed(
+            **{f"p{i}": {"$ref": "#/$defs/a", "examples": [i], "readOnly": True} for i in range(12)}
+        )
+        | {"$defs": {"a": {"type": "integer"}}},
+        "pattern and length": {
+            "type": "string",
+            "pattern": "^[a-z]{2,10}$",
+            "maxLength": 1_000_000,
+        },
+        "allOf of one": {
+            "$defs": {"a": EITHER},
+            "items": [{"allOf": [{"$ref": "#/$defs/a"}]}] * 20,
+        },
+        "optional": closed(**{f"p{i}": {"anyOf": [{"type": "null"}, EITHER]} for i in range(20)}),
+    },
 )
-def test_a_schema_up_to_the_bounds_is_kept_to(server: Server, schema: dict[str, Any]) -> None:
+def test_a_schema_up_to_the_bounds_is_kept_to(server: Server, schema: Any) -> None:
     asked = {"messages": turns("Hi"), "max_tokens": 3, "response_format": schema_format(schema)}
     assert post(server, CHAT, asked).status == 200
 
@@ -5063,7 +5292,7 @@ def test_others_are_served_while_the_guides_of_many_choices_are_made(server: Ser
 
 
 @both_ways
-@pytest.mark.parametrize("temperature", [0, 1, 2])
+@cases("temperature", [0, 1, 2])
 def test_a_json_object_is_one_unless_it_is_cut_off(
     server: Server, temperature: float, stream: bool
 ) -> None:
@@ -5080,7 +5309,7 @@ def test_a_json_object_is_one_unless_it_is_cut_off(
         assert choice["finish_reason"] == "length" or isinstance(json.loads(text), dict)
 
 
-@pytest.mark.parametrize("where", ["response_format", "tools"])
+@cases("where", ["response_format", "tools"])
 def test_half_a_character_in_a_schema_is_no_internal_error(server: Server, where: str) -> None:
     schema = closed(**{"half \ud800": {"type": "string"}})
     offered = {"tools": [tool("f", **{"half \ud800": {}})]}
@@ -5091,12 +5320,8 @@ def test_half_a_character_in_a_schema_is_no_internal_error(server: Server, where
     )
 
 
-@pytest.mark.parametrize(
-    "fields", [{"top_k": 5}, {"top_p": 0.5}, {"response_format": {"type": "json_object"}}]
-)
-def test_the_least_repetition_penalty_is_no_internal_error(
-    server: Server, fields: dict[str, Any]
-) -> None:
+@cases("fields", [{"top_k": 5}, {"top_p": 0.5}, {"response_format": {"type": "json_object"}}])
+def test_the_least_repetition_penalty_is_no_internal_error(server: Server, fields: Any) -> None:
     asked = {"messages": turns("Hi"), "max_tokens": 3, "repetition_penalty": 5e-324}
     assert post(server, CHAT, asked | fields).status == 200
 
@@ -5145,8 +5370,8 @@ PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool 
 
 
 @both_ways
-@pytest.mark.parametrize("temperature", [0, 2])
-@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@cases("temperature", [0, 2])
+@cases("choice", {"required": "required", "named": NAMED})
 def test_a_forced_call_has_arguments_that_fit(
     server: Server, choice: object, temperature: float, stream: bool
 ) -> None:
@@ -5199,15 +5424,19 @@ def test_a_streamed_call_begins_with_its_name_and_goes_on_with_its_arguments(
     ]
     (begin,) = first["delta"]["tool_calls"]
     assert role["delta"] == {"role": "assistant", "content": ""}
-    assert begin == {"index": 0, "id": begin["id"], "type": "function",
-                     "function": {"name": "weather", "arguments": ""}}  # fmt: skip
+    assert begin == {
+        "index": 0,
+        "id": begin["id"],
+        "type": "function",
+        "function": {"name": "weather", "arguments": ""},
+    }
     assert re.fullmatch("call_[0-9A-Za-z]{24,}", begin["id"])
     assert len(middle) > 3
     assert all(list(part["delta"]["tool_calls"][0]) == ["index", "function"] for part in middle)
     assert (last["delta"], last["finish_reason"]) == ({}, "tool_calls")
 
 
-@pytest.mark.parametrize("max_tokens", [1, 4, 8])
+@cases("max_tokens", [1, 4, 8])
 @both_ways
 def test_no_markup_of_a_forced_call_becomes_content(
     server: Server, max_tokens: int, stream: bool
@@ -5225,25 +5454,35 @@ def test_no_markup_of_a_forced_call_becomes_content(
 
 CALLED = [
     {"role": "user", "content": "Weather in Rome"},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": {
-        "name": "weather", "arguments": json.dumps({"city": "Rome", "days": 1})}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call_1",
+                "type": "function",
+                "function": {
+                    "name": "weather",
+                    "arguments": json.dumps({"city": "Rome", "days": 1}),
+                },
+            }
+        ],
+    },
     {"role": "user", "content": "Weather in Paris"},
-]  # fmt: skip
+]
 
 
 @both_ways
-@pytest.mark.parametrize(
-    ("fields", "is_called"),
-    [
-        pytest.param({"messages": CALLED}, True, id="auto calls after an example"),
-        pytest.param(
-            {"messages": turns("What is the capital of France?")}, False, id="auto answers"
-        ),
-        pytest.param({"messages": CALLED, "tool_choice": "none"}, False, id="none never calls"),
-    ],
+@cases(
+    "fields is_called",
+    {
+        "auto calls after an example": ({"messages": CALLED}, True),
+        "auto answers": ({"messages": turns("What is the capital of France?")}, False),
+        "none never calls": ({"messages": CALLED, "tool_choice": "none"}, False),
+    },
 )
 def test_the_model_chooses_between_text_and_calls(
-    server: Server, fields: dict[str, Any], is_called: bool, stream: bool
+    server: Server, fields: Any, is_called: bool, stream: bool
 ) -> None:
     (choice,) = ask(server, CHAT, stream, tools=[WEATHER], max_tokens=60, **fields)
     assert ("tool_calls" in choice["message"]) == is_called
@@ -5256,8 +5495,10 @@ def test_the_model_chooses_between_text_and_calls(
 
 
 def test_a_tools_result_is_read_by_the_model(server: Server) -> None:
-    count = [chat(server, "Hi", messages=messages, tools=TOOLS, max_tokens=1)["usage"]["prompt_tokens"]
-             for messages in (HISTORY[:1], HISTORY[:2], HISTORY)]  # fmt: skip
+    count = [
+        chat(server, "Hi", messages=messages, tools=TOOLS, max_tokens=1)["usage"]["prompt_tokens"]
+        for messages in (HISTORY[:1], HISTORY[:2], HISTORY)
+    ]
     assert count[0] < count[1] < count[2]
 
 
@@ -5268,9 +5509,7 @@ def test_a_stream_has_the_headers_that_keep_proxies_from_holding_it_back(server:
     assert reply.headers["x-accel-buffering"] == "no"
 
 
-@pytest.mark.parametrize(
-    ("path", "first"), [(CHAT, b'"role":"assistant"'), (TEXT, b"text/event-stream")]
-)
+@cases("path first", [(CHAT, b'"role":"assistant"'), (TEXT, b"text/event-stream")])
 def test_a_stream_begins_before_its_prompt_is_prefilled(
     server: Server, path: str, first: bytes
 ) -> None:
@@ -5289,7 +5528,7 @@ sys.exit(phi_server.main([]))
 """
 
 
-@pytest.mark.parametrize("path", [CHAT, TEXT])
+@cases("path", [CHAT, TEXT])
 def test_a_stream_that_is_silent_for_long_says_that_it_is_alive(path: str) -> None:
     long = " ".join(str(i) for i in range(700))
     with (
@@ -5514,18 +5753,21 @@ NEAR_BOTH = {
 }
 
 
-@pytest.mark.parametrize(("path", "fields"), [(CHAT, NEAR_CHAT), (TEXT, NEAR_TEXT)])
+@cases("path fields", [(CHAT, NEAR_CHAT), (TEXT, NEAR_TEXT)])
 def test_a_body_near_a_valid_one_gets_a_reply_or_a_whole_error(
-    server: Server, path: str, fields: dict[str, Any]
+    server: Server, path: str, fields: Any
 ) -> None:
     hypothesis = pytest.importorskip("hypothesis")
     required = fields["required"]
     optional = {name: values for name, values in fields.items() if name != "required"} | NEAR_BOTH
 
     @hypothesis.settings(
-        derandomize=True, max_examples=120, deadline=None, database=None,
+        derandomize=True,
+        max_examples=120,
+        deadline=None,
+        database=None,
         phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
-    )  # fmt: skip
+    )
     @hypothesis.given(near(hypothesis.strategies, required, optional))
     def check(body: dict[str, Any]) -> None:
         reply = post(server, path, body)  # which checks that an error is whole
@@ -5545,7 +5787,7 @@ def test_a_body_near_a_valid_one_gets_a_reply_or_a_whole_error(
 EXPOSED = "x-request-id, Retry-After"
 
 
-@pytest.mark.parametrize("path", ["/health", "/v1/models", "/none"])
+@cases("path", ["/health", "/v1/models", "/none"])
 def test_any_origin_may_read_replies_by_default(server: Server, path: str) -> None:
     headers = get(server, path, "Origin: https://a.example").headers
     assert headers["access-control-allow-origin"] == "*"
@@ -5553,8 +5795,8 @@ def test_any_origin_may_read_replies_by_default(server: Server, path: str) -> No
     assert "access-control-allow-credentials" not in headers
 
 
-@pytest.mark.parametrize(
-    ("origin", "allowed"),
+@cases(
+    "origin allowed",
     [
         ("https://a.example", True),
         ("https://b.example", True),
@@ -5576,7 +5818,7 @@ def test_a_stream_may_be_read_by_other_origins(server: Server) -> None:
     assert headers["access-control-expose-headers"] == EXPOSED
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/none", "*"])
+@cases("path", ["/v1/chat/completions", "/none", "*"])
 def test_a_preflight_allows_the_headers_that_are_asked_for(server: Server, path: str) -> None:
     asked = "Access-Control-Request-Headers: authorization, x-stainless-os,no token, content-type"
     (reply,) = exchange(
@@ -5606,13 +5848,13 @@ def test_a_preflight_of_an_origin_that_is_not_on_the_list_is_not_allowed(
     assert "content-length" not in reply.headers
 
 
-@pytest.mark.parametrize("sent", ["abc-123", "~" * 128])
+@cases("sent", ["abc-123", "~" * 128])
 def test_a_sane_request_id_is_echoed(server: Server, sent: str) -> None:
     assert get(server, "/health", f"x-request-id: {sent}").headers["x-request-id"] == sent
     assert get(server, "/none", f"x-request-id: {sent}").headers["x-request-id"] == sent
 
 
-@pytest.mark.parametrize("sent", ["", "a b", "x" * 129, "caf\xe9", '"quoted"'])
+@cases("sent", ["", "a b", "x" * 129, "caf\xe9", '"quoted"'])
 def test_another_request_id_is_replaced(server: Server, sent: str) -> None:
     given = get(server, "/health", f"x-request-id: {sent}").headers["x-request-id"]
     assert re.fullmatch(r"req_[0-9a-f]{32}", given)
@@ -5695,27 +5937,23 @@ LARGE = b'{"model":"smollm2-135m","prompt":"%b"}' % (b"a " * (2 << 20))[:-100]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell")
-@pytest.mark.parametrize(
-    ("header", "body", "is_cut"),
-    [
-        pytest.param(f"Content-Length: {len(LARGE) + 1}", LARGE, True, id="cut off"),
-        pytest.param(
+@cases(
+    "header body is_cut",
+    {
+        "cut off": (f"Content-Length: {len(LARGE) + 1}", LARGE, True),
+        "cut off in a chunk": (
             "Transfer-Encoding: chunked",
             b"%x\r\n%b" % (len(LARGE) + 1, LARGE),
             True,
-            id="cut off in a chunk",
         ),
-        pytest.param(
+        "no last chunk": (
             "Transfer-Encoding: chunked",
             b"%x\r\n%b\r\n\r\n" % (len(LARGE), LARGE),
             False,
-            id="no last chunk",
         ),
-        pytest.param(f"Content-Length: {len(LARGE)}", LARGE, False, id="refused"),
-        pytest.param(
-            f"Content-Length: {len(LARGE)}", LARGE.replace(b":", b"=", 1), False, id="no JSON"
-        ),
-    ],
+        "refused": (f"Content-Length: {len(LARGE)}", LARGE, False),
+        "no JSON": (f"Content-Length: {len(LARGE)}", LARGE.replace(b":", b"=", 1), False),
+    },
 )
 def test_a_large_request_that_failed_is_forgotten_at_once(
     header: str, body: bytes, is_cut: bool
@@ -5743,7 +5981,7 @@ def test_a_large_request_that_failed_is_forgotten_at_once(
         assert memory_besides_kv(server) < at_first + (40 << 20)  # twenty bodies have 80 MiB
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@cases("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_the_server(number: signal.Signals) -> None:
     with running(DRAIN_SECONDS=0) as server, stream_forever(server, STORY) as wire:
         wire.read_until(FIRST_TEXT)
@@ -5788,36 +6026,33 @@ def bearer(key: str) -> str:
     return f"Authorization: Bearer {key}"
 
 
-@pytest.mark.parametrize(
-    ("headers", "status", "code"),
-    [
-        pytest.param([], 401, None, id="no key"),
-        pytest.param([bearer(KEY)], 200, None, id="bearer"),
-        pytest.param([bearer(SHORT_KEY)], 200, None, id="another key"),
-        pytest.param([bearer(FILED_KEY)], 200, None, id="key of the file"),
-        pytest.param(
-            [bearer("clé-à".encode().decode("latin-1"))], 200, None, id="key beyond ASCII"
-        ),
-        pytest.param([f"authorization: bEARER   {KEY}"], 200, None, id="bearer in any case"),
-        pytest.param([f"x-api-key: {KEY}"], 200, None, id="x-api-key"),
-        pytest.param([f"API-Key: {KEY}"], 200, None, id="api-key"),
-        pytest.param(
+@cases(
+    "headers status code",
+    {
+        "no key": ([], 401, None),
+        "bearer": ([bearer(KEY)], 200, None),
+        "another key": ([bearer(SHORT_KEY)], 200, None),
+        "key of the file": ([bearer(FILED_KEY)], 200, None),
+        "key beyond ASCII": ([bearer("clé-à".encode().decode("latin-1"))], 200, None),
+        "bearer in any case": ([f"authorization: bEARER   {KEY}"], 200, None),
+        "x-api-key": ([f"x-api-key: {KEY}"], 200, None),
+        "api-key": ([f"API-Key: {KEY}"], 200, None),
+        "api-key beside another scheme": (
             [f"Authorization: Basic {KEY}", f"api-key: {KEY}"],
             200,
             None,
-            id="api-key beside another scheme",
         ),
-        pytest.param([f"Authorization: Basic {KEY}"], 401, None, id="basic"),
-        pytest.param([f"Authorization: {KEY}"], 401, None, id="no scheme"),
-        pytest.param([bearer("")], 401, None, id="empty bearer"),
-        pytest.param(["x-api-key:"], 401, None, id="empty x-api-key"),
-        pytest.param([bearer(WRONG_KEY)], 401, "invalid_api_key", id="wrong key"),
-        pytest.param([bearer(KEY[:-1])], 401, "invalid_api_key", id="beginning of a key"),
-        pytest.param([bearer(KEY.lower())], 401, "invalid_api_key", id="key in lower case"),
-        pytest.param([bearer(f"{KEY}, {SHORT_KEY}")], 401, "invalid_api_key", id="list of keys"),
-        pytest.param([bearer(KEY), bearer(KEY)], 401, "invalid_api_key", id="two headers"),
-        pytest.param([bearer("\xe9\xff")], 401, "invalid_api_key", id="no ASCII"),
-    ],
+        "basic": ([f"Authorization: Basic {KEY}"], 401, None),
+        "no scheme": ([f"Authorization: {KEY}"], 401, None),
+        "empty bearer": ([bearer("")], 401, None),
+        "empty x-api-key": (["x-api-key:"], 401, None),
+        "wrong key": ([bearer(WRONG_KEY)], 401, "invalid_api_key"),
+        "beginning of a key": ([bearer(KEY[:-1])], 401, "invalid_api_key"),
+        "key in lower case": ([bearer(KEY.lower())], 401, "invalid_api_key"),
+        "list of keys": ([bearer(f"{KEY}, {SHORT_KEY}")], 401, "invalid_api_key"),
+        "two headers": ([bearer(KEY), bearer(KEY)], 401, "invalid_api_key"),
+        "no ASCII": ([bearer("\xe9\xff")], 401, "invalid_api_key"),
+    },
 )
 def test_a_key_is_needed_once_keys_are_set(
     keyed_server: Server, headers: list[str], status: int, code: str | None
@@ -5829,21 +6064,16 @@ def test_a_key_is_needed_once_keys_are_set(
         assert reply.headers["www-authenticate"].startswith("Bearer")
 
 
-@pytest.mark.parametrize(
-    ("headers", "message"),
-    [
-        pytest.param(
-            [], "You didn't provide an API key. You need to provide your API key in ", id="no key"
-        ),
-        pytest.param(
-            [bearer(WRONG_KEY)], "Incorrect API key provided: sk-...STUV.", id="wrong key"
-        ),
-        pytest.param(
+@cases(
+    "headers message",
+    {
+        "no key": ([], "You didn't provide an API key. You need to provide your API key in "),
+        "wrong key": ([bearer(WRONG_KEY)], "Incorrect API key provided: sk-...STUV."),
+        "short key, not shown at all": (
             [bearer("hunter2hunter2")],
             "Incorrect API key provided: ....",
-            id="short key, not shown at all",
         ),
-    ],
+    },
 )
 def test_a_refused_key_is_told_in_openais_words_and_not_shown(
     keyed_server: Server, headers: list[str], message: str
@@ -5853,8 +6083,8 @@ def test_a_refused_key_is_told_in_openais_words_and_not_shown(
     assert not any(header.rpartition(" ")[2] in reply.body.decode() for header in headers)
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
+@cases(
+    "method path status",
     [
         ("GET", "/health", 200),
         ("HEAD", "/health", 200),
@@ -5913,7 +6143,7 @@ def test_a_file_of_keys_that_becomes_empty_does_not_open_the_server(
     assert accepts(keyed_server, FILED_KEY)
 
 
-@pytest.mark.parametrize("damage", ["gone", "no UTF-8"])
+@cases("damage", ["gone", "no UTF-8"])
 def test_a_file_of_keys_that_cannot_be_read_for_a_while_leaves_the_keys_as_they_are(
     keyed_server: Server, key_file: Path, damage: str
 ) -> None:
@@ -5926,7 +6156,7 @@ def test_a_file_of_keys_that_cannot_be_read_for_a_while_leaves_the_keys_as_they_
     assert replies == [200, 200, 401]
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "no UTF-8"])
+@cases("kind", ["missing", "folder", "no UTF-8"])
 def test_a_file_of_keys_that_cannot_be_read_ends_the_start(tmp_path: Path, kind: str) -> None:
     file = tmp_path if kind == "folder" else tmp_path / "keys"
     if kind == "no UTF-8":
@@ -5972,7 +6202,7 @@ def ask_as(server: Server, host: str, *headers: str) -> Reply:
     return exchange(server, raw("GET /v1/models HTTP/1.1", f"Host: {host}", *headers), 1)[0]
 
 
-@pytest.mark.parametrize(
+@cases(
     "host",
     [
         "localhost",
@@ -5990,26 +6220,22 @@ def test_a_loopback_name_may_be_used(server: Server, host: str) -> None:
     assert ask_as(server, host).status == 200
 
 
-@pytest.mark.parametrize(
+@cases(
     "host",
     [
-        *(
-            "evil.example",
-            "evil.example:80",
-            "EVIL",
-            "127.0.0.1.evil.example",
-            "localhost.evil.example",
-            "alocalhost",
-        ),
-        *(
-            "localhost@evil.example",
-            "evil.example:80:localhost",
-            "[evil]",
-            "0.0.0.0",
-            "10.0.0.1",
-            "[fe80::1]",
-            "[::1",
-        ),
+        "evil.example",
+        "evil.example:80",
+        "EVIL",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "alocalhost",
+        "localhost@evil.example",
+        "evil.example:80:localhost",
+        "[evil]",
+        "0.0.0.0",
+        "10.0.0.1",
+        "[fe80::1]",
+        "[::1",
     ],
 )
 def test_another_name_is_refused_on_loopback_without_keys(server: Server, host: str) -> None:
@@ -6037,8 +6263,8 @@ def named_server() -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize(
-    ("host", "status"),
+@cases(
+    "host status",
     [
         ("models.example", 200),
         ("MODELS.example:8000", 200),
@@ -6142,7 +6368,7 @@ def test_a_server_that_stops_refuses_connections(farewell: Farewell) -> None:
     assert farewell.refuses
 
 
-@pytest.mark.parametrize("asked", [0, 1], ids=["health", "chat"])
+@cases("asked", {"health": 0, "chat": 1})
 def test_a_server_that_stops_says_so_on_kept_connections_and_closes_them(
     farewell: Farewell, asked: int
 ) -> None:
@@ -6270,9 +6496,7 @@ def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> N
             server.process.kill()
 
 
-@pytest.mark.parametrize(
-    "is_generating", [False, True], ids=["has been answered", "is being answered"]
-)
+@cases("is_generating", {"has been answered": False, "is being answered": True})
 def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads(is_generating: bool) -> None:
     with running(DRAIN_SECONDS=0, WRITE_SECONDS=30) as server, deaf_client(server) as client:
         for i in range(12):
@@ -6300,7 +6524,7 @@ def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads(is_generati
             server.process.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@cases("number code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_ends_the_loading_of_a_model_at_once(
     tmp_path: Path, number: int, code: int
 ) -> None:
@@ -6440,7 +6664,7 @@ def test_a_conversation_comes_back_to_the_replica_that_has_its_kv(
         asked = {"messages": turns(said, "Yes", "Go on."), "max_tokens": 2}
         reply = post(proxy, CHAT, asked, sticky, f"x-request-id: {second}")
         assert answerer(replicas, first) == answerer(replicas, second)
-        assert reply.json["usage"]["prompt_tokens_details"]["cached_tokens"] > 60
+        assert reply.cached(json) > 60
 
 
 def test_conversations_are_spread_over_the_replicas(replicas: list[Server], proxy: Proxy) -> None:
@@ -6449,10 +6673,8 @@ def test_conversations_are_spread_over_the_replicas(replicas: list[Server], prox
     assert {answerer(replicas, f"spread-{i}") for i in range(20)} == {0, 1}
 
 
-@pytest.mark.parametrize(
-    "sticky", [pytest.param(False, id="to any"), pytest.param(True, id="to its own")]
-)
-@pytest.mark.parametrize("overloaded", [0, 1])
+@cases("sticky", {"to any": False, "to its own": True})
+@cases("overloaded", [0, 1])
 def test_an_overloaded_replica_costs_no_request(
     replicas: list[Server], proxy: Proxy, overloaded: int, sticky: bool
 ) -> None:
@@ -6496,8 +6718,8 @@ def post_once(server: Server) -> str:
 # ---- Demo model ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"),
+@cases(
+    "settings name",
     [
         ({}, "smollm2-135m"),
         ({"MODEL_PATH": "/models/phi"}, "phi-3.5-mini"),
@@ -6505,7 +6727,7 @@ def post_once(server: Server) -> str:
         ({"MODEL_PATH": "/models/phi", "MODEL_NAME": "mine"}, "mine"),
     ],
 )
-def test_the_model_is_named_after_what_is_served(settings: dict[str, str], name: str) -> None:
+def test_the_model_is_named_after_what_is_served(settings: Any, name: str) -> None:
     assert phi_server.served_name(phi_server.read_settings(settings)) == name
 
 
@@ -6586,7 +6808,7 @@ def test_the_readmes_settings_table_is_the_programs(readme: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("command", ["python phi_server.py", "python -m pytest"])
+@cases("command", ["python phi_server.py", "python -m pytest"])
 def test_the_readme_shows_the_two_commands(readme: str, command: str) -> None:
     assert f"pip install -r requirements.txt && {command}" in readme
 
@@ -6618,12 +6840,13 @@ def client_examples(readme: str, package: str) -> list[str]:
         pytest.skip("the README has no such section yet")
     blocks = re.findall(r"^(\S[^\n]*)\n\n((?:(?: {4}[^\n]*)?(?:\n|\Z))+)", section[1], re.MULTILINE)
     return [
-        textwrap.dedent(code) for line, code in blocks
+        textwrap.dedent(code)
+        for line, code in blocks
         if "import " in code and re.search(rf"(?<![\w-]){package}(?![\w-])", line)
-    ]  # fmt: skip
+    ]
 
 
-@pytest.mark.parametrize("package", CLIENTS)
+@cases("package", CLIENTS)
 def test_the_readmes_client_examples_run(server: Server, readme: str, package: str) -> None:
     examples = client_examples(readme, package)
     assert examples
@@ -6634,9 +6857,13 @@ def test_the_readmes_client_examples_run(server: Server, readme: str, package: s
     for code in examples:
         command = [sys.executable, "-c", code.replace("http://127.0.0.1:8000/v1", server.url)]
         ended = subprocess.run(
-            command, capture_output=True, check=False, timeout=PATIENCE, text=True,
+            command,
+            capture_output=True,
+            check=False,
+            timeout=PATIENCE,
+            text=True,
             env=environment(LITELLM_LOCAL_MODEL_COST_MAP="True"),
-        )  # fmt: skip
+        )
         assert server.url in command[2]
         assert (ended.returncode, ended.stdout.strip() != "") == (0, True), ended.stderr
 
