@@ -3945,15 +3945,11 @@ def test_a_path_with_or_without_v1_and_a_slash_at_its_end_is_a_route(path: str, 
 @cases("path", ["/v1/models", "/models", "/v1/models/", "/models/?limit=5"])
 def test_the_served_model_is_listed(server: Server, path: str) -> None:
     listed = get(server, path).json
-    assert listed["object"] == "list"
     (entry,) = listed["data"]
-    assert entry == {
-        "id": server.model,
-        "object": "model",
-        "created": entry["created"],
-        "owned_by": "phi_server",
-    }
-    assert abs(time.time() - entry["created"]) < 1000
+    created = entry.pop("created")
+    assert listed["object"] == "list"
+    assert entry == {"id": server.model, "object": "model", "owned_by": "phi_server"}
+    assert abs(time.time() - created) < 1000
 
 
 def test_the_served_model_is_shown_by_its_name_alone(server: Server) -> None:
@@ -3970,84 +3966,72 @@ def test_health_and_index_answer(server: Server) -> None:
 
 def test_a_chat_completion_is_openais_object(server: Server) -> None:
     reply = chat(server, QUESTION)
-    message = {"role": "assistant", "content": ANSWER, "refusal": None}
+    said = {"role": "assistant", "content": ANSWER, "refusal": None}
+    usage = ["completion_tokens", "prompt_tokens", "prompt_tokens_details", "total_tokens"]
     assert re.fullmatch(r"chatcmpl-[0-9A-Za-z]{24,}", reply["id"])
+    assert sorted(reply["usage"]) == usage
     assert reply == {
         **{name: reply[name] for name in ("id", "created", "usage", "system_fingerprint")},
         "object": "chat.completion",
         "model": server.model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}],
     }
-    assert sorted(reply["usage"]) == [
-        "completion_tokens",
-        "prompt_tokens",
-        "prompt_tokens_details",
-        "total_tokens",
-    ]
 
 
 def test_a_text_completion_is_openais_object(server: Server) -> None:
     reply = complete(server, "The capital of France is", max_tokens=1)
     assert re.fullmatch(r"cmpl-[0-9A-Za-z]{24,}", reply["id"])
+    assert abs(time.time() - reply["created"]) < 60
     assert reply == {
         **{name: reply[name] for name in ("id", "created", "usage", "system_fingerprint")},
         "object": "text_completion",
         "model": server.model,
         "choices": [{"index": 0, "text": " Paris", "logprobs": None, "finish_reason": "length"}],
     }
-    assert abs(time.time() - reply["created"]) < 60
+
+
+def test_text_completions_have_16_tokens_by_default(server: Server) -> None:
+    assert complete(server, "Once upon a time", ignore_eos=True)["usage"]["completion_tokens"] == 16
 
 
 def test_each_reply_has_its_own_id(server: Server) -> None:
     assert chat(server, "Hi", max_tokens=1)["id"] != chat(server, "Hi", max_tokens=1)["id"]
 
 
-USAGE = {"stream_options": {"include_usage": True}}
-
-
 def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(server: Server) -> None:
     first, *middle, last, done = events(server, CHAT, **ASKED)
-    assert first["choices"] == [
-        {
-            "index": 0,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-    ]
+    role, common = {"role": "assistant", "content": ""}, {"index": 0, "logprobs": None}
+    assert first["choices"] == [common | {"delta": role, "finish_reason": None}]
     assert all(list(part["choices"][0]["delta"]) == ["content"] for part in middle)
-    assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}]
+    assert last["choices"] == [common | {"delta": {}, "finish_reason": "stop"}]
     assert done == "[DONE]"
 
 
 def test_a_streamed_text_completion_ends_with_the_reason(server: Server) -> None:
     *parts, last, done = events(server, TEXT, **ASKED)
+    ending = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
     assert all(part["choices"][0]["finish_reason"] is None for part in parts)
-    assert last["choices"] == [
-        {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
-    ]
+    assert last["choices"] == [ending]
     assert done == "[DONE]"
 
 
-@cases("path", [CHAT, TEXT])
-def test_all_chunks_have_the_same_id_and_say_what_they_are(server: Server, path: str) -> None:
+@cases("path kind", [(CHAT, "chat.completion.chunk"), (TEXT, "text_completion")])
+def test_all_chunks_have_the_same_id_and_say_what_they_are(
+    server: Server, path: str, kind: str
+) -> None:
     parts = events(server, path, **ASKED)[:-1]
-    kind = "chat.completion.chunk" if path == CHAT else "text_completion"
-    heads = {tuple(part[name] for name in ("id", "created", "model", "object")) for part in parts}
-    ((_, _, model, name),) = heads
-    assert (model, name) == (server.model, kind)
+    assert len({(part["id"], part["created"]) for part in parts}) == 1
+    assert {(part["model"], part["object"]) for part in parts} == {(server.model, kind)}
     assert not any("usage" in part for part in parts)
 
 
 @cases("path", [CHAT, TEXT])
 def test_usage_comes_last_and_is_null_before(server: Server, path: str) -> None:
-    *parts, last, _ = events(server, path, **ASKED, **USAGE)
+    *parts, last, _ = events(server, path, **ASKED, stream_options={"include_usage": True})
+    whole = post(server, path, ASKED | {"temperature": 0}).json
     assert all(part["usage"] is None and part["choices"] for part in parts)
     assert last["choices"] == []
-    assert (
-        last["usage"]["total_tokens"]
-        == post(server, path, ASKED | {"temperature": 0}).json["usage"]["total_tokens"]
-    )
+    assert last["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
 
 
 @both_ways
@@ -4055,36 +4039,22 @@ def test_usage_comes_last_and_is_null_before(server: Server, path: str) -> None:
 def test_a_chats_log_probabilities_are_the_models_own(
     server: Server, model: Any, top: int | None, stream: bool
 ) -> None:
-    said = QUESTION
-    fields = {"messages": turns(said), "seed": 1, "logprobs": True} | (
-        {} if top is None else {"top_logprobs": top}
-    )
+    fields = {"messages": turns(QUESTION), "seed": 1, "logprobs": True, "top_logprobs": top}
     (choice,) = ask(server, CHAT, stream, **fields)
-    entries, text = choice["logprobs"]["content"], ANSWER
-    tokens = model.encode(text)
-    scores = reply_scores(model, tokens_of(model, message(said)), tokens)
+    entries, tokens = choice["logprobs"]["content"], model.encode(ANSWER)
+    scores = reply_scores(model, tokens_of(model, user(QUESTION)), tokens)
+    joined = bytes(byte for entry in entries for byte in entry["bytes"])
     assert choice["logprobs"]["refusal"] is None
-    assert [entry["token"] for entry in entries] == [
-        model.token_bytes(token).decode() for token in tokens
-    ]
-    assert (
-        bytes(byte for entry in entries for byte in entry["bytes"]).decode()
-        == choice["message"]["content"]
-        == text
-    )
+    assert joined.decode() == choice["message"]["content"] == ANSWER
     for entry, token, row in zip(entries, tokens, scores, strict=True):
+        others = entry["top_logprobs"]
         likeliest = np.sort(row)[::-1][: top or 0]
+        assert entry["token"] == model.token_bytes(token).decode()
         assert entry["logprob"] == pytest.approx(row[token], abs=1e-4)
         assert entry["logprob"] == pytest.approx(row.max(), abs=1e-4)  # for it is greedy
-        assert [other["logprob"] for other in entry["top_logprobs"]] == pytest.approx(
-            likeliest, abs=1e-4
-        )
-        assert [other["token"] for other in entry["top_logprobs"][:1]] == [entry["token"]][
-            : top or 0
-        ]
-        assert all(
-            sorted(other) == ["bytes", "logprob", "token"] for other in entry["top_logprobs"]
-        )
+        assert [other["logprob"] for other in others] == pytest.approx(likeliest, abs=1e-4)
+        assert all(sorted(other) == ["bytes", "logprob", "token"] for other in others)
+        assert not others or others[0]["token"] == entry["token"]
 
 
 @both_ways
@@ -4093,33 +4063,23 @@ def test_a_texts_log_probabilities_are_the_models_own(
     server: Server, model: Any, top: int, stream: bool
 ) -> None:
     prompt = "The three primary colours are"
-    fields = {
-        "prompt": prompt,
-        "max_tokens": 12,
-        "logprobs": top,
-        "temperature": 1.5,
-        "seed": 2,
-        "ignore_eos": True,
-    }
-    (choice,) = ask(server, TEXT, stream, **fields)
-    told = choice["logprobs"]
-    tokens = [model.encode(token)[0] for token in told["tokens"]]
+    fields = {"prompt": prompt, "logprobs": top, "temperature": 1.5, "seed": 2, "ignore_eos": True}
+    (choice,) = ask(server, TEXT, stream, **fields, max_tokens=12)
+    logprobs = choice["logprobs"]
+    texts, own = logprobs["tokens"], logprobs["token_logprobs"]
+    tokens = [model.encode(text)[0] for text in texts]
     scores = reply_scores(model, model.encode(prompt), tokens)
-    assert sorted(told) == ["text_offset", "token_logprobs", "tokens", "top_logprobs"]
-    assert "".join(told["tokens"]) == choice["text"]
-    assert told["text_offset"] == [len("".join(told["tokens"][:i])) for i in range(12)]
-    assert told["token_logprobs"] == pytest.approx(
-        [row[token] for row, token in zip(scores, tokens, strict=True)], abs=1e-4
-    )
-    for token, logprob, row, alternatives in zip(
-        told["tokens"], told["token_logprobs"], scores, told["top_logprobs"], strict=True
+    assert sorted(logprobs) == ["text_offset", "token_logprobs", "tokens", "top_logprobs"]
+    assert "".join(texts) == choice["text"]
+    assert logprobs["text_offset"] == [len("".join(texts[:i])) for i in range(12)]
+    assert own == pytest.approx(scores[np.arange(12), tokens], abs=1e-4)
+    for text, logprob, row, others in zip(
+        texts, own, scores, logprobs["top_logprobs"], strict=True
     ):
         likeliest = np.sort(row)[::-1][:top]
-        assert alternatives[token] == logprob
-        assert len(alternatives) in (top, top + 1)
-        assert sorted(alternatives.values())[-top or 99 :] == pytest.approx(
-            likeliest[::-1], abs=1e-4
-        )
+        assert others[text] == logprob
+        assert len(others) in (top, top + 1)
+        assert sorted(others.values())[::-1][:top] == pytest.approx(likeliest, abs=1e-4)
 
 
 @cases(
@@ -4131,39 +4091,31 @@ def test_a_texts_log_probabilities_are_the_models_own(
         {"logit_bias": {"500": 100}},
         {"repetition_penalty": 2},
         {"presence_penalty": 2},
-        {"response_format": {"type": "json_object"}},
+        FORMAT,
     ],
 )
-def test_log_probabilities_are_told_before_anything_changes_them(
+def test_log_probabilities_are_reported_before_anything_changes_them(
     server: Server, fields: Any
 ) -> None:
-    asked = {
-        "messages": turns("Hi"),
-        "seed": 1,
-        "logprobs": True,
-        "top_logprobs": 20,
-        "max_tokens": 1,
-    }
-    plain, other = [
-        choice["logprobs"]["content"][0]["top_logprobs"]
-        for choice in (*ask(server, CHAT, **asked), *ask(server, CHAT, **asked, **fields))
-    ]
-    assert other == plain
-    assert sum(math.exp(entry["logprob"]) for entry in plain) <= 1
+    asked = HELLO | {"seed": 1, "logprobs": True, "top_logprobs": 20, "max_tokens": 1}
+    (plain,), (other,) = ask(server, CHAT, **asked), ask(server, CHAT, **asked, **fields)
+    first = plain["logprobs"]["content"][0]["top_logprobs"]
+    assert other["logprobs"]["content"][0]["top_logprobs"] == first
+    assert sum(math.exp(entry["logprob"]) for entry in first) <= 1
 
 
 @cases("text", ["🙂 é", "🙂 漢字 é", "plain"])
-def test_the_bytes_of_told_tokens_join_to_the_text_however_far_it_has_come(
+def test_the_bytes_of_reported_tokens_join_to_the_text_however_far_it_has_come(
     model: Any, text: str
 ) -> None:
-    tokens, stream = model.encode(text), phi_server.TextStream(model.token_stream(), (), False)
-    sent, told = "", b""
-    for token in tokens:
+    stream = phi_server.TextStream(model.token_stream(), (), False)
+    sent, reported = "", b""
+    for token in model.encode(text):
         piece = stream.push(token, phi_server.Scored(token, -1.0))
         sent += piece.text
-        told += b"".join(model.token_bytes(scored.token) for scored, _ in piece.tokens)
-        assert told.startswith(sent.encode())  # the last token may begin another character
-    assert (sent, told) == (text, text.encode())
+        reported += b"".join(model.token_bytes(scored.token) for scored, _ in piece.tokens)
+        assert reported.startswith(sent.encode())  # the last token may begin another character
+    assert (sent, reported) == (text, text.encode())
 
 
 def test_a_schema_that_spells_a_character_of_several_tokens_is_refused(server: Server) -> None:
@@ -4173,15 +4125,11 @@ def test_a_schema_that_spells_a_character_of_several_tokens_is_refused(server: S
 
 
 def test_a_schema_may_spell_characters_that_are_tokens(server: Server) -> None:
-    asked = {
-        "response_format": schema_format({"enum": ["café", "naïf"], "description": "漢字"}),
-        "temperature": 2,
-    }
-    replied = chat(server, "Which?", n=8, seed=1, **asked)
-    assert {json.loads(choice["message"]["content"]) for choice in replied["choices"]} <= {
-        "café",
-        "naïf",
-    }
+    names = schema_format({"enum": ["café", "naïf"], "description": "漢字"})
+    fields = {"response_format": names, "temperature": 2, "n": 8, "seed": 1}
+    choices = ask(server, CHAT, messages=turns("Which?"), **fields)
+    said = {json.loads(choice["message"]["content"]) for choice in choices}
+    assert said <= {"café", "naïf"}
 
 
 @both_ways
@@ -4194,36 +4142,39 @@ def test_a_schema_may_spell_characters_that_are_tokens(server: Server) -> None:
         "across tokens": ("nce is", "The capital of Fra", "The capital of France"),
     },
 )
-def test_tokens_behind_a_stop_string_are_not_told(
+def test_tokens_behind_a_stop_string_are_not_reported(
     server: Server, stop: str, text: str, tokens: str, stream: bool
 ) -> None:
     fields = {"messages": turns(QUESTION), "logprobs": True, "stop": stop}
     (choice,) = ask(server, CHAT, stream, **fields)
+    entries = choice["logprobs"]["content"] if choice["logprobs"] else []
     assert choice["message"]["content"] == text
-    told = choice["logprobs"]["content"] if choice["logprobs"] else []
-    assert "".join(entry["token"] for entry in told) == tokens
+    assert "".join(entry["token"] for entry in entries) == tokens
 
 
-LONG_TEXT = "The quick brown fox — 🙂 — jumps over the lazy dog, 漢字 and all. " * 13 + "The"
+FOXES = "The quick brown fox — 🙂 — jumps over the lazy dog, 漢字 and all. " * 13 + "The"
 
 
 @both_ways
 @cases("max_tokens", [0, 1])
-@cases("prompt", {"short": "Paris is the capital of France.", "in chunks": LONG_TEXT})
+@cases("prompt", {"short": "Paris is the capital of France.", "in chunks": FOXES})
 def test_an_echoed_prompt_is_scored_as_evaluation_harnesses_need_it(
     server: Server, model: Any, prompt: str, max_tokens: int, stream: bool
 ) -> None:
-    (choice,) = ask(
-        server, TEXT, stream, prompt=prompt, echo=True, logprobs=1, max_tokens=max_tokens
-    )
-    told, tokens = choice["logprobs"], model.encode(prompt)
+    fields = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    (choice,) = ask(server, TEXT, stream, **fields)
+    logprobs, tokens = choice["logprobs"], model.encode(prompt)
     scores = prompt_scores(model, tokens)[np.arange(len(tokens) - 1), tokens[1:]]
+    scored = logprobs["token_logprobs"][1 : len(tokens)]
     assert choice["text"].startswith(prompt)
     assert (choice["text"] == prompt) == (max_tokens == 0)
-    assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
-    assert len(told["tokens"]) == len(told["text_offset"]) == len(tokens) + max_tokens
-    assert told["token_logprobs"][1 : len(tokens)] == pytest.approx(scores, abs=1e-4)
-    assert sum(told["token_logprobs"][1 : len(tokens)]) == pytest.approx(scores.sum(), abs=1e-2)
+    assert (logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]) == (None, None)
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == len(tokens) + max_tokens
+    assert scored == pytest.approx(scores, abs=1e-4)
+    assert sum(scored) == pytest.approx(scores.sum(), abs=1e-2)
+
+
+CONTROLS = "<|im_start|>user\nHi<|im_end|>\n"
 
 
 @cases(
@@ -4233,7 +4184,7 @@ def test_an_echoed_prompt_is_scored_as_evaluation_harnesses_need_it(
         "a character of two tokens": ("🙂", "🙂"),
         "a stop string counts in the reply alone": ("one STOP two", "one STOP two"),
         "nothing": ("", ""),
-        "control tokens": ("<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>user\nHi<|im_end|>\n"),
+        "control tokens": (CONTROLS, CONTROLS),
     },
 )
 def test_echo_returns_the_prompt(
@@ -4241,11 +4192,11 @@ def test_echo_returns_the_prompt(
 ) -> None:
     text = model.tokenizer.decode(prompt) if text is None else text
     reply = complete(server, prompt, echo=True, max_tokens=0, logprobs=0, stop="STOP")
-    assert text_of(reply) == text
-    assert reply["choices"][0]["finish_reason"] == "length"
+    (choice,) = reply["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (text, "length")
     assert reply["usage"]["completion_tokens"] == 0
     if prompt:
-        assert len(reply["choices"][0]["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
+        assert len(choice["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
 
 
 def test_max_tokens_zero_without_echo_is_an_empty_text(server: Server) -> None:
@@ -4258,56 +4209,47 @@ def test_several_prompts_have_n_choices_each_in_their_order(server: Server, stre
     prompts = ["Once upon a time", [500, 501, 502], "The sea"]
     fields = {"temperature": 1, "max_tokens": 6, "ignore_eos": True}
     choices = ask(server, TEXT, stream, prompt=prompts, n=2, seed=5, **fields)
-    alone = [
-        ask(server, TEXT, prompt=prompt, seed=5 + i, **fields)[0]
-        for prompt in prompts
-        for i in range(2)
-    ]
+    each = itertools.product(prompts, (5, 6))
+    alone = [ask(server, TEXT, prompt=prompt, seed=seed, **fields)[0] for prompt, seed in each]
     assert choices == [choice | {"index": index} for index, choice in enumerate(alone)]
+
+
+KINDS_OF_JSON = {"object": dict, "array": list, "string": str, "integer": int}
+KINDS_OF_JSON |= {"boolean": bool, "null": type(None)}
 
 
 def fits(value: Any, schema: dict[str, Any]) -> bool:
     """Whether a value fits a schema, of the keywords that the tables below use."""
-    kinds = {
-        "object": dict,
-        "array": list,
-        "string": str,
-        "integer": int,
-        "boolean": bool,
-        "null": type(None),
-    }
     if "anyOf" in schema:
         return any(fits(value, option) for option in schema["anyOf"])
     if "enum" in schema:
         return value in schema["enum"]
-    if type(value) is not kinds[schema["type"]]:
+    if type(value) is not KINDS_OF_JSON[schema["type"]]:
         return False
     if isinstance(value, dict):
-        known = schema.get("properties", {})
+        known, present = schema.get("properties", {}), set(value)
         is_closed = schema.get("additionalProperties") is False
         return (
-            set(schema.get("required", [])) <= set(value)
-            and (not is_closed or set(value) <= set(known))
-            and all(fits(value[name], known[name]) for name in value.keys() & known.keys())
+            set(schema.get("required", [])) <= present
+            and (not is_closed or present <= set(known))
+            and all(fits(value[name], known[name]) for name in present & set(known))
         )
     if isinstance(value, list):
         is_long_enough = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 99)
         return is_long_enough and all(fits(item, schema["items"]) for item in value)
     if isinstance(value, str):
         return schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 99)
-    return not isinstance(value, int) or schema.get("minimum", value) <= value <= schema.get(
-        "maximum", value
-    )
+    low, high = schema.get("minimum", value), schema.get("maximum", value)
+    return not isinstance(value, int) or low <= value <= high
 
 
 DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+PLACE = closed(city={"enum": ["Rome", "Paris"]}, old={"type": "boolean"})
 SCHEMAS = {
     "enum": {"enum": ["red", "green", 5, None]},
     "integer": {"type": "integer", "minimum": -5, "maximum": 120},
     "array": {"type": "array", "items": DIGIT, "minItems": 2, "maxItems": 4},
-    "nested": closed(
-        place=closed(city={"enum": ["Rome", "Paris"]}, old={"type": "boolean"}), floor=DIGIT
-    ),
+    "nested": closed(place=PLACE, floor=DIGIT),
     "string": {"type": "string", "minLength": 2, "maxLength": 6},
     "alternatives": {"anyOf": [{"type": "null"}, closed(a={"type": "boolean"})]},
     "array of objects": {"type": "array", "items": closed(n=DIGIT), "minItems": 1, "maxItems": 2},
@@ -4318,12 +4260,8 @@ SCHEMAS = {
 @cases("schema", SCHEMAS)
 def test_a_reply_fits_its_schema(server: Server, schema: Any, temperature: float) -> None:
     fields = {"messages": turns("Tell me about Rome."), "seed": 1, "max_tokens": 80}
-    asked = {
-        "response_format": schema_format(schema),
-        "temperature": temperature,
-        "n": 3 if temperature else 1,
-    }
-    for choice in ask(server, CHAT, **fields, **asked):
+    fields |= {"response_format": schema_format(schema), "n": 3 if temperature else 1}
+    for choice in ask(server, CHAT, **fields, temperature=temperature):
         assert choice["finish_reason"] == "stop"
         assert fits(json.loads(choice["message"]["content"]), schema)
 
@@ -4510,47 +4448,45 @@ def test_a_schema_up_to_the_bounds_is_kept_to(server: Server, schema: Any) -> No
 
 
 def test_others_are_served_while_the_guides_of_many_choices_are_made(server: Server) -> None:
-    asked = {
-        "response_format": schema_format(closed(name={"type": "string"})),
-        "n": 128,
-        "max_tokens": 1,
-    }
-    with stream_forever(server, "Hi", **asked) as wire, Wire(server) as other:
+    named = schema_format(closed(name={"type": "string"}))
+    fields = {"response_format": named, "n": 128, "max_tokens": 1}
+    with stream_forever(server, "Hi", **fields) as wire, Wire(server) as other:
         for _ in range(5):
-            other.send(HEALTH)
-            assert other.read_reply()
+            other.ask(HEALTH)
             assert not wire.is_readable(0)
         assert wire.read_until(b"data: ")
 
 
 @both_ways
 @cases("temperature", [0, 1, 2])
-def test_a_json_object_is_one_unless_it_is_cut_off(
+def test_json_object_mode_yields_an_object_unless_cut_off(
     server: Server, temperature: float, stream: bool
 ) -> None:
-    fields = {
-        "messages": turns("A JSON object, please."),
-        "response_format": {"type": "json_object"},
-        "n": 3,
-    }
-    for choice in ask(
-        server, CHAT, stream, temperature=temperature, max_tokens=24, seed=1, **fields
-    ):
+    fields = FORMAT | {"messages": turns("A JSON object, please."), "n": 3, "max_tokens": 24}
+    for choice in ask(server, CHAT, stream, **fields, temperature=temperature, seed=1):
         text = choice["message"]["content"]
         assert text.startswith("{")
         assert choice["finish_reason"] == "length" or isinstance(json.loads(text), dict)
 
 
-@cases("where", ["response_format", "tools"])
-def test_half_a_character_in_a_schema_is_no_internal_error(server: Server, where: str) -> None:
-    schema = closed(**{"half \ud800": {"type": "string"}})
-    offered = {"tools": [tool("f", **{"half \ud800": {}})]}
-    asked = {"response_format": schema_format(schema)} if where == "response_format" else offered
-    assert post(server, CHAT, HELLO | {"max_tokens": 1, **asked}).status in (200, 400)
+HALF = {"half \ud800": {"type": "string"}}
 
 
-@cases("fields", [{"top_k": 5}, {"top_p": 0.5}, {"response_format": {"type": "json_object"}}])
-def test_the_least_repetition_penalty_is_no_internal_error(server: Server, fields: Any) -> None:
+@cases(
+    "fields",
+    {
+        "response_format": {"response_format": schema_format(closed(**HALF))},
+        "tools": {"tools": [tool("f", **HALF)]},
+    },
+)
+def test_half_a_character_in_a_schema_is_not_an_internal_error(server: Server, fields: Any) -> None:
+    assert post(server, CHAT, HELLO | fields | {"max_tokens": 1}).status in (200, 400)
+
+
+@cases("fields", [{"top_k": 5}, {"top_p": 0.5}, FORMAT])
+def test_the_smallest_repetition_penalty_is_not_an_internal_error(
+    server: Server, fields: Any
+) -> None:
     asked = HELLO | {"max_tokens": 3, "repetition_penalty": 5e-324}
     assert post(server, CHAT, asked | fields).status == 200
 
@@ -4563,7 +4499,7 @@ def test_an_echo_with_log_probabilities_is_bounded(server: Server) -> None:
     assert post(server, TEXT, asked | {"n": 2}).status == 200
 
 
-def test_a_panic_of_the_grammar_engine_is_told_without_its_backtrace(model: Any) -> None:
+def test_a_panic_of_the_grammar_engine_is_reported_without_its_backtrace(model: Any) -> None:
     def case(name: str) -> dict[str, Any]:
         return {"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]}
 
@@ -4576,26 +4512,20 @@ def test_a_panic_of_the_grammar_engine_is_told_without_its_backtrace(model: Any)
 def test_a_constant_is_kept_with_what_would_be_comments_in_a_schema(server: Server) -> None:
     constant = {"title": "x", "description": "y", "n": 1}
     schema = {"description": "z", "const": constant}
-    (choice,) = ask(server, CHAT, messages=turns("Hi"), response_format=schema_format(schema))
+    (choice,) = ask(server, CHAT, **HELLO, response_format=schema_format(schema))
     assert json.loads(choice["message"]["content"]) == constant
 
 
 def test_bias_and_penalties_do_not_break_a_schema(server: Server, tokenizer: Any) -> None:
     bias = {str(tokenizer.encode(text)[0]): 100 for text in ("red", "}", "Hello")}
-    fields = {
-        "messages": turns("Hi"),
-        "logit_bias": bias,
-        "presence_penalty": 2,
-        "repetition_penalty": 2,
-        "top_k": 1,
-    }
-    (choice,) = ask(
-        server, CHAT, **fields, response_format=schema_format(SCHEMAS["nested"]), max_tokens=60
-    )
+    penalties = {"presence_penalty": 2, "repetition_penalty": 2}
+    fields = HELLO | penalties | {"logit_bias": bias, "top_k": 1, "max_tokens": 60}
+    (choice,) = ask(server, CHAT, **fields, response_format=schema_format(SCHEMAS["nested"]))
     assert fits(json.loads(choice["message"]["content"]), SCHEMAS["nested"])
 
 
-PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+PARAMETERS = {known["function"]["name"]: known["function"]["parameters"] for known in TOOLS}
+FORCED_WEATHER = {"tools": TOOLS, "tool_choice": NAMED, "parallel_tool_calls": False}
 
 
 @both_ways
@@ -4604,62 +4534,34 @@ PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool 
 def test_a_forced_call_has_arguments_that_fit(
     server: Server, choice: object, temperature: float, stream: bool
 ) -> None:
-    fields = {
-        "messages": turns("Hi"),
-        "tools": TOOLS,
-        "parallel_tool_calls": False,
-        "seed": 5,
-        "n": 2,
-    }
-    for reply in ask(
-        server, CHAT, stream, tool_choice=choice, temperature=temperature, max_tokens=80, **fields
-    ):
+    fields = HELLO | FORCED_WEATHER | {"tool_choice": choice, "temperature": temperature}
+    for reply in ask(server, CHAT, stream, **fields, seed=5, n=2, max_tokens=80):
         (call,) = reply["message"]["tool_calls"]
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        assert (reply["message"]["content"], reply["finish_reason"], call["type"]) == (
-            None,
-            "tool_calls",
-            "function",
-        )
+        assert (reply["message"]["content"], reply["finish_reason"]) == (None, "tool_calls")
+        assert call["type"] == "function"
         assert name == "weather" if choice is NAMED else name in PARAMETERS
         assert fits(json.loads(arguments), PARAMETERS[name])
 
 
 def test_several_forced_calls_all_fit_but_one_that_is_cut_off(server: Server) -> None:
-    fields = {
-        "messages": turns("The weather in Rome and Paris?"),
-        "tools": [WEATHER],
-        "tool_choice": "required",
-    }
+    fields = {"messages": turns("The weather in Rome and Paris?"), "tools": [WEATHER], **FORCED}
     (reply,) = ask(server, CHAT, max_tokens=75, **fields)
     calls = reply["message"]["tool_calls"][: None if reply["finish_reason"] == "tool_calls" else -1]
-    assert calls
-    assert all(
-        fits(json.loads(call["function"]["arguments"]), PARAMETERS["weather"]) for call in calls
-    )
+    arguments = [json.loads(call["function"]["arguments"]) for call in calls]
+    assert arguments
+    assert all(fits(each, PARAMETERS["weather"]) for each in arguments)
 
 
 def test_a_streamed_call_begins_with_its_name_and_goes_on_with_its_arguments(
     server: Server,
 ) -> None:
-    fields = {
-        "messages": turns("Hi"),
-        "tools": TOOLS,
-        "tool_choice": NAMED,
-        "parallel_tool_calls": False,
-    }
-    role, first, *middle, last, _ = [
-        part if part == "[DONE]" else part["choices"][0] for part in events(server, CHAT, **fields)
-    ]
+    parts = events(server, CHAT, **HELLO, **FORCED_WEATHER)[:-1]
+    role, first, *middle, last = [part["choices"][0] for part in parts]
     (begin,) = first["delta"]["tool_calls"]
     assert role["delta"] == {"role": "assistant", "content": ""}
-    assert begin == {
-        "index": 0,
-        "id": begin["id"],
-        "type": "function",
-        "function": {"name": "weather", "arguments": ""},
-    }
-    assert re.fullmatch("call_[0-9A-Za-z]{24,}", begin["id"])
+    assert re.fullmatch("call_[0-9A-Za-z]{24,}", begin.pop("id"))
+    assert begin == {"index": 0, **function("weather", arguments="")}
     assert len(middle) > 3
     assert all(list(part["delta"]["tool_calls"][0]) == ["index", "function"] for part in middle)
     assert (last["delta"], last["finish_reason"]) == ({}, "tool_calls")
@@ -4670,81 +4572,69 @@ def test_a_streamed_call_begins_with_its_name_and_goes_on_with_its_arguments(
 def test_no_markup_of_a_forced_call_becomes_content(
     server: Server, max_tokens: int, stream: bool
 ) -> None:
-    fields = {
-        "messages": turns("Hi"),
-        "tools": [CLOCK],
-        "tool_choice": "required",
-        "max_tokens": max_tokens,
-    }
+    fields = HELLO | FORCED | {"tools": [CLOCK], "max_tokens": max_tokens}
     (choice,) = ask(server, CHAT, stream, **fields)
     assert choice["finish_reason"] == "length"
     assert "<" not in (choice["message"]["content"] or "")
 
 
-CALLED = [
+EXAMPLE = {"name": "weather", "arguments": json.dumps({"city": "Rome", "days": 1})}
+AFTER_AN_EXAMPLE = [
     {"role": "user", "content": "Weather in Rome"},
-    {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [
-            {
-                "id": "call_1",
-                "type": "function",
-                "function": {
-                    "name": "weather",
-                    "arguments": json.dumps({"city": "Rome", "days": 1}),
-                },
-            }
-        ],
-    },
+    {"role": "assistant", "content": None, "tool_calls": [CALLS[0] | {"function": EXAMPLE}]},
     {"role": "user", "content": "Weather in Paris"},
 ]
 
 
 @both_ways
+def test_the_model_may_call_after_an_example(server: Server, stream: bool) -> None:
+    fields = {"messages": AFTER_AN_EXAMPLE, "tools": [WEATHER], "max_tokens": 60}
+    (choice,) = ask(server, CHAT, stream, **fields)
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] == "Paris"
+
+
+@both_ways
 @cases(
-    "fields is_called",
+    "fields",
     {
-        "auto calls after an example": ({"messages": CALLED}, True),
-        "auto answers": ({"messages": turns(QUESTION)}, False),
-        "none never calls": ({"messages": CALLED, "tool_choice": "none"}, False),
+        "auto answers": {"messages": turns(QUESTION)},
+        "none never calls": {"messages": AFTER_AN_EXAMPLE, "tool_choice": "none"},
     },
 )
-def test_the_model_chooses_between_text_and_calls(
-    server: Server, fields: Any, is_called: bool, stream: bool
+def test_the_model_may_answer_where_it_could_call(
+    server: Server, fields: Any, stream: bool
 ) -> None:
     (choice,) = ask(server, CHAT, stream, tools=[WEATHER], max_tokens=60, **fields)
-    assert ("tool_calls" in choice["message"]) == is_called
-    assert choice["finish_reason"] == ("tool_calls" if is_called else "stop")
-    if is_called:
-        (call,) = choice["message"]["tool_calls"]
-        assert call["function"]["name"] == "weather"
-        assert json.loads(call["function"]["arguments"])["city"] == "Paris"
-        assert choice["message"]["content"] is None
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "stop"
 
 
 def test_a_tools_result_is_read_by_the_model(server: Server) -> None:
-    count = [
-        chat(server, "Hi", messages=messages, tools=TOOLS, max_tokens=1)["usage"]["prompt_tokens"]
-        for messages in (HISTORY[:1], HISTORY[:2], HISTORY)
-    ]
-    assert count[0] < count[1] < count[2]
+    fields = {"tools": TOOLS, "max_tokens": 1}
+    replies = [chat(server, messages=HISTORY[:count], **fields) for count in (1, 2, 3)]
+    counts = [reply["usage"]["prompt_tokens"] for reply in replies]
+    assert counts[0] < counts[1] < counts[2]
 
 
 def test_a_stream_has_the_headers_that_keep_proxies_from_holding_it_back(server: Server) -> None:
-    reply = post(server, CHAT, ASKED | {"stream": True})
-    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert reply.headers["cache-control"] == "no-cache"
-    assert reply.headers["x-accel-buffering"] == "no"
+    headers = post(server, CHAT, ASKED | {"stream": True}).headers
+    assert headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert headers["cache-control"] == "no-cache"
+    assert headers["x-accel-buffering"] == "no"
+
+
+LONG_COUNT = " ".join(str(i) for i in range(700))
 
 
 @cases("path first", [(CHAT, b'"role":"assistant"'), (TEXT, b"text/event-stream")])
 def test_a_stream_begins_before_its_prompt_is_prefilled(
     server: Server, path: str, first: bytes
 ) -> None:
-    long = " ".join(str(i) for i in range(700))
     generated = metric(server, "generated_tokens_total")
-    with stream_forever(server, long, path=path) as wire:
+    with stream_forever(server, LONG_COUNT, path=path) as wire:
         wire.read_until(first)
         assert metric(server, "generated_tokens_total") == generated
     assert soon_idle(server)
@@ -4757,17 +4647,18 @@ sys.exit(phi_server.main([]))
 """
 
 
-@cases("path", [CHAT, TEXT])
-def test_a_stream_that_is_silent_for_long_says_that_it_is_alive(path: str) -> None:
-    long = " ".join(str(i) for i in range(700))
+@cases("path first_text", [(CHAT, FIRST_TEXT), (TEXT, b'"text":')])
+def test_a_stream_that_is_silent_for_long_says_that_it_is_alive(
+    path: str, first_text: bytes
+) -> None:
     with (
         running(script=IMPATIENT) as server,
-        stream_forever(server, long, path=path, max_tokens=1) as wire,
+        stream_forever(server, LONG_COUNT, path=path, max_tokens=1) as wire,
     ):
         wire.read_until(b": keepalive")
         assert metric(server, "generated_tokens_total") == 0
         wire.read_until(b": keepalive")
-        wire.read_until(FIRST_TEXT if path == CHAT else b'"text":')
+        wire.read_until(first_text)
 
 
 def test_text_comes_as_it_is_generated(server: Server) -> None:
@@ -4778,183 +4669,150 @@ def test_text_comes_as_it_is_generated(server: Server) -> None:
     assert soon_idle(server)
 
 
-def test_the_official_client_works(server: Server) -> None:
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-    asked = {"model": server.model, "messages": ASKED["messages"], "temperature": 0}
-    assert client.chat.completions.create(**asked).choices[0].message.content == ANSWER
+@pytest.fixture(scope="module")
+def openai() -> Any:
+    """The official client's package."""
+    return pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def client(openai: Any, server: Server) -> Any:
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+def asynchronously(openai: Any, server: Server, *calls: Callable[[Any], Any]) -> list[Any]:
+    """The results of what is awaited of the asynchronous client at the same time."""
+
+    async def gather() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(call(client) for call in calls))
+
+    return asyncio.run(gather())
+
+
+def test_the_official_client_works(server: Server, client: Any) -> None:
+    asked = {"model": server.model, "messages": turns(QUESTION), "temperature": 0}
+    whole = client.chat.completions.create(**asked)
     with client.chat.completions.create(**asked, stream=True) as chunks:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == ANSWER
-    assert [model.id for model in client.models.list()] == [server.model]
+    assert whole.choices[0].message.content == text == ANSWER
+    assert [listed.id for listed in client.models.list()] == [server.model]
 
 
-def test_the_official_asynchronous_client_works(server: Server) -> None:
-    openai = pytest.importorskip("openai")
+def test_the_official_asynchronous_client_works(server: Server, openai: Any) -> None:
+    asked = {"prompt": "The capital of France is", "max_tokens": 1, "temperature": 0}
 
-    async def ask() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
-            asked = {
-                "model": server.model,
-                "prompt": "The capital of France is",
-                "max_tokens": 1,
-                "temperature": 0,
-            }
-            replies = await asyncio.gather(*(client.completions.create(**asked) for _ in range(3)))
-            return [reply.choices[0].text for reply in replies]
+    async def capital(client: Any) -> str:
+        reply = await client.completions.create(model=server.model, **asked)
+        return str(reply.choices[0].text)
 
-    assert asyncio.run(ask()) == [" Paris"] * 3
+    assert asynchronously(openai, server, capital, capital, capital) == [" Paris"] * 3
 
 
-def test_the_official_client_reads_choices_log_probabilities_and_text(server: Server) -> None:
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
-    asked = {
-        "model": server.model,
-        "messages": turns("Hi"),
-        "n": 2,
-        "seed": 1,
-        "max_tokens": 4,
-        "logprobs": True,
-    }
-    whole = client.chat.completions.create(**asked, top_logprobs=2)
-    streamed = list(client.chat.completions.create(**asked, top_logprobs=2, stream=True))
+def test_the_official_client_reads_choices_and_log_probabilities(
+    server: Server, client: Any
+) -> None:
+    asked = {"model": server.model, "n": 2, "seed": 1, "max_tokens": 4, **HELLO}
+    create = functools.partial(client.chat.completions.create, logprobs=True, top_logprobs=2)
+    whole, streamed_chunks = create(**asked), list(create(**asked, stream=True))
     assert [choice.index for choice in whole.choices] == [0, 1]
     for choice in whole.choices:
-        chunks = [chunk.choices[0] for chunk in streamed if chunk.choices[0].index == choice.index]
-        told = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content]
-        assert told == choice.logprobs.content
-        assert len(told[0].top_logprobs) == 2
-    text = client.completions.create(
-        model=server.model, prompt=["Once", "Paris"], max_tokens=0, echo=True, logprobs=1
-    )
-    assert [choice.text for choice in text.choices] == ["Once", "Paris"]
-    assert text.choices[0].logprobs.token_logprobs[0] is None
+        parts = [chunk.choices[0] for chunk in streamed_chunks]
+        mine = [part.logprobs for part in parts if part.index == choice.index and part.logprobs]
+        entries = [entry for logprobs in mine for entry in logprobs.content]
+        assert entries == choice.logprobs.content
+        assert len(entries[0].top_logprobs) == 2
 
 
-def test_the_official_client_parses_structured_replies_and_tools(server: Server) -> None:
-    openai, pydantic = pytest.importorskip("openai"), pytest.importorskip("pydantic")
-    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+def test_the_official_client_reads_an_echo(server: Server, client: Any) -> None:
+    fields = {"prompt": ["Once", "Paris"], "max_tokens": 0, "echo": True, "logprobs": 1}
+    reply = client.completions.create(model=server.model, **fields)
+    assert [choice.text for choice in reply.choices] == ["Once", "Paris"]
+    assert reply.choices[0].logprobs.token_logprobs[0] is None
+
+
+def test_the_official_client_parses_structured_replies_and_tools(
+    server: Server, openai: Any, client: Any
+) -> None:
+    pydantic = pytest.importorskip("pydantic")
     place = pydantic.create_model("Place", city=(Literal["Rome", "Paris"], ...), is_old=(bool, ...))
     asked = {"model": server.model, "messages": turns("Rome?"), "max_tokens": 60}
     reply = client.chat.completions.parse(**asked, response_format=place)
-    assert reply.choices[0].message.parsed.city in ("Rome", "Paris")
-    tools = {
-        "tools": [openai.pydantic_function_tool(place)],
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-    }
-    with client.chat.completions.stream(**asked, **tools) as stream:
+    asked |= FORCED_ONE | {"tools": [openai.pydantic_function_tool(place)]}
+    with client.chat.completions.stream(**asked) as stream:
         (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert reply.choices[0].message.parsed.city in ("Rome", "Paris")
     assert isinstance(call.function.parsed_arguments, place)
 
 
-def test_the_official_asynchronous_client_streams_calls_and_schemas(server: Server) -> None:
-    openai = pytest.importorskip("openai")
+def test_the_official_asynchronous_client_streams_calls_and_schemas(
+    server: Server, openai: Any
+) -> None:
+    asked = {"model": server.model, "stream": True, "max_tokens": 60, **HELLO}
+    nested_format = {"response_format": schema_format(SCHEMAS["nested"])}
 
-    async def read(client: Any, **fields: object) -> list[Any]:
-        stream = await client.chat.completions.create(
-            model=server.model, messages=turns("Hi"), stream=True, max_tokens=60, **fields
-        )
+    async def read(fields: Any, client: Any) -> list[Any]:
+        stream = await client.chat.completions.create(**asked, **fields)
         return [chunk.choices[0].delta async for chunk in stream]
 
-    async def read_both() -> list[list[Any]]:
-        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
-            calls = read(client, tools=[WEATHER], tool_choice=NAMED, parallel_tool_calls=False)
-            return await asyncio.gather(
-                calls, read(client, response_format=schema_format(SCHEMAS["nested"]))
-            )
-
-    calls, schema = asyncio.run(read_both())
+    reads = [functools.partial(read, fields) for fields in (FORCED_WEATHER, nested_format)]
+    calls, said = asynchronously(openai, server, *reads)
     pieces = [delta.tool_calls[0].function.arguments for delta in calls if delta.tool_calls]
     assert fits(json.loads("".join(pieces)), PARAMETERS["weather"])
-    assert fits(json.loads("".join(delta.content or "" for delta in schema)), SCHEMAS["nested"])
+    assert fits(json.loads("".join(delta.content or "" for delta in said)), SCHEMAS["nested"])
 
 
-def test_the_official_client_recognises_errors(server: Server, strict_server: Server) -> None:
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+def test_the_official_client_recognises_errors(
+    server: Server, strict_server: Server, openai: Any, client: Any
+) -> None:
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="other", messages=ASKED["messages"])
+        client.chat.completions.create(model="other", **HELLO)
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=server.model, messages=turns("a " * 5000))
+        client.chat.completions.create(model=server.model, **LONG_CHAT)
     assert caught.value.code == "context_length_exceeded"
+    strict = client.with_options(base_url=strict_server.url)
     with busy(strict_server, 1), pytest.raises(openai.RateLimitError):
-        client.with_options(base_url=strict_server.url).chat.completions.create(
-            model="strict", messages=turns("Hi")
-        )
+        strict.chat.completions.create(model="strict", **HELLO)
 
 
 def near(strategies: Any, required: dict[str, Any], fields: dict[str, Any]) -> Any:
     """Bodies with the required fields and some others, any of which may be anything."""
-    some = (
-        strategies.none()
-        | strategies.booleans()
-        | strategies.integers(-3, 300)
-        | strategies.floats()
-        | strategies.text(max_size=3)
-        | strategies.just({})
-        | strategies.just([])
-        | strategies.just([{"type": "x"}])
-    )
-    junk = (
-        some
-        | strategies.lists(some, max_size=2)
-        | strategies.dictionaries(strategies.text(max_size=2), some)
-    )
-
-    def one(value: Any) -> Any:
-        return strategies.one_of(
-            strategies.sampled_from(value), strategies.sampled_from(value), junk
-        )
-
-    optional = {name: one(values) for name, values in fields.items()}
-    whole = strategies.fixed_dictionaries(
-        {
-            name: strategies.one_of(*[strategies.sampled_from(values)] * 7, junk)
-            for name, values in required.items()
-        },
-        optional=optional,
-    )
+    text, sampled = strategies.text(max_size=3), strategies.sampled_from
+    numbers = strategies.integers(-3, 300) | strategies.floats()
+    some = strategies.none() | strategies.booleans() | numbers | text
+    some |= strategies.just({}) | strategies.just([]) | strategies.just([{"type": "x"}])
+    lists = strategies.lists(some, max_size=2)
+    junk = some | lists | strategies.dictionaries(strategies.text(max_size=2), some)
+    mostly = {
+        name: strategies.one_of(*[sampled(values)] * 7, junk) for name, values in required.items()
+    }
+    optional = {
+        name: strategies.one_of(sampled(values), sampled(values), junk)
+        for name, values in fields.items()
+    }
+    whole = strategies.fixed_dictionaries(mostly, optional=optional)
     return whole.map(lambda body: {"max_tokens": 2} | body)
 
 
 BAD_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "\0", "arguments": "{"}}]}
+NEAR_MESSAGES = [turns("Hi"), HISTORY, [BAD_CALL], WITH_IMAGE]
+NEAR_PROMPTS = ["Hi", "", ["a", "b"], [1, 2], [[3], "x"], "<|im_end|>\ud83d", [49151], ["a"] * 129]
+NEAR_FORMATS = [
+    {"type": "json_object"},
+    schema_format({"enum": ["a"]}),
+    NONSENSE,
+    schema_format({}),
+]
 NEAR_CHAT = {
-    "required": {
-        "messages": [
-            turns("Hi"),
-            HISTORY,
-            [BAD_CALL],
-            [{"role": "user", "content": [TEXT_PART, IMAGE]}],
-        ]
-    },
     "tools": [TOOLS, [BAD_TOOL], [CLOCK, CLOCK]],
     "tool_choice": ["none", "auto", "required", NAMED],
     "parallel_tool_calls": [True, False],
-    "response_format": [
-        {"type": "json_object"},
-        schema_format({"enum": ["a"]}),
-        NONSENSE,
-        schema_format({}),
-    ],
+    "response_format": NEAR_FORMATS,
     "logprobs": [True],
     "top_logprobs": [0, 2],
     "max_completion_tokens": [1, 3],
 }
 NEAR_TEXT = {
-    "required": {
-        "prompt": [
-            "Hi",
-            "",
-            ["a", "b"],
-            [1, 2],
-            [[3], "x"],
-            "<|im_end|>\ud83d",
-            [49151],
-            ["a"] * 129,
-        ]
-    },
     "echo": [True],
     "logprobs": [0, 5],
     "max_tokens": [0, 1, 2],
@@ -4966,7 +4824,7 @@ NEAR_BOTH = {
     "stream": [True, False],
     "stream_options": [{"include_usage": True}],
     "stop": ["e", ["a", "", "b"]],
-    "seed": [0, -(1 << 63), (1 << 63) - 1],
+    "seed": [0, -LARGEST - 1, LARGEST],
     "temperature": [0, 1e-300, 2],
     "top_p": [0, 1e-300, 1],
     "top_k": [-1, 1, 1 << 40],
@@ -4979,22 +4837,22 @@ NEAR_BOTH = {
 }
 
 
-@cases("path fields", [(CHAT, NEAR_CHAT), (TEXT, NEAR_TEXT)])
+@cases(
+    "path required optional",
+    {
+        "chat": (CHAT, {"messages": NEAR_MESSAGES}, NEAR_CHAT),
+        "text": (TEXT, {"prompt": NEAR_PROMPTS}, NEAR_TEXT),
+    },
+)
 def test_a_body_near_a_valid_one_gets_a_reply_or_a_whole_error(
-    server: Server, path: str, fields: Any
+    server: Server, path: str, required: Any, optional: Any
 ) -> None:
     hypothesis = pytest.importorskip("hypothesis")
-    required = fields["required"]
-    optional = {name: values for name, values in fields.items() if name != "required"} | NEAR_BOTH
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink]
+    settings = {"derandomize": True, "max_examples": 120, "deadline": None, "database": None}
 
-    @hypothesis.settings(
-        derandomize=True,
-        max_examples=120,
-        deadline=None,
-        database=None,
-        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink],
-    )
-    @hypothesis.given(near(hypothesis.strategies, required, optional))
+    @hypothesis.settings(**settings, phases=phases)
+    @hypothesis.given(near(hypothesis.strategies, required, optional | NEAR_BOTH))
     def check(body: dict[str, Any]) -> None:
         reply = post(server, path, body)  # which checks that an error is whole
         assert reply.status in (200, 400, 404)
