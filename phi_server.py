@@ -3247,6 +3247,7 @@ class Engine:
         self.chores.append(
             functools.partial(self.model.kv.copy, donor.row, slot.row, start, shared)
         )
+        slot.resident = max(slot.resident, self.whole_pages(shared))
         prefilled = min(donor.prefilled, shared) if slot.prefilled == start else slot.prefilled
         slot.keep(sequence.tokens[:shared], prefilled)
         sequence.cached_tokens += shared - start
