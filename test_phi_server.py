@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -3358,6 +3359,143 @@ def test_the_common_prefix_of_two_lists_is_found(length: int) -> None:
     a = list(range(100))
     assert phi_server.common_prefix(a, a[:length] + [-1] * 5) == length
     assert phi_server.common_prefix(a[:length], a) == length
+
+
+class Ledger:
+    """In a model's place: the KV of a token is the sum of all up to it, and by what kernel it came.
+
+    The likeliest next token depends on that sum, and soon repeats, so that drafts come true.
+    """
+
+    context_length = 120
+    control_texts: ClassVar[dict[int, str]] = {}
+
+    def __init__(self) -> None:
+        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64)
+        self.kv = phi_server.KvCache(config, np.float32, 6, 128)
+
+    def forward(self, low: int, tokens: Any, lengths: Any) -> Any:
+        rows, count = tokens.shape
+        logits = np.zeros((rows, count, 16), np.float32)
+        for row, (fed, start) in enumerate(zip(tokens, lengths, strict=True)):
+            sums, kernels = (array[low + row, 0, :, 0] for array in self.kv.arrays)
+            sums[start : start + count] = np.cumsum(fed + 1) + (sums[start - 1] if start else 0)
+            is_prefill = count > 1 and start % phi_server.CHUNK_BORDER == 0
+            kernels[start : start + count] = 1 if is_prefill else 2 + rows % 2
+            np.put_along_axis(logits[row], self.likeliest(sums[start : start + count]), 1, axis=1)
+        return logits
+
+    @staticmethod
+    def likeliest(sums: Any) -> Any:
+        return ((4 * np.asarray(sums) + 2) % 16).astype(np.int64).reshape(-1, 1)
+
+
+def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
+    """The choices of a request whose prompt begins as another one's conversation did."""
+    shared = chance.choice(known)[: chance.choice([8, 40, 200])]
+    prompt = (shared + chance.choices(range(16), k=chance.randint(1, 40)))[:115]
+    limit = chance.randint(len(prompt), 120)
+    seed = chance.choice([None, 1])
+    top_logprobs, echoes = chance.choice([None, None, 0]), chance.random() < 0.3
+    eos_tokens = frozenset(chance.choice([[], [], [14]]))
+    outlet: Any = asyncio.Queue()
+    choices: list[Any] = []
+    for index in range(chance.choice([1, 1, 1, 3])):
+        sampling = phi_server.Sampling(seed=seed, temperature=0)
+        sampler = phi_server.Sampler(sampling, prompt, None, top_logprobs)
+        decoder: Any = SimpleNamespace(decode=lambda token: f"{token} ")
+        text = phi_server.TextStream(decoder, (), False)
+        leader = choices[0] if choices else None
+        choices.append(
+            phi_server.Sequence(
+                index, prompt, limit, eos_tokens, sampler, text, outlet, echoes, leader
+            )
+        )
+    return choices
+
+
+def check_slots(engine: Any, slots: list[Any], kv_tokens: int) -> None:
+    """Rows hold what their slots say, and no more memory than KV_MEMORY allows."""
+    kv = engine.model.kv
+    page = kv.tokens_per_page
+    reserved = {slot: -(-slot.sequence.limit // page) * page for slot in slots if slot.sequence}
+    kept = [slot for slot in slots if not slot.sequence]
+    assert sorted(slot.row for slot in slots) == list(range(kv.rows))
+    assert all(slot.resident <= reserved[slot] for slot in reserved)
+    # a page of each kept row is for throwaway tokens
+    most = kv_tokens + page * len(kept)
+    assert sum(reserved.values()) + sum(slot.resident for slot in kept) <= most
+    for slot in slots:
+        sums, kernels = (array[slot.row, 0, :, 0] for array in kv.arrays)
+        held = len(slot.tokens)
+        assert sums[:held].tolist() == list(itertools.accumulate(t + 1 for t in slot.tokens))
+        if sys.platform.startswith("linux"):  # others give memory back in their own time
+            assert not sums[slot.resident :].any()
+        assert (kernels[: slot.prefilled] == 1).all()
+        if slot.sequence:
+            assert slot.tokens == slot.sequence.tokens[:held]
+        if slot.sequence and slot.sequence.is_seeded:
+            prefilled = min(slot.sequence.prompt_tokens, held)
+            if slot.sequence.prompt_tokens > 1:
+                assert (kernels[:prefilled] == 1).all()
+            assert (kernels[max(prefilled, 1) : held] == 2).all()
+
+
+def check_replies(choices: list[Any]) -> None:
+    """Each choice of a request that has come to its end has the reply that it would have alone."""
+    texts, scores = ["" for _ in choices], [[] for _ in choices]  # type: ignore[var-annotated]
+    while not choices[0].outlet.empty():
+        sequence, piece = choices[0].outlet.get_nowait()
+        if piece:
+            texts[sequence.index] += piece.text
+            scores[sequence.index] += [scored for scored, _ in piece.tokens]
+    for sequence, text, scored in zip(choices, texts, scores, strict=True):
+        tokens, prompt = sequence.tokens, sequence.prompt_tokens
+        likeliest = Ledger.likeliest(list(itertools.accumulate(token + 1 for token in tokens)))
+        assert tokens[prompt:] == likeliest[prompt - 1 : -1, 0].tolist()
+        assert sequence.finish_reason == ("length" if len(tokens) == sequence.limit else "stop")
+        assert sequence.finish_reason == "length" or likeliest[-1, 0] in sequence.eos_tokens
+        returned = tokens if sequence.prompt else tokens[prompt:]
+        assert text == "".join(f"{token} " for token in returned)
+        if sequence.sampler.top_logprobs is not None:
+            assert [each.token for each in scored] == returned
+            assert all(each.logprob is not None for each in scored[bool(sequence.prompt) :])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(seed: int) -> None:
+    chance, model, kv_tokens = random.Random(seed), Ledger(), 256
+    pages = kv_tokens // model.kv.tokens_per_page + model.kv.rows
+    kv_bytes = pages * model.kv.tokens_per_page * model.kv.bytes_per_token
+    engine: Any = phi_server.Engine(model, phi_server.Metrics(), 8, kv_bytes)  # type: ignore[arg-type]
+    requests: list[list[Any]] = []
+    known = [chance.choices(range(16), k=60) for _ in range(3)]
+    steps = 1500
+    for step in itertools.count():
+        if step < steps and len(requests) < 8 and chance.random() < 0.2:
+            requests.append(random_request(chance, known))
+            engine.submit(requests[-1])
+        if requests and chance.random() < 0.02:
+            engine.withdraw(requests.pop(chance.randrange(len(requests))))
+        plan = engine.plan()
+        if plan is None and step >= steps:
+            break
+        if plan is not None:
+            picks, _ = engine.forward(plan)
+            if chance.random() < 0.01:
+                picks[-1] = None
+            engine.absorb(plan, picks, plan.count * chance.choice([0.001, 0.01, 0.02]))
+            check_slots(engine, list(engine.slots), kv_tokens)
+        if chance.random() < 0.005:
+            engine.fail()
+        engine.deliver()
+        for request in [request for request in requests if all(each.is_closed for each in request)]:
+            requests.remove(request)
+            engine.withdraw(request)
+            known = [*known[-8:], request[0].tokens]
+            if all(each.finish_reason in ("stop", "length") for each in request):
+                check_replies(request)
+    assert (engine.requests, requests) == (0, [])
 
 
 TRAP = 13_666  # a token that the forward pass below cannot bear
