@@ -2631,8 +2631,9 @@ def without_comments(value: Json) -> Json:
 
 # ---- Engine --------------------------------------------------------------------------------------
 # One coroutine repeats three verbs: plan (event loop), forward (executor), absorb (event loop).
-# While a forward runs, deliver hands the text of the step before to its readers. State changes only
-# on the event loop, and nothing that the forward reads changes while it runs: no locks. The words:
+# While a forward runs, deliver hands the text of the step before to its readers. The event loop
+# then changes nothing that the forward reads, and the forward nothing but KV, samplers and prompt
+# scores: no locks. The words:
 #
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
 #   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
@@ -2731,8 +2732,10 @@ class Sequence:
         self.is_seeded = self.sampler.sampling.seed is not None
         is_scored = self.echoes and self.sampler.top_logprobs is not None
         self.scores_prompt = is_scored and self.leader is None
-        echoed = [Scored(token) for token in prompt if self.echoes]
-        self.prompt_scores: list[Scored] = self.leader.prompt_scores if self.leader else echoed
+        if self.leader is None:
+            self.prompt_scores = [Scored(token) for token in prompt if self.echoes]
+        else:
+            self.prompt_scores = self.leader.prompt_scores
         # A seed, a stop string or a grammar must be kept to at every token.
         is_bound = self.is_seeded or self.text.stop or self.sampler.guide
         self.lookup = None if is_bound else PromptLookup(self.tokens)
@@ -2743,7 +2746,7 @@ class Sequence:
         return len(self.tokens) - self.prompt_tokens
 
     def draft(self) -> list[int]:
-        """Guesses its next tokens but one; [] when there is no good guess."""
+        """Guesses its next tokens, short of the limit by one; [] when there is no good guess."""
         return self.lookup.draft(self.limit - len(self.tokens) - 1) if self.lookup else []
 
     def score_prompt(self, start: int, logits: npt.NDArray[Any]) -> None:
