@@ -63,7 +63,7 @@ from collections.abc import (
     Mapping,
 )
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
@@ -1433,14 +1433,16 @@ class KvCache:
         """
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
-            first = (
-                -(-(head * self.capacity + start) * self.head_bytes // mmap.PAGESIZE)
-                * mmap.PAGESIZE
-            )
+            first = round_up((head * self.capacity + start) * self.head_bytes, mmap.PAGESIZE)
             end = (head * self.capacity + stop) * self.head_bytes // mmap.PAGESIZE * mmap.PAGESIZE
             if first < end:
                 for memory in self.memory:
                     release_pages(memory, first, end - first)
+
+
+def round_up(number: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `number`."""
+    return -(-number // unit) * unit
 
 
 def virtual_memory(size: int) -> mmap.mmap:
@@ -1473,8 +1475,8 @@ class Model:
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
         self.has_position_ids = config.inputs["position_ids"] in inputs
-        # Whole pages of 4 KiB, if a head of a token has a multiple of 64 bytes.
-        capacity = -(-self.context_length // 64) * 64
+        # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
+        capacity = round_up(self.context_length, 64)
         try:
             self.kv = KvCache(
                 config, port_dtype(inputs[config.inputs["past_key_names"] % 0]), rows, capacity
@@ -2425,7 +2427,7 @@ class Worker:
     def __init__(self, folder: Path, vocab_size: int) -> None:
         """Starts it; it loads beside the model, and jobs wait until it has."""
         self.folder = folder
-        self.mask_bytes = -(-vocab_size // 8)
+        self.mask_bytes = round_up(vocab_size, 8) // 8
         self.places = asyncio.Semaphore(MOST_JOBS)
         self.process, self.channel = self.spawn()
         self.idle = [] if FORKS else [self.channel]  # processes without a job, where none can fork
@@ -2999,14 +3001,15 @@ class ToolCallReader:
 
 
 # ---- Engine --------------------------------------------------------------------------------------
-# One coroutine owns all slots and repeats three verbs: plan (event loop), forward (executor),
-# absorb (event loop). State changes only between awaits of one thread: no locks. A cancelled
-# sequence leaves at the next plan. The words:
+# One coroutine repeats three verbs: plan (event loop), forward (executor), absorb (event loop).
+# While a forward runs, deliver hands the text of the step before to its readers. The event loop
+# then changes nothing that the forward reads, and the forward nothing but KV, samplers and prompt
+# scores: no locks. The words:
 #
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
 #   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
 #   row        where a slot's KV lies in the arrays of the KV cache
-#   span       the contiguous rows of one decode step; those in it that do not decode get a throwaway token
+#   span       the contiguous rows of a decode step; those that do not decode get a throwaway token
 #   chunk      consecutive prompt tokens of one sequence that one call prefills
 #   step       one plan, forward and absorb
 #
@@ -3017,18 +3020,15 @@ class ToolCallReader:
 
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
-# of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon
+# Of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon.
 ALONE_SECONDS = 1.0
-SHARED_SECONDS = (
-    0.25  # of all chunks between two decode steps: running streams get two tokens a second at least
-)
-REST_SECONDS = (
-    3.0  # without work, before memory is given back; taking it anew costs a chunk 2 or 3 %
-)
-LONGEST_DRAFT = 12  # guessed tokens; a call with so many takes three times as long as one with none
-LEAST_CONFIDENCE = (
-    0.7  # a guess pays from 0.3 on; prose, which a small model half repeats, would lose below this
-)
+# Of all chunks between two decode steps: running streams get at least two tokens a second.
+SHARED_SECONDS = 0.25
+# Without work, before memory is given back; taking it anew costs a chunk 2 or 3 %.
+REST_SECONDS = 3.0
+LONGEST_DRAFT = 12  # guessed tokens; a call with 12 takes three times as long as one with none
+# A guess pays from 0.3 on, but prose, which a small model half repeats, would lose below this.
+LEAST_CONFIDENCE = 0.7
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
 
 
@@ -3036,15 +3036,13 @@ class PromptLookup:
     """Guesses how tokens go on: as they did after the last earlier occurrence of their last three.
 
     It pays for text that repeats its prompt, such as an edit of it. Confidence is learned from
-    every guess,
-    also from those that were not tried, so that ordinary prose costs nothing.
+    every guess, also from those that were not tried, so that ordinary prose costs nothing.
     """
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens  # the sequence's own list, which grows
-        self.ends: dict[
-            tuple[int, ...], int
-        ] = {}  # of three tokens, where their last occurrence but the tail ends
+        # three tokens -> the index just behind their last occurrence before the tail
+        self.ends: dict[tuple[int, ...], int] = {}
         self.indexed = 3
         self.guess: list[int] = []
         self.place = 0  # of the guess in tokens
@@ -3061,11 +3059,10 @@ class PromptLookup:
         self.indexed, self.place = max(self.indexed, len(self.tokens)), len(self.tokens)
         end = self.ends.get(tuple(self.tokens[-3:]), self.place)
         self.guess = self.tokens[end : end + LONGEST_DRAFT]
-        likely = (
-            int(self.confidence / (1.001 - self.confidence))
-            if self.confidence > LEAST_CONFIDENCE
-            else 0
-        )
+        if self.confidence <= LEAST_CONFIDENCE:
+            return []
+        # The expected run of right guesses, geometric in the confidence.
+        likely = int(self.confidence / (1.001 - self.confidence))
         return self.guess[: max(0, min(likely, most))]
 
 
@@ -3073,53 +3070,72 @@ class PromptLookup:
 Outlet = asyncio.Queue[tuple["Sequence", "Piece | None"]]
 
 
+# A sequence waits in Engine.waiting until Slots.admit gives it a slot, is prefilled while several
+# of its tokens are pending, and then decoded. It has ended once it has a finish_reason, and the
+# next plan frees its slot. It is closed once its reader has been informed, who then gets no more
+# text. One that comes to its end by itself (in accept, or in absorb when sampling failed) ends
+# first, and the next deliver closes it, behind its last text. A stop string, which only deliver
+# notices, and what ends it from outside (withdraw, end, fail) do both at once; the token that a
+# forward may still be computing is dropped by accept.
+@dataclass(eq=False)
 class Sequence:
     """One reply in the making: a choice of a request, which may have several."""
 
-    def __init__(
-        self,
-        index: int,
-        prompt: list[int],
-        limit: int,
-        eos_tokens: frozenset[int],
-        sampler: Sampler,
-        text: TextStream,
-        outlet: Outlet,
-        echoes: bool = False,
-        leader: Sequence | None = None,
-    ) -> None:
-        # for the request
-        self.index = index
+    # for the request
+    index: int
+    prompt: InitVar[list[int]]
+    limit: int  # tokens of prompt and reply together
+    eos_tokens: frozenset[int]
+    sampler: Sampler
+    text: TextStream
+    outlet: Outlet
+    echoes: bool = False  # until its text begins with the prompt's
+    leader: Sequence | None = None  # the choice that prefills the same prompt for all
+    # as it goes
+    cached_tokens: int = field(default=0, init=False)
+    finish_reason: str = field(default="", init=False)  # stop, length, cancelled, error or shutdown
+    is_closed: bool = field(default=False, init=False)
+    first_token: float = field(default=0.0, init=False)  # when it was sampled, by perf_counter()
+
+    def __post_init__(self, prompt: list[int]) -> None:
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
-        self.limit = limit  # of prompt and reply together
-        self.eos_tokens = eos_tokens
-        self.sampler = sampler
-        self.is_seeded = sampler.sampling.seed is not None
-        self.text = text
-        self.outlet = outlet
-        self.leader = leader  # the choice that prefills the same prompt for all
-        self.scores_prompt = echoes and sampler.top_logprobs is not None and leader is None
-        self.prompt: list[Scored] = (
-            leader.prompt if leader else [Scored(token) for token in prompt if echoes]
-        )
-        # as it goes
-        self.echoes = echoes  # until that is done
-        self.lookup = PromptLookup(self.tokens)
-        self.cached_tokens = 0
-        self.finish_reason = ""  # stop, length, cancelled, error or shutdown
-        self.is_closed = False
-        self.first_token = 0.0  # when it was sampled, in seconds of time.perf_counter; 0 until then
+        self.is_seeded = self.sampler.sampling.seed is not None
+        is_scored = self.echoes and self.sampler.top_logprobs is not None
+        self.scores_prompt = is_scored and self.leader is None
+        if self.leader is None:
+            self.prompt_scores = [Scored(token) for token in prompt if self.echoes]
+        else:
+            self.prompt_scores = self.leader.prompt_scores
+        # A seed, a stop string or a grammar must be kept to at every token.
+        is_bound = self.is_seeded or self.text.stop or self.sampler.grammar
+        self.lookup = None if is_bound else PromptLookup(self.tokens)
 
     @property
     def completion_tokens(self) -> int:
         """How many tokens have been sampled, the end token apart."""
         return len(self.tokens) - self.prompt_tokens
 
-    @property
-    def may_draft(self) -> bool:
-        """Whether its next tokens may be guessed: no seed, stop string or grammar must be kept to."""
-        return not (self.is_seeded or self.text.stop or self.sampler.grammar)
+    def draft(self) -> list[int]:
+        """Guesses its next tokens, short of the limit by one; [] when there is no good guess."""
+        return self.lookup.draft(self.limit - len(self.tokens) - 1) if self.lookup else []
+
+    def score_prompt(self, start: int, logits: npt.NDArray[Any]) -> None:
+        """Scores the prompt's tokens from place `start` on by their logits [count, vocab]."""
+        for place, row in zip(range(start, self.prompt_tokens), logits, strict=False):
+            self.prompt_scores[place] = self.sampler.score(row, self.tokens[place])
+
+    def sample(self, logits: npt.NDArray[Any], draft: list[int]) -> list[Pick]:
+        """Samples from logits [1 + draft, vocab] until the first token that the draft got wrong.
+
+        That is rejection sampling for a draft that is certain: it keeps the model's distribution.
+        """
+        picked: list[Pick] = []
+        for row, guess in zip(logits, [*draft, None], strict=True):
+            picked.append(self.sampler.pick(row))
+            if picked[-1].token != guess or guess in self.eos_tokens:
+                break
+        return picked
 
     def close(self, reason: str) -> None:
         """Ends it for its reader, once the pieces so far are read."""
@@ -3128,18 +3144,16 @@ class Sequence:
             self.outlet.put_nowait((self, None))
 
 
+@dataclass(eq=False)
 class Slot:
     """Room for the KV of one sequence."""
 
-    def __init__(self, row: int) -> None:
-        self.row = row
-        self.sequence: Sequence | None = None
-        self.tokens: list[int] = []  # whose KV the row holds, also after the sequence has ended
-        self.prefilled = (
-            0  # how many of them, from the first on, were prefilled rather than decoded
-        )
-        self.resident = 0  # tokens whose memory has been written and not released
-        self.used = 0  # the step that worked on it last
+    row: int
+    sequence: Sequence | None = None
+    tokens: list[int] = field(default_factory=list)  # whose KV the row holds
+    prefilled: int = 0  # how many of them, from the first on, were prefilled rather than decoded
+    resident: int = 0  # tokens whose memory has been written and not given back
+    used: int = 0  # the step that worked on it last
 
     @property
     def running(self) -> Sequence:
@@ -3149,38 +3163,185 @@ class Slot:
 
     @property
     def pending(self) -> int:
-        """Tokens of the sequence that are still to be fed: 1 while it decodes, more while it is
-        prefilled.
-        """
+        """Tokens still to be fed: 1 while its sequence decodes, more while it is prefilled."""
         return len(self.sequence.tokens) - len(self.tokens) if self.sequence else 0
 
-    def vacate(self, most: int) -> None:
-        """Frees the slot for another sequence, keeping at most so many tokens: a throwaway one must
-        fit behind them.
-        """
-        if self.sequence:
-            self.sequence.sampler.close()
-        self.sequence = None
-        self.keep(self.tokens[:most], min(self.prefilled, most))
+    def keep(self, most: int) -> None:
+        """Forgets all but its first `most` tokens."""
+        self.tokens, self.prefilled = self.tokens[:most], min(self.prefilled, most)
 
-    def keep(self, tokens: list[int], prefilled: int) -> None:
-        """Notes whose KV the row holds now."""
-        self.tokens, self.prefilled = tokens, prefilled
+
+# KV memory is counted in tokens, by whole pages. A running sequence reserves its limit, however
+# little of that is written, so that it never stops for want of memory. A slot without one costs
+# what is resident: what its row has written and not given back. A sequence is admitted only when
+# all limits and what the other slots keep fit into KV_MEMORY together. From then on the sum can
+# only fall: no row holds more than its sequence's limit (occupy and tighten trim it to that), so a
+# slot that is vacated costs at most what its sequence had reserved. One thing comes on top: a kept
+# row within a span gets a throwaway token behind its own, perhaps in a new page. For that, a page
+# of each row is set aside.
+class Slots:
+    """Owns the rows of the KV cache: which sequence has which, what they hold, their memory."""
+
+    def __init__(self, kv: KvCache, context_length: int, kv_bytes: int) -> None:
+        """Raises SettingsError for memory of fewer than 16 tokens."""
+        self.kv = kv
+        self.all = [Slot(row) for row in range(kv.rows)]
+        pages = kv_bytes // (kv.bytes_per_token * kv.tokens_per_page)
+        self.most_tokens = (pages - kv.rows) * kv.tokens_per_page
+        self.context_length = min(context_length, self.most_tokens)
+        if self.context_length < 16:
+            size = f"{kv.bytes_per_token:,} bytes each"
+            raise SettingsError(f"KV_MEMORY: {kv_bytes:,} bytes hold fewer than 16 tokens ({size})")
+        self.chores: list[Callable[[], None]] = []  # for the executor, before its next call
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return [slot.sequence for slot in self.all if slot.sequence]
+
+    def admit(self, sequence: Sequence) -> Slot | None:
+        """Gives a sequence a slot and what that holds of its prompt; None when it must wait."""
+        idle = [slot for slot in self.all if not slot.sequence]
+        if not idle:
+            return None
+        holder, shared = self.find_prefix(sequence)
+        # A slot that is mostly shared holds this conversation, or one that has hardly begun. Any
+        # other is left alone, for a common system prompt would cost another client its history:
+        # reuse_prefix copies what is shared.
+        if holder in idle and 4 * shared >= 3 * len(holder.tokens):
+            slot = holder
+        else:
+            slot = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
+        if not self.make_room(sequence, slot, holder):
+            return None
+        self.occupy(slot, sequence, shared if slot is holder else 0)
+        return slot
+
+    def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
+        """The slot, idle or busy, with most of a prompt, and how many of its tokens to reuse."""
+        best: Slot | None = None
+        most = 0
+        if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
+            return best, most
+        for slot in self.all:
+            shared = common_prefix(slot.tokens, sequence.tokens)
+            shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
+            shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
+            if shared > most:
+                best, most = slot, shared
+        return best, most
+
+    def make_room(self, sequence: Sequence, chosen: Slot, spared: Slot | None) -> bool:
+        """Drops kept KV, least recently used first and `spared` last, until a sequence fits."""
+        running = [sequence, *self.sequences]
+        needed = sum(self.whole_pages(each.limit) for each in running)
+        if needed > self.most_tokens:  # what is kept would be lost for nothing
+            return False
+        kept = [slot for slot in self.all if not slot.sequence and slot is not chosen]
+        for slot in sorted(kept, key=lambda slot: (slot is spared, slot.used)):
+            if needed + sum(slot.resident for slot in kept) <= self.most_tokens:
+                break
+            slot.keep(0)
+            self.resize(slot, 0)
+        return True
+
+    def occupy(self, slot: Slot, sequence: Sequence, kept: int) -> None:
+        """Starts a sequence in a slot, of whose tokens the first `kept` are its own."""
+        slot.keep(kept)
+        slot.sequence, sequence.cached_tokens = sequence, kept
+        self.resize(slot, sequence.limit)
+        sequence.sampler.begin()
+
+    def vacate(self, slot: Slot) -> None:
+        """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
+        slot.running.sampler.close()
+        slot.sequence = None
+        slot.keep(self.context_length - 1)  # a throwaway token must fit behind them
+
+    def reset(self) -> None:
+        """Frees and empties all slots after a fault: which chores were done is unknown."""
+        self.chores = []
+        for slot in self.all:
+            if slot.sequence:
+                slot.sequence.sampler.close()
+                slot.sequence = None
+            slot.keep(0)
+            self.resize(slot, 0, written=self.kv.capacity)
+
+    def reuse_prefix(self, slot: Slot) -> int:
+        """Copies prompt KV that another slot has by now; returns how many tokens."""
+        sequence, start = slot.running, len(slot.tokens)
+        source, shared = self.find_prefix(sequence)
+        if source is None or shared <= start:
+            return 0
+        self.chores.append(functools.partial(self.kv.copy, source.row, slot.row, start, shared))
+        self.resize(slot, sequence.limit, written=shared)
+        slot.tokens = sequence.tokens[:shared]
+        if slot.prefilled == start:
+            slot.prefilled = min(source.prefilled, shared)
+        sequence.cached_tokens += shared - start
+        return shared - start
+
+    def tighten(self, decoding: list[Slot]) -> None:
+        """Moves the last decoding row into the first gap, one a step, so that spans are dense."""
+        rows = {slot.row for slot in decoding}
+        gap = next(row for row in range(min(rows), max(rows) + 2) if row not in rows)
+        if gap > max(rows):
+            return
+        last = next(slot for slot in decoding if slot.row == max(rows))
+        other = next(slot for slot in self.all if slot.row == gap)
+        tokens = max(len(last.tokens), len(other.tokens))
+        self.chores.append(functools.partial(self.kv.swap, last.row, other.row, tokens))
+        last.row, other.row = other.row, last.row
+        written = max(last.resident, other.resident)
+        for slot in (last, other):
+            most = slot.sequence.limit if slot.sequence else len(slot.tokens)
+            self.resize(slot, most, written)
+
+    def extend(self, low: int, rows: int, count: int) -> Integers:
+        """Lengths [rows] of the rows from `low` on, before a call writes `count` tokens to each."""
+        lengths = np.zeros(rows, np.int64)
+        for slot in self.all:
+            if low <= slot.row < low + rows:
+                lengths[slot.row - low] = len(slot.tokens)
+                self.resize(slot, self.kv.capacity, written=len(slot.tokens) + count)
+        return lengths
+
+    def resize(self, slot: Slot, most: int, written: int = 0) -> None:
+        """Notes how far a slot's row is written, and gives back its memory past `most` tokens."""
+        slot.resident = max(slot.resident, self.whole_pages(written))
+        stop = self.whole_pages(most)
+        if slot.resident > stop:
+            self.chores.append(functools.partial(self.kv.release, slot.row, stop, slot.resident))
+            slot.resident = stop
+
+    def whole_pages(self, tokens: int) -> int:
+        """The number of tokens rounded up to whole pages, at most a row."""
+        return min(round_up(tokens, self.kv.tokens_per_page), self.kv.capacity)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens two lists share."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One call of the graph, and what must be done to the KV cache before it."""
+    """One call of the graph: a chunk of one prompt, or the next token of all that decode."""
 
+    is_chunk: bool
     slots: list[Slot]  # whose sequences are fed; the span's other rows are thrown away
     low: int  # the span's first row
     tokens: Integers  # [rows, count]
     lengths: Integers  # [rows]
-    chores: list[Callable[[], None]]
-    draft: list[int]  # guessed tokens, fed behind the last one of the only slot
-    samples: (
-        bool  # whether nothing is left to feed then, so that the last logits are the next token's
-    )
+    chores: list[Callable[[], None]]  # to be done to the KV cache before it
 
     @property
     def count(self) -> int:
@@ -3188,49 +3349,35 @@ class Plan:
         return int(self.tokens.shape[1])
 
     @property
-    def is_chunk(self) -> bool:
-        """Whether the call prefills a part of a prompt."""
-        return self.count > 1 and not self.draft
+    def draft(self) -> list[int]:
+        """The guessed tokens, fed behind the last one of the only slot that decodes."""
+        return [] if self.is_chunk else self.tokens[0, 1:].tolist()
 
 
 class Engine:
     """Generates all sequences by continuous batching."""
 
     def __init__(self, model: Model, metrics: Metrics, most_requests: int, kv_bytes: int) -> None:
+        """Raises SettingsError for memory of fewer than 16 tokens."""
         self.model = model
         self.metrics = metrics
         self.most_requests = most_requests
-        self.slots = [Slot(row) for row in range(model.kv.rows)]
-        page = model.kv.tokens_per_page
-        pages = kv_bytes // (model.kv.bytes_per_token * page)
-        self.kv_tokens = (
-            pages - model.kv.rows
-        ) * page  # a page of each row is for throwaway tokens
-        self.context_length = min(model.context_length, self.kv_tokens)
-        if self.context_length < 16:
-            raise SettingsError(
-                f"KV_MEMORY: {kv_bytes:,} bytes hold less than 16 tokens of {model.kv.bytes_per_token:,} bytes each"
-            )
+        self.slots = Slots(model.kv, model.context_length, kv_bytes)
+        self.context_length = self.slots.context_length
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self.wake = asyncio.Event()
         # as it runs
         self.requests = 0
         self.is_draining = False
         self.waiting: deque[Sequence] = deque()
-        self.chores: list[Callable[[], None]] = []
-        self.sampled: list[
-            tuple[Sequence, Pick | None, str]
-        ] = []  # to deliver: token, and why the sequence ends
+        # to deliver: a token, and why its sequence ends
+        self.sampled: list[tuple[Sequence, Pick | None, str]] = []
         self.steps = 0
         self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
 
-    # what requests call
-
     def submit(self, sequences: list[Sequence]) -> None:
-        """Takes a request's sequences in; raises ApiError when as many as allowed are running, or
-        the server stops.
-        """
+        """Takes a request's sequences in; raises ApiError at most_requests, or when draining."""
         if self.is_draining:
             raise draining()
         if self.requests >= self.most_requests:
@@ -3241,51 +3388,34 @@ class Engine:
         self.wake.set()
 
     def withdraw(self, sequences: list[Sequence]) -> None:
-        """Ends a request, and those of its sequences that still run; their slots are free at the
-        next step.
-        """
+        """Ends a request and its sequences that still run; the next plan frees their slots."""
         self.requests -= 1
         for sequence in sequences:
             sequence.close("cancelled")
 
-    def end(self) -> None:
-        """Ends all sequences because the server stops."""
-        self.close_all("shutdown")
-
-    def close_all(self, reason: str) -> None:
+    def end(self, reason: str = "shutdown") -> None:
         """Ends all sequences, those that wait for a slot too."""
-        for sequence in [*self.waiting, *(slot.sequence for slot in self.slots if slot.sequence)]:
+        for sequence in [*self.waiting, *self.slots.sequences]:
             sequence.close(reason)
 
     def observe(self) -> None:
         """Brings the gauges up to date."""
-        busy = [
-            slot.sequence
-            for slot in self.slots
-            if slot.sequence and not slot.sequence.finish_reason
-        ]
+        busy = [sequence for sequence in self.slots.sequences if not sequence.finish_reason]
+        size = self.model.kv.bytes_per_token
         self.metrics.running.set(len(busy))
         self.metrics.waiting.set(sum(not sequence.is_closed for sequence in self.waiting))
-        self.metrics.kv_resident.set(
-            self.model.kv.bytes_per_token * sum(slot.resident for slot in self.slots)
-        )
-        self.metrics.kv_reserved.set(
-            self.model.kv.bytes_per_token * sum(sequence.limit for sequence in busy)
-        )
+        self.metrics.kv_resident.set(size * sum(slot.resident for slot in self.slots.all))
+        self.metrics.kv_reserved.set(size * sum(sequence.limit for sequence in busy))
         self.metrics.prefill_speed.set(self.prefill_speed)
         self.metrics.memory.set(resident_memory())
-        self.metrics.kv_limit.set(self.model.kv.bytes_per_token * self.kv_tokens)
-
-    # the loop
+        self.metrics.kv_limit.set(size * self.slots.most_tokens)
 
     async def run(self) -> None:
-        """Generates until cancelled. A step that raises fails the sequences in it, and the engine
-        goes on.
-        """
+        """Generates until cancelled; a step that raises fails all sequences, but not the engine."""
         while True:
             try:
                 await self.step()
-            except Exception:
+            except Exception:  # whatever it was, others must be served
                 logger.exception("a step of the engine failed")
                 self.fail()
 
@@ -3302,9 +3432,7 @@ class Engine:
         self.absorb(plan, picks, seconds)
 
     async def rest(self) -> None:
-        """Waits for a sequence; when none comes for a while, gives back memory that the next one
-        would overwrite.
-        """
+        """Waits for a sequence; after a while gives back memory that the next would overwrite."""
         self.wake.clear()
         try:
             async with asyncio.timeout(REST_SECONDS):
@@ -3313,8 +3441,80 @@ class Engine:
             self.model.release_logits()
             await self.wake.wait()
 
+    def plan(self) -> Plan | None:
+        """The next call: a chunk of a prompt, or a token for all that decode; None without work."""
+        for slot in self.slots.all:
+            if slot.sequence and slot.sequence.finish_reason:
+                self.slots.vacate(slot)
+        self.admit()
+        decoding = [slot for slot in self.slots.all if slot.pending == 1]
+        prefilling = [slot for slot in self.slots.all if slot.pending > 1]
+        if prefilling:
+            slot = self.next_prompt(prefilling)
+            self.metrics.cached_tokens.add(self.slots.reuse_prefix(slot))
+            count = self.chunk_length(slot.pending, bool(decoding))
+            if count:
+                return self.plan_chunk(slot, count)
+        if not decoding:
+            return None
+        is_alone = len(decoding) == 1 and not prefilling
+        return self.plan_decode(decoding, decoding[0].running.draft() if is_alone else [])
+
+    def admit(self) -> None:
+        """Gives waiting sequences slots, in order, as long as there are slots and KV memory."""
+        while self.waiting:
+            sequence = self.waiting[0]
+            if not sequence.is_closed:
+                slot = self.slots.admit(sequence)
+                if slot is None:
+                    return
+                slot.used = self.steps
+                self.metrics.prompt_tokens.add(sequence.prompt_tokens)
+                self.metrics.cached_tokens.add(sequence.cached_tokens)
+            self.waiting.popleft()
+
+    def next_prompt(self, prefilling: list[Slot]) -> Slot:
+        """Whose chunk is next: in turn, so that a short prompt need not wait for a long one."""
+        sequences = [slot.running for slot in prefilling]
+        ready = [slot for slot in prefilling if slot.running.leader not in sequences]
+        return min(ready, key=lambda slot: slot.used)
+
+    def chunk_length(self, pending: int, shared: bool) -> int:
+        """How many of a prompt's pending tokens to prefill now; 0 when others must decode first."""
+        seconds = SHARED_SECONDS - self.prefill_seconds if shared else ALONE_SECONDS
+        count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
+        if shared and count <= 0 and self.prefill_seconds:
+            return 0
+        count = max(count, CHUNK_BORDER)
+        if pending <= count + 1:
+            return pending  # at most LONGEST_CHUNK + 1: no single token is left over
+        return count
+
+    def plan_chunk(self, slot: Slot, count: int) -> Plan:
+        """A call that prefills the next `count` prompt tokens of one slot."""
+        start = len(slot.tokens)
+        tokens = np.array([slot.running.tokens[start : start + count]], np.int64)
+        return self.call(True, [slot], slot.row, tokens)
+
+    def plan_decode(self, decoding: list[Slot], draft: list[int]) -> Plan:
+        """A call that feeds every decoding slot its last token, and the draft to an only one."""
+        self.slots.tighten(decoding)
+        low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
+        if (high - low) % 2 and any(slot.running.is_seeded for slot in decoding):
+            low, high = (low, high + 1) if high < self.model.kv.rows else (low - 1, high)
+        tokens = np.full((high - low, 1 + len(draft)), THROWAWAY, np.int64)
+        for slot in decoding:
+            tokens[slot.row - low] = [slot.running.tokens[-1], *draft]
+        return self.call(False, decoding, low, tokens)
+
+    def call(self, is_chunk: bool, slots: list[Slot], low: int, tokens: Integers) -> Plan:
+        """Completes a plan with what the span's rows hold, and with the chores so far."""
+        lengths = self.slots.extend(low, *tokens.shape)
+        chores, self.slots.chores = self.slots.chores, []
+        return Plan(is_chunk, slots, low, tokens, lengths, chores)
+
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
-        """Runs one plan, in the executor; returns the tokens sampled for each slot, and the call's seconds.
+        """Runs a plan, in the executor; returns each slot's next tokens, and the call's seconds.
 
         None stands for a slot whose sampling has failed, which is its sequence's fault alone.
         """
@@ -3333,61 +3533,40 @@ class Engine:
         return picks, seconds
 
     def sample(self, plan: Plan, slot: Slot, logits: npt.NDArray[Any]) -> list[Pick]:
-        """The next tokens of one slot, none in the middle of its prompt, from its logits [count,
-        vocab].
-        """
+        """A slot's next tokens by its logits [count, vocab]; [] while its prompt is unfinished."""
         sequence = slot.running
-        if sequence.scores_prompt and plan.is_chunk:
-            self.score_prompt(slot, logits)
-        if plan.draft:
-            return self.verify(sequence, plan.draft, logits)
-        return [sequence.sampler.pick(logits[-1])] if plan.samples else []
-
-    def score_prompt(self, slot: Slot, logits: npt.NDArray[Any]) -> None:
-        """Scores the prompt's tokens behind those of a chunk, by the chunk's logits [count, vocab]."""
-        sequence, start = slot.running, len(slot.tokens) + 1
-        for place, row in zip(range(start, sequence.prompt_tokens), logits, strict=False):
-            sequence.prompt[place] = sequence.sampler.score(row, sequence.tokens[place])
-
-    def verify(self, sequence: Sequence, draft: list[int], logits: npt.NDArray[Any]) -> list[Pick]:
-        """Samples from logits [count, vocab] as long as the draft has guessed the token before.
-
-        That is rejection sampling for a draft that is certain: what is drawn has the model's own distribution.
-        """
-        picked: list[Pick] = []
-        for row, guess in zip(logits, [*draft, None], strict=True):
-            picked.append(sequence.sampler.pick(row))
-            if picked[-1].token != guess or guess in sequence.eos_tokens:
-                break
-        return picked
+        if plan.is_chunk:
+            if sequence.scores_prompt:
+                sequence.score_prompt(len(slot.tokens) + 1, logits)
+            if plan.count < slot.pending:
+                return []
+            logits = logits[-1:]
+        return sequence.sample(logits, plan.draft)
 
     def absorb(self, plan: Plan, picks: list[list[Pick] | None], seconds: float) -> None:
         """Notes what a step has computed: KV, speed, and the next tokens of each sequence."""
         self.steps += 1
-        self.prefill_seconds = self.prefill_seconds + seconds if plan.is_chunk else 0.0
-        if plan.samples and not plan.is_chunk:
-            self.metrics.batch_size.observe(len(plan.slots))
         if plan.is_chunk:
+            self.prefill_seconds += seconds
             self.learn_speed(plan.count, seconds)
+        else:
+            self.prefill_seconds = 0.0
+            self.metrics.batch_size.observe(len(plan.slots))
         for slot, picked in zip(plan.slots, picks, strict=True):
             sequence, slot.used = slot.running, self.steps
             if picked is None:
                 sequence.finish_reason = "error"
                 self.sampled.append((sequence, None, "error"))
                 continue
-            start, fed = len(slot.tokens), len(picked) if plan.draft else plan.count
-            slot.tokens += (sequence.tokens[start : start + fed] + [pick.token for pick in picked])[
-                :fed
-            ]
+            start, kept = len(slot.tokens), plan.count if plan.is_chunk else len(picked)
+            slot.tokens += plan.tokens[slot.row - plan.low][:kept].tolist()
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
             for pick in picked:
                 self.accept(sequence, pick)
 
     def learn_speed(self, count: int, seconds: float) -> None:
-        """Corrects the prefill speed by a chunk. A short one is slower: it counts if it was faster
-        or took too long.
-        """
+        """Corrects the prefill speed by a chunk; a short one, being slower, counts if extreme."""
         speed = count / seconds
         if count >= LONG_CHUNK or speed > self.prefill_speed or seconds > ALONE_SECONDS:
             self.prefill_speed += 0.5 * (speed - self.prefill_speed)
@@ -3397,23 +3576,21 @@ class Engine:
         if sequence.finish_reason:
             return
         sequence.first_token = sequence.first_token or time.perf_counter()
+        kept: Pick | None = None
         if len(sequence.tokens) >= sequence.limit:  # max_tokens 0: the prompt alone was wanted
             sequence.finish_reason = "length"
         elif pick.token in sequence.eos_tokens:
             sequence.finish_reason = "stop"
         else:
+            kept = pick
             sequence.tokens.append(pick.token)
             self.metrics.generated_tokens.add()
-            is_full = len(sequence.tokens) >= sequence.limit
-            sequence.finish_reason = "length" if is_full else ""
-            self.sampled.append((sequence, pick, sequence.finish_reason))
-            return
-        self.sampled.append((sequence, None, sequence.finish_reason))
+            if len(sequence.tokens) >= sequence.limit:
+                sequence.finish_reason = "length"
+        self.sampled.append((sequence, kept, sequence.finish_reason))
 
     def deliver(self) -> None:
-        """Hands the text of the last step's tokens to the readers, and ends sequences that have
-        come to their end.
-        """
+        """Hands the last step's text to the readers, and closes the sequences that have ended."""
         sampled, self.sampled = self.sampled, []
         for sequence, pick, reason in sampled:
             if sequence.is_closed:
@@ -3430,7 +3607,7 @@ class Engine:
         """Hands the text of one token to its reader; returns why the sequence ends, if it does."""
         pieces: list[Piece] = []
         if sequence.echoes:
-            pieces += sequence.text.echo(sequence.prompt)
+            pieces += sequence.text.echo(sequence.prompt_scores)
             sequence.echoes = False
         if pick:
             pieces.append(sequence.text.push(pick.token, pick.scored))
@@ -3444,236 +3621,11 @@ class Engine:
         return reason
 
     def fail(self) -> None:
-        """Ends all sequences with an error, and gives all rows back: which chores were done is
-        unknown now.
-        """
+        """Ends all sequences with an error, but for those that had come to their end before."""
         self.deliver()
-        self.close_all("error")
+        self.end("error")
         self.waiting.clear()
-        self.chores = []
-        for slot in self.slots:
-            slot.sequence = None
-            slot.keep([], 0)
-            slot.resident = self.model.kv.capacity
-            self.trim(slot, 0)
-
-    # planning
-
-    def plan(self) -> Plan | None:
-        """Chooses the next call, a chunk of a prompt or one token for all that decode; None when
-        nothing is to do.
-        """
-        for slot in self.slots:
-            if slot.sequence and slot.sequence.finish_reason:
-                slot.vacate(self.model.context_length - 1)
-        self.admit()
-        decoding = [slot for slot in self.slots if slot.pending == 1]
-        prefilling = [slot for slot in self.slots if slot.pending > 1]
-        if prefilling:
-            slot = self.next_prompt(prefilling)
-            self.reuse_prefix(slot)
-            count = self.chunk_length(slot.pending, bool(decoding))
-            if count:
-                return self.plan_chunk(slot, count)
-        if len(decoding) == 1 and not prefilling and (draft := self.draft(decoding[0])):
-            return self.plan_verify(decoding[0], draft)
-        return self.plan_decode(decoding) if decoding else None
-
-    def next_prompt(self, prefilling: list[Slot]) -> Slot:
-        """Whose chunk is next: all take turns, so that a short prompt need not wait for a long one."""
-        leaders = [slot.sequence for slot in prefilling]
-        led = [slot for slot in prefilling if slot.sequence and slot.sequence.leader in leaders]
-        return min((slot for slot in prefilling if slot not in led), key=lambda slot: slot.used)
-
-    def chunk_length(self, pending: int, shared: bool) -> int:
-        """How many of a prompt's pending tokens to prefill now; 0 when it is the turn of those that
-        decode.
-        """
-        seconds = SHARED_SECONDS - self.prefill_seconds if shared else ALONE_SECONDS
-        count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
-        if shared and count <= 0 and self.prefill_seconds:
-            return 0
-        count = max(count, CHUNK_BORDER)
-        if pending <= count + 1:
-            return pending  # at most LONGEST_CHUNK + 1: no single token is left over
-        return count
-
-    def plan_chunk(self, slot: Slot, count: int) -> Plan:
-        """A call that prefills the next `count` prompt tokens of one slot."""
-        start = len(slot.tokens)
-        return self.call(
-            [slot], slot.row, np.array([slot.running.tokens[start : start + count]], np.int64), []
-        )
-
-    def draft(self, slot: Slot) -> list[int]:
-        """Guesses how the only running sequence goes on; [] when there is no good guess, or it must
-        be reproducible.
-        """
-        sequence = slot.running
-        if not sequence.may_draft:
-            return []
-        return sequence.lookup.draft(sequence.limit - len(sequence.tokens) - 1)
-
-    def plan_verify(self, slot: Slot, draft: list[int]) -> Plan:
-        """A call that feeds the last token and a draft of the next ones."""
-        return self.call(
-            [slot], slot.row, np.array([[slot.running.tokens[-1], *draft]], np.int64), draft
-        )
-
-    def plan_decode(self, decoding: list[Slot]) -> Plan:
-        """A call that feeds one token to every decoding slot."""
-        self.tighten(decoding)
-        low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
-        if (high - low) % 2 and any(slot.running.is_seeded for slot in decoding):
-            low, high = (low, high + 1) if high < len(self.slots) else (low - 1, high)
-        tokens = np.full((high - low, 1), THROWAWAY, np.int64)
-        for slot in decoding:
-            tokens[slot.row - low, 0] = slot.running.tokens[-1]
-        return self.call(decoding, low, tokens, [])
-
-    def tighten(self, decoding: list[Slot]) -> None:
-        """Moves the last decoding row into the first gap, one a step, so that the span has few
-        throwaway rows.
-        """
-        rows = {slot.row for slot in decoding}
-        gap = next(row for row in range(min(rows), max(rows) + 2) if row not in rows)
-        if gap > max(rows):
-            return
-        last = next(slot for slot in decoding if slot.row == max(rows))
-        other = next(slot for slot in self.slots if slot.row == gap)
-        tokens = max(len(last.tokens), len(other.tokens))
-        self.chores.append(functools.partial(self.model.kv.swap, last.row, other.row, tokens))
-        last.row, other.row = other.row, last.row
-        last.resident = other.resident = max(last.resident, other.resident)
-        for slot in (last, other):
-            self.trim(slot, slot.sequence.limit if slot.sequence else len(slot.tokens))
-
-    def call(self, slots: list[Slot], low: int, tokens: Integers, draft: list[int]) -> Plan:
-        """Completes a plan with what all rows of the span hold, and with the chores so far."""
-        rows, count = tokens.shape
-        lengths = np.zeros(rows, np.int64)
-        for slot in self.slots:
-            if low <= slot.row < low + rows:
-                lengths[slot.row - low] = len(slot.tokens)
-                slot.resident = max(slot.resident, self.whole_pages(len(slot.tokens) + count))
-        chores, self.chores = self.chores, []
-        samples = slots[0].pending + len(draft) == count
-        return Plan(slots, low, tokens, lengths, chores, draft, samples)
-
-    # slots, prefixes and memory
-
-    def admit(self) -> None:
-        """Gives waiting sequences slots, in order, as long as there are slots and KV memory."""
-        while self.waiting:
-            sequence = self.waiting[0]
-            idle = [slot for slot in self.slots if not slot.sequence]
-            if not sequence.is_closed:
-                if not idle:
-                    return
-                slot = self.choose_slot(sequence, idle)
-                if not self.make_room(sequence, slot):
-                    return
-                self.occupy(slot, sequence)
-            self.waiting.popleft()
-
-    def choose_slot(self, sequence: Sequence, idle: list[Slot]) -> Slot:
-        """The idle slot whose conversation this sequence continues, else the least recently used
-        one.
-        """
-        donor, shared = self.find_prefix(sequence)
-        # Only a slot that is mostly shared is taken, else a common system prompt would cost
-        # another's history.
-        if donor in idle and 4 * shared >= 3 * len(donor.tokens):
-            return donor
-        return min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
-
-    def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot, idle or busy, that holds most of a sequence's prompt, and how many tokens it
-        may reuse of it.
-        """
-        best: Slot | None = None
-        most = 0
-        if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
-            return best, most
-        for slot in self.slots:
-            shared = common_prefix(slot.tokens, sequence.tokens)
-            shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
-            shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
-            if shared > most:
-                best, most = slot, shared
-        return best, most
-
-    def occupy(self, slot: Slot, sequence: Sequence) -> None:
-        """Starts a sequence in a slot, keeping what the slot holds of its prompt."""
-        donor, shared = self.find_prefix(sequence)
-        shared = shared if donor is slot else 0
-        slot.keep(slot.tokens[:shared], min(slot.prefilled, shared))
-        slot.sequence, slot.used = sequence, self.steps
-        sequence.sampler.begin()
-        sequence.cached_tokens = shared
-        self.trim(slot, sequence.limit)
-        self.metrics.prompt_tokens.add(sequence.prompt_tokens)
-        self.metrics.cached_tokens.add(shared)
-
-    def reuse_prefix(self, slot: Slot) -> None:
-        """Copies prompt KV that another slot has by now: sequences with one prefix compute it once
-        between them.
-        """
-        sequence = slot.running
-        donor, shared = self.find_prefix(sequence)
-        start = len(slot.tokens)
-        if donor is None or shared <= start:
-            return
-        self.chores.append(
-            functools.partial(self.model.kv.copy, donor.row, slot.row, start, shared)
-        )
-        prefilled = min(donor.prefilled, shared) if slot.prefilled == start else slot.prefilled
-        slot.keep(sequence.tokens[:shared], prefilled)
-        sequence.cached_tokens += shared - start
-        self.metrics.cached_tokens.add(shared - start)
-
-    def make_room(self, sequence: Sequence, chosen: Slot) -> bool:
-        """Drops kept KV, least recently used first, until a sequence fits into KV memory; False
-        when it must wait.
-        """
-        running = [sequence, *(slot.sequence for slot in self.slots if slot.sequence)]
-        needed = sum(self.whole_pages(each.limit) for each in running)
-        if needed > self.kv_tokens:  # what is kept would be lost for nothing
-            return False
-        donor, _ = self.find_prefix(sequence)
-        kept = [slot for slot in self.slots if not slot.sequence and slot is not chosen]
-        for slot in sorted(kept, key=lambda slot: (slot is donor, slot.used)):
-            if needed + sum(slot.resident for slot in kept) <= self.kv_tokens:
-                break
-            slot.keep([], 0)
-            self.trim(slot, 0)
-        return True
-
-    def trim(self, slot: Slot, tokens: int) -> None:
-        """Gives back the memory of a slot past its first `tokens` tokens."""
-        tokens = self.whole_pages(tokens)
-        if slot.resident > tokens:
-            self.chores.append(
-                functools.partial(self.model.kv.release, slot.row, tokens, slot.resident)
-            )
-            slot.resident = tokens
-
-    def whole_pages(self, tokens: int) -> int:
-        """The number of tokens rounded up to whole pages, at most a row."""
-        page = self.model.kv.tokens_per_page
-        return min(-(-tokens // page) * page, self.model.kv.capacity)
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """How many leading tokens two lists share."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        self.slots.reset()
 
 
 # ---- HTTP ----------------------------------------------------------------------------------------

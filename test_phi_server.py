@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -3069,30 +3070,102 @@ def test_prose_is_never_guessed() -> None:
     assert not any(guesses(tokens, 100))
 
 
+class Ledger:
+    """In a model's place: the KV of a token is the sum of all up to it, and by what kernel it came.
+
+    The likeliest next token depends on that sum, and mostly repeats, so that drafts come true.
+    """
+
+    context_length = 120
+    control_texts: ClassVar[dict[int, str]] = {}
+
+    def __init__(self) -> None:
+        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64)
+        self.kv = phi_server.KvCache(config, np.float32, 6, 128)
+
+    def forward(self, low: int, tokens: Any, lengths: Any) -> Any:
+        rows, count = tokens.shape
+        assert lengths.max() + count <= self.context_length
+        logits = np.zeros((rows, count, 16), np.float32)
+        for row, (fed, start) in enumerate(zip(tokens, lengths, strict=True)):
+            sums, kernels = (array[low + row, 0, :, 0] for array in self.kv.arrays)
+            sums[start : start + count] = np.cumsum(fed + 1) + (sums[start - 1] if start else 0)
+            is_prefill = count > 1 and start % phi_server.CHUNK_BORDER == 0
+            kernels[start : start + count] = 1 if is_prefill else 2 + rows % 2
+            np.put_along_axis(logits[row], self.likeliest(sums[start : start + count]), 1, axis=1)
+        return logits
+
+    @staticmethod
+    def likeliest(sums: Any) -> Any:
+        whole = np.asarray(sums, np.int64).reshape(-1, 1)
+        return (4 * whole + 2 + (whole % 31 == 0)) % 16
+
+
+class SlotBound(phi_server.Sampler):
+    """A sampler that holds something while its sequence has a slot."""
+
+    state = "new"
+
+    def begin(self) -> None:
+        assert self.state == "new"
+        self.state = "begun"
+
+    def close(self) -> None:
+        assert self.state == "begun"
+        self.state = "closed"
+
+
 @pytest.fixture
-def engine(model: Any) -> Any:
-    """An engine that is not running."""
-    return phi_server.Engine(model, phi_server.Metrics(), 4, 1 << 34)
+def engine() -> Any:
+    """An engine that is not running, with six rows and KV memory for all of them."""
+    model: Any = Ledger()
+    return phi_server.Engine(model, phi_server.Metrics(), 8, 1 << 30)
 
 
-def sequence(prompt: list[int], seed: int | None) -> Any:
-    sampler = phi_server.Sampler(phi_server.Sampling(seed=seed), [])
-    text = phi_server.TextStream(None, (), False)  # type: ignore[arg-type]
-    return phi_server.Sequence(0, prompt, 100, frozenset(), sampler, text, asyncio.Queue())
+def sequence(
+    prompt: list[int], seed: int | None = None, top_logprobs: int | None = None, **others: Any
+) -> Any:
+    decoder: Any = SimpleNamespace(decode=lambda token: f"{token} ")
+    fields = {"index": 0, "limit": 110, "eos_tokens": frozenset(), "outlet": asyncio.Queue()}
+    return phi_server.Sequence(
+        prompt=prompt,
+        sampler=SlotBound(phi_server.Sampling(seed=seed, temperature=0), [], None, top_logprobs),
+        text=phi_server.TextStream(decoder, (), False),
+        **fields | others,
+    )
+
+
+def step(engine: Any) -> Any:
+    """Plans and computes a step; returns the plan."""
+    plan = engine.plan()
+    if plan:
+        engine.absorb(plan, *engine.forward(plan))
+    return plan
+
+
+def row_of(engine: Any, sequence: Any) -> int:
+    """The row in which an engine without other sequences generates this one."""
+    engine.submit([sequence])
+    plans = list(iter(functools.partial(step, engine), None))
+    engine.deliver()
+    engine.withdraw([sequence])
+    return int(plans[0].low)
 
 
 @cases("seed rows", {"no seed": (None, [1, 2, 3, 4]), "seed": (1, [2, 2, 4, 4])})
 def test_a_sequence_with_a_seed_decodes_among_an_even_number_of_rows(
     engine: Any, seed: int | None, rows: list[int]
 ) -> None:
-    for slot in engine.slots:
-        slot.sequence, slot.tokens = sequence([1, 2, 3], seed), [1, 2]
-    planned = [engine.plan_decode(engine.slots[:count]).tokens.shape[0] for count in (1, 2, 3, 4)]
-    assert planned == rows
+    spans = []
+    for _ in rows:
+        engine.submit([sequence([1, 2, 3], seed)])
+        assert step(engine).is_chunk
+        spans.append(len(step(engine).tokens))
+    assert spans == rows
 
 
 @cases(
-    "seed prompt shared",
+    "seed prompt reused",
     {
         "all that is kept": (None, 60, 40),
         "two tokens are left to prefill": (None, 41, 32),
@@ -3101,72 +3174,57 @@ def test_a_sequence_with_a_seed_decodes_among_an_even_number_of_rows(
     },
 )
 def test_a_prompt_reuses_kept_kv_in_whole_blocks(
-    engine: Any, seed: int | None, prompt: int, shared: int
+    engine: Any, seed: int | None, prompt: int, reused: int
 ) -> None:
-    engine.slots[2].keep(list(range(45)), 20)
-    slot, length = engine.find_prefix(sequence(list(range(prompt)), seed))
-    assert (slot, length) == (engine.slots[2], shared)
+    kept = sequence([5] * 20, limit=46)
+    row_of(engine, kept)
+    following = sequence((kept.tokens[:45] + [0] * 15)[:prompt], seed)
+    row_of(engine, following)
+    assert following.cached_tokens == reused
 
 
-def test_rows_that_change_places_hold_no_more_memory_than_they_may(engine: Any) -> None:
-    first, kept, last = engine.slots[:3]
-    for slot in (first, last):
-        slot.sequence, slot.tokens = sequence([1] * 50, None), [1] * 49
-        slot.resident = engine.whole_pages(100)
-    kept.tokens, kept.resident = [1] * 3900, engine.whole_pages(3900)
-    engine.plan_decode([first, last])
-    assert (last.row, kept.row) == (1, 2)
-    assert (last.resident, kept.resident) == (engine.whole_pages(100), engine.whole_pages(3900))
-
-
-def test_guessed_tokens_are_kept_up_to_the_first_wrong_one(engine: Any) -> None:
-    drafted = sequence([1, 2, 3], None)
+def test_guessed_tokens_are_kept_up_to_the_first_wrong_one() -> None:
     certain = 1000 * np.eye(10, dtype=np.float32)
     for sampled, kept in ([5, 9, 7, 8], [5, 9]), ([5, 6, 7, 8], [5, 6, 7, 8]):
-        assert [pick.token for pick in engine.verify(drafted, [5, 6, 7], certain[sampled])] == kept
+        picked = sequence([1, 2, 3]).sample(certain[sampled], [5, 6, 7])
+        assert [pick.token for pick in picked] == kept
 
 
 def test_a_new_conversation_takes_an_empty_slot_else_the_least_recently_used(engine: Any) -> None:
-    for slot, used in zip(engine.slots, (4, 2, 3, 1), strict=True):
-        slot.keep([900 + slot.row] * 20, 20)
-        slot.used = used
-    assert engine.choose_slot(sequence([1] * 20, None), engine.slots) is engine.slots[3]
-    engine.slots[0].keep([], 0)
-    assert engine.choose_slot(sequence([1] * 20, None), engine.slots) is engine.slots[0]
+    tokens = [0, 1, 2, 3, 4, 5, 0, 6]
+    rows = [row_of(engine, sequence([token] * 20, limit=21)) for token in tokens]
+    assert rows == [0, 1, 2, 3, 4, 5, 0, 1]
 
 
 def test_a_conversation_goes_on_in_its_slot_and_one_that_only_begins_alike_does_not_take_it(
     engine: Any,
 ) -> None:
-    engine.slots[1].keep(list(range(100)), 100)
-    assert engine.choose_slot(sequence(list(range(120)), None), engine.slots) is engine.slots[1]
-    assert (
-        engine.choose_slot(sequence([*range(50), *range(900, 950)], None), engine.slots)
-        is not engine.slots[1]
-    )
+    history = [token % 16 for token in range(90)]
+    assert row_of(engine, sequence(history, limit=91)) == 0
+    assert row_of(engine, sequence([*history, 3, 3, 3])) == 0
+    alike = sequence([*history[:50], *[3] * 40])
+    assert row_of(engine, alike) == 1
+    assert alike.cached_tokens == 48
 
 
 def test_after_a_fault_nothing_is_known_of_any_row(engine: Any) -> None:
-    for slot in engine.slots:
-        slot.keep(list(range(100)), 100)
-        slot.resident = engine.whole_pages(100)
-    engine.chores.append(lambda: pytest.fail("of the step that has failed"))
+    engine.submit([sequence([1] * 20)])
+    step(engine)
+    engine.slots.chores.append(lambda: pytest.fail("of the step that has failed"))
     engine.fail()
-    assert engine.find_prefix(sequence(list(range(100)), None)) == (None, 0)
-    assert [(len(slot.tokens), slot.prefilled, slot.resident) for slot in engine.slots] == [
-        (0, 0, 0)
-    ] * 4
-    for chore in engine.chores:  # which give the memory of all rows back
-        chore()
+    assert [slot.resident for slot in engine.slots.all] == [0] * 6
+    again = sequence([1] * 20)
+    row_of(engine, again)
+    assert again.cached_tokens == 0
 
 
 def test_a_sequence_that_came_to_its_end_before_a_fault_ends_as_it_would_have(engine: Any) -> None:
-    ended, running = sequence([1, 2], None), sequence([1, 2], None)
-    engine.sampled.append((ended, None, "stop"))
-    engine.slots[0].sequence = running
+    ended, running = sequence([1, 2], limit=3), sequence([1, 2])
+    engine.submit([ended, running])
+    step(engine)
     engine.fail()
-    assert (ended.finish_reason, running.finish_reason) == ("stop", "error")
-    assert ended.outlet.get_nowait() == (ended, None)
+    assert (ended.finish_reason, running.finish_reason) == ("length", "error")
+    assert [ended.outlet.get_nowait()[1] for _ in range(2)] == [phi_server.Piece("6 "), None]
 
 
 @cases(
@@ -3209,6 +3267,116 @@ def test_the_common_prefix_of_two_lists_is_found(length: int) -> None:
     a = list(range(100))
     assert phi_server.common_prefix(a, a[:length] + [-1] * 5) == length
     assert phi_server.common_prefix(a[:length], a) == length
+
+
+def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
+    """The choices of a request whose prompt begins as another one's conversation did."""
+    shared = chance.choice(known)[: chance.choice([8, 40, 200])]
+    prompt = (shared + chance.choices(range(16), k=chance.randint(1, 80)))[:120]
+    fields = {
+        "seed": chance.choice([None, 1]),
+        "limit": min(len(prompt) + chance.choice([0, 5, 20, 60]), 120),
+        "top_logprobs": chance.choice([None, None, 0]),
+        "echoes": chance.random() < 0.3,
+        "eos_tokens": frozenset(chance.choice([[], [], [14]])),
+        "outlet": asyncio.Queue(),
+    }
+    choices = [sequence(prompt, **fields)]
+    for index in range(1, chance.choice([1, 1, 1, 3])):
+        choices.append(sequence(prompt, index=index, leader=choices[0], **fields))
+    return choices
+
+
+def check_slots(engine: Any, kv_tokens: int) -> None:
+    """Rows hold what their slots say, and no more memory than KV_MEMORY allows."""
+    kv, slots = engine.model.kv, engine.slots.all
+    page = kv.tokens_per_page
+    reserved = {slot: -(-slot.sequence.limit // page) * page for slot in slots if slot.sequence}
+    kept = [slot for slot in slots if not slot.sequence]
+    assert sorted(slot.row for slot in slots) == list(range(kv.rows))
+    assert all(slot.resident <= reserved[slot] for slot in reserved)
+    # a page of each kept row is for throwaway tokens
+    most = kv_tokens + page * len(kept)
+    assert sum(reserved.values()) + sum(slot.resident for slot in kept) <= most
+    for slot in slots:
+        sums, kernels = (array[slot.row, 0, :, 0] for array in kv.arrays)
+        held = len(slot.tokens)
+        assert sums[:held].tolist() == list(itertools.accumulate(t + 1 for t in slot.tokens))
+        if sys.platform.startswith("linux"):  # others give memory back in their own time
+            assert not sums[slot.resident :].any()
+        assert (kernels[: slot.prefilled] == 1).all()
+        if slot.sequence:
+            assert slot.tokens == slot.sequence.tokens[:held]
+            assert slot.sequence.sampler.state == "begun"
+        if slot.sequence and slot.sequence.is_seeded:
+            prefilled = min(slot.sequence.prompt_tokens, held)
+            if slot.sequence.prompt_tokens > 1:
+                assert (kernels[:prefilled] == 1).all()
+            assert (kernels[max(prefilled, 1) : held] == 2).all()
+
+
+def check_replies(choices: list[Any]) -> None:
+    """Each choice of a request that has come to its end has the reply that it would have alone."""
+    texts: list[str] = ["" for _ in choices]
+    scores: list[list[Any]] = [[] for _ in choices]
+    while not choices[0].outlet.empty():
+        choice, piece = choices[0].outlet.get_nowait()
+        if piece:
+            texts[choice.index] += piece.text
+            scores[choice.index] += [scored for scored, _ in piece.tokens]
+    for choice, text, scored in zip(choices, texts, scores, strict=True):
+        tokens, prompt = choice.tokens, choice.prompt_tokens
+        likeliest = Ledger.likeliest(list(itertools.accumulate(token + 1 for token in tokens)))
+        assert tokens[prompt:] == likeliest[prompt - 1 : -1, 0].tolist()
+        assert choice.finish_reason == ("length" if len(tokens) == choice.limit else "stop")
+        assert choice.finish_reason == "length" or likeliest[-1, 0] in choice.eos_tokens
+        returned = tokens if choice.prompt_scores else tokens[prompt:]
+        assert text == "".join(f"{token} " for token in returned)
+        if choice.sampler.top_logprobs is not None:
+            assert [each.token for each in scored] == returned
+            assert all(each.logprob is not None for each in scored[bool(choice.prompt_scores) :])
+
+
+@pytest.mark.parametrize("kv_tokens", [128, 256, 384, 768])
+def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(kv_tokens: int) -> None:
+    chance, steps = random.Random(kv_tokens), 2000
+    model: Any = Ledger()
+    pages = kv_tokens // model.kv.tokens_per_page + model.kv.rows
+    kv_bytes = pages * model.kv.tokens_per_page * model.kv.bytes_per_token
+    engine = phi_server.Engine(model, phi_server.Metrics(), 8, kv_bytes)
+    running: list[list[Any]] = []
+    ended: list[Any] = []
+    known = [chance.choices(range(16), k=60) for _ in range(3)]
+    for number in itertools.count():
+        load = 0.3 if number % 200 < 100 else 0.03
+        if number < steps and len(running) < 8 and chance.random() < load:
+            running.append(random_request(chance, known))
+            engine.submit(running[-1])
+        if running and chance.random() < 0.02:
+            cancelled = running.pop(chance.randrange(len(running)))
+            engine.withdraw(cancelled)
+            ended += cancelled
+        plan = engine.plan()
+        if plan is None and number >= steps:
+            break
+        if plan is not None:
+            picks, _ = engine.forward(plan)
+            if chance.random() < 0.01:
+                picks[-1] = None
+            engine.absorb(plan, picks, plan.count * chance.choice([0.001, 0.01, 0.02]))
+            check_slots(engine, kv_tokens)
+        if chance.random() < 0.005:
+            engine.fail()
+        engine.deliver()
+        for request in [request for request in running if all(each.is_closed for each in request)]:
+            running.remove(request)
+            engine.withdraw(request)
+            ended += request
+            known = [*known[-8:], request[0].tokens]
+            if all(each.finish_reason in ("stop", "length") for each in request):
+                check_replies(request)
+    assert (engine.requests, running) == (0, [])
+    assert {each.sampler.state for each in ended} <= {"new", "closed"}
 
 
 TRAP = 13_666  # a token that the forward pass below cannot bear
@@ -3324,7 +3492,7 @@ def test_a_prompt_beyond_the_kv_memory_is_refused_at_once(tight_server: Server) 
 
 def test_kv_memory_for_less_than_16_tokens_ends_the_start(tmp_path: Path) -> None:
     ended = run(cwd=tmp_path, KV_MEMORY="1KiB")
-    line = "phi_server: KV_MEMORY: 1,024 bytes hold less than 16 tokens"
+    line = "phi_server: KV_MEMORY: 1,024 bytes hold fewer than 16 tokens"
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(line)
 
