@@ -1178,9 +1178,7 @@ def chosen_name(fields: Fields, tools: tuple[Tool, ...]) -> str:
     function = fields.required("function").object("function").required("name")
     name = function.string("name")
     if not any(tool.name == name for tool in tools):
-        raise invalid_value(
-            function.param("name"), f"there is no function '{name}' among the tools."
-        )
+        raise invalid_value("tool_choice", f"there is no function '{name}' among the tools.")
     return name
 
 
@@ -1874,11 +1872,18 @@ def plain_turn(message: Message) -> Message:
 # schema wants, so it runs in the worker (next section); the sampler draws behind its mask.
 
 MOST_CALLS = 16  # in one reply; without a bound a small model calls until its tokens are used up
-# What a number may have where its schema says nothing: a small model may write digits forever. A
-# double holds 16; decimals have 6 of them behind the point.
+# What a number may be whose schema leaves it open: a small model may write digits forever. A double
+# holds 16; of a decimal 6 of them stand behind the point.
 LARGEST_INTEGER = 10**16 - 1
 LARGEST_DECIMAL = 10**10 - 1
-DECIMAL_STEP = 1e-6
+DECIMAL = {"type": "number", "multipleOf": 1e-6}
+# One definition each for all places: 1,000 of their own are more than the engine takes.
+OPEN_INTEGER = {"type": "integer", "minimum": -LARGEST_INTEGER, "maximum": LARGEST_INTEGER}
+OPEN_DECIMAL = {**DECIMAL, "minimum": -LARGEST_DECIMAL, "maximum": LARGEST_DECIMAL}
+OPEN_NUMBERS = {
+    "open_integer": OPEN_INTEGER,
+    "open_number": {"anyOf": [OPEN_DECIMAL, OPEN_INTEGER]},
+}
 
 # Keywords of JSON Schema that constrain nothing by themselves.
 ANNOTATIONS = frozenset(
@@ -1943,6 +1948,9 @@ def closed_schema(schema: dict[str, Json]) -> str:
         if is_alone and not is_within(place, conjoined):
             close_object(part)
             bound_number(part)
+    definitions = closed.setdefault("$defs", {})
+    if isinstance(definitions, dict):
+        definitions.update(OPEN_NUMBERS)
     closed["x-guidance"] = {"whitespace_flexible": False}
     return well_formed(json.dumps(closed, ensure_ascii=False))
 
@@ -2013,21 +2021,28 @@ def bound_number(schema: dict[str, Json]) -> None:
     """Bounds the digits of a number whose schema leaves them open."""
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    bounds = digit_bounds(schema, LARGEST_INTEGER)
-    if "integer" in kinds or ("number" in kinds and "multipleOf" in schema):
-        schema.update(bounds)
-    elif "number" in kinds and schema.keys() <= NUMERIC:
-        close_bounds = digit_bounds(schema, LARGEST_DECIMAL)
-        if not close_bounds:
-            return
-        open_ends = {name: value for name, value in schema.items() if "exclusive" in name}
-        decimal = {"type": "number", "multipleOf": DECIMAL_STEP} | close_bounds | open_ends
-        whole = {"type": "integer"} | bounds | open_ends
-        options = [decimal, *([whole] if bounds != close_bounds else [])]
-        options += [{"type": kind} for kind in kinds if kind != "number"]
-        for name in schema.keys() - ANNOTATIONS:
-            del schema[name]
-        schema["anyOf"] = options
+    kind = "number" if "number" in kinds else "integer"
+    if kind not in kinds or "$defs" in schema:
+        return
+    if schema.keys() <= ANNOTATIONS | {"type"}:
+        options = [{"$ref": f"#/$defs/open_{kind}"}]
+    elif kind == "number" and schema.keys() <= NUMERIC:
+        options = number_options(schema)
+    else:
+        schema.update(digit_bounds(schema, LARGEST_INTEGER))
+        return
+    options += [{"type": other} for other in kinds if other not in ("number", "integer")]
+    schema.clear()
+    schema.update(options[0] if len(options) == 1 else {"anyOf": options})
+
+
+def number_options(schema: dict[str, Json]) -> list[dict[str, Json]]:
+    """A number with bounds of its own as a decimal, or an integer that no such decimal reaches."""
+    near, far = digit_bounds(schema, LARGEST_DECIMAL), digit_bounds(schema, LARGEST_INTEGER)
+    if not near:
+        return [schema.copy()]
+    ends = {name: value for name, value in schema.items() if name.startswith("exclusive")}
+    return [DECIMAL | near | ends] + ([{"type": "integer"} | far | ends] if near != far else [])
 
 
 def digit_bounds(schema: Mapping[str, Json], limit: int) -> dict[str, Json]:
