@@ -575,10 +575,9 @@ class Metric:
     """One metric family of Prometheus' text format 0.0.4, a number per label set."""
 
     def __init__(self, kind: str, name: str, meaning: str) -> None:
-        self.kind = kind
         self.name = name
-        self.meaning = meaning
-        self.values: dict[str, float] = {}
+        self.head = f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+        self.values: dict[str, float] = {"": 0}
 
     def add(self, amount: float = 1, **labels: object) -> None:
         """Adds to the number of these labels."""
@@ -589,25 +588,21 @@ class Metric:
         """Sets the number of a metric without labels."""
         self.values[""] = value
 
+    def samples(self) -> Iterator[tuple[str, float]]:
+        """The rest of each line: what follows the name, and the number."""
+        for key, value in self.values.items():
+            yield f"{{{key}}}" if key else "", value
+
     def render(self) -> str:
         """The family's lines."""
-        samples = (
-            f"{self.name}{{{key}}} {value:.15g}" if key else f"{self.name} {value:.15g}"
-            for key, value in self.values.items()
-        )
-        return "\n".join(
-            [f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} {self.kind}", *samples, ""]
-        )
+        return self.head + "".join(f"{self.name}{end} {n:.15g}\n" for end, n in self.samples())
 
 
-class Histogram:
-    """One histogram of Prometheus' text format; its buckets are upper bounds, in the unit of the
-    name.
-    """
+class Histogram(Metric):
+    """One histogram; its buckets are upper bounds, in the unit of the name."""
 
     def __init__(self, name: str, meaning: str, bounds: tuple[float, ...]) -> None:
-        self.name = name
-        self.meaning = meaning
+        super().__init__("histogram", name, meaning)
         self.bounds = (*bounds, math.inf)
         self.counts = [0] * len(self.bounds)
         self.sum = 0.0
@@ -617,16 +612,13 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def render(self) -> str:
-        """The family's lines, in which each bucket counts all values up to its bound."""
-        lines = [f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} histogram"]
+    def samples(self) -> Iterator[tuple[str, float]]:
+        """Buckets, each of which counts all values up to its bound, then sum and count."""
         totals = list(itertools.accumulate(self.counts))
         for bound, total in zip(self.bounds, totals, strict=True):
-            shown = "+Inf" if bound == math.inf else f"{bound:g}"
-            lines.append(f'{self.name}_bucket{{le="{shown}"}} {total}')
-        return "\n".join(
-            [*lines, f"{self.name}_sum {self.sum:.15g}", f"{self.name}_count {totals[-1]}", ""]
-        )
+            yield f'_bucket{{le="{"+Inf" if bound == math.inf else f"{bound:g}"}"}}', total
+        yield "_sum", self.sum
+        yield "_count", totals[-1]
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -636,37 +628,32 @@ class Metrics:
     """Every series of GET /metrics, each a named attribute."""
 
     def __init__(self) -> None:
-        self.requests = Metric(
-            "counter", "phi_server_requests_total", "Requests answered, by route and status."
+        counter, gauge = (functools.partial(Metric, kind) for kind in ("counter", "gauge"))
+        self.requests = counter(
+            "phi_server_requests_total", "Requests answered, by route and status."
         )
-        self.rejected = Metric(
-            "counter",
-            "phi_server_rejected_requests_total",
-            "Requests above MAX_CONCURRENT_REQUESTS.",
+        self.requests.values.clear()  # it has no number without labels
+        self.rejected = counter(
+            "phi_server_rejected_requests_total", "Requests above MAX_CONCURRENT_REQUESTS."
         )
-        self.running = Metric(
-            "gauge", "phi_server_running_sequences", "Sequences being prefilled or decoded."
+        self.running = gauge(
+            "phi_server_running_sequences", "Sequences being prefilled or decoded."
         )
-        self.waiting = Metric(
-            "gauge",
-            "phi_server_waiting_sequences",
-            "Sequences waiting for a slot or for KV memory.",
+        self.waiting = gauge(
+            "phi_server_waiting_sequences", "Sequences waiting for a slot or for KV memory."
         )
-        self.prompt_tokens = Metric(
-            "counter", "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences."
+        self.prompt_tokens = counter(
+            "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences."
         )
-        self.cached_tokens = Metric(
-            "counter", "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused."
+        self.cached_tokens = counter(
+            "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused."
         )
-        self.generated_tokens = Metric(
-            "counter", "phi_server_generated_tokens_total", "Tokens sampled."
+        self.generated_tokens = counter("phi_server_generated_tokens_total", "Tokens sampled.")
+        self.prefill_speed = gauge(
+            "phi_server_prefill_tokens_per_second",
+            "Prefill speed, averaged over recent long chunks.",
         )
-        self.prefill_speed = Metric(
-            "gauge", "phi_server_prefill_tokens_per_second", "Speed of the last long chunks."
-        )
-        self.memory = Metric(
-            "gauge", "process_resident_memory_bytes", "Resident memory of the process."
-        )
+        self.memory = gauge("process_resident_memory_bytes", "Resident memory of the process.")
         self.batch_size = Histogram(
             "phi_server_batch_size",
             "Sequences that decode together in a step.",
@@ -677,24 +664,19 @@ class Metrics:
         )
         self.time_per_output_token = Histogram(
             "phi_server_time_per_output_token_seconds",
-            "Between tokens of a reply, its mean.",
+            "Mean time between the tokens of a reply.",
             SECONDS,
         )
         self.duration = Histogram(
             "phi_server_generation_duration_seconds", "From a request to its whole reply.", SECONDS
         )
-        self.kv_resident = Metric(
-            "gauge", "phi_server_kv_resident_bytes", "KV memory in use, running and kept."
+        self.kv_resident = gauge(
+            "phi_server_kv_resident_bytes", "KV memory in use, running and kept."
         )
-        self.kv_reserved = Metric(
-            "gauge", "phi_server_kv_reserved_bytes", "KV memory promised to running sequences."
+        self.kv_reserved = gauge(
+            "phi_server_kv_reserved_bytes", "KV memory promised to running sequences."
         )
-        self.kv_limit = Metric(
-            "gauge", "phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets."
-        )
-        for metric in vars(self).values():
-            if isinstance(metric, Metric) and metric is not self.requests:
-                metric.set(0)
+        self.kv_limit = gauge("phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets.")
 
     def render(self) -> bytes:
         """The whole page in Prometheus' text format."""
