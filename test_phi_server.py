@@ -792,7 +792,7 @@ ERRORS = [
      "Unknown request URL: POST /v1/x. Please check the URL for typos.$"),
     ("wrong method", "/v1/models", {}, 405, "method_not_supported", None, "Only GET requests are accepted.$"),
     ("body too large", CHAT, b" " * ((4 << 20) + 1), 413, "request_too_large", None,
-     "The request's body is larger than 4194304 bytes.$"),
+     "The request's body exceeds 4194304 bytes.$"),
     ("refused schema", CHAT, HELLO | {"response_format": NONSENSE}, 400, "invalid_parameter", "response_format",
      "Invalid schema for 'response_format': .*nonsense"),
     ("refused tool", CHAT, HELLO | {"tools": [*TOOLS, BAD_TOOL], "tool_choice": "required"},
@@ -804,7 +804,7 @@ ERRORS = [
     ("refused schema among tools", CHAT, HELLO | {"tools": TOOLS, "response_format": NONSENSE},
      400, "invalid_parameter", "response_format", "Invalid schema for 'response_format': "),
     ("URI too long", "/" + "x" * 70000, {}, 414, "request_too_large", None,
-     "The request's target is larger than 65536 bytes.$"),
+     "The request's target exceeds 65536 bytes.$"),
 ]
 # fmt: on
 
@@ -3939,9 +3939,9 @@ def test_repeated_headers_are_joined_and_names_are_lower_case() -> None:
 @pytest.mark.parametrize(
     ("lines", "limit"),
     [
-        pytest.param(["X: " + "y" * 70_000], "65536 bytes", id="one long line"),
-        pytest.param(["X: " + "y" * 30_000] * 3, "65536 bytes", id="long lines"),
-        pytest.param(["X: y"] * 200, "128 lines", id="many lines"),
+        pytest.param(["X: " + "y" * 70_000], "'s header exceeds 65536 bytes", id="one long line"),
+        pytest.param(["X: " + "y" * 30_000] * 3, "'s header exceeds 65536 bytes", id="long lines"),
+        pytest.param(["X: y"] * 200, " has more than 128 header lines", id="many lines"),
     ],
 )
 def test_a_header_that_is_too_large_is_refused(
@@ -3951,7 +3951,7 @@ def test_a_header_that_is_too_large_is_refused(
     assert [(reply.status, reply.error["code"]) for reply in replies] == [
         (431, "request_too_large")
     ]
-    assert replies[0].error["message"] == f"The request's header is larger than {limit}."
+    assert replies[0].error["message"] == f"The request{limit}."
 
 
 def test_chunk_extensions_that_are_too_large_together_are_refused(server: Server) -> None:
@@ -3959,7 +3959,7 @@ def test_chunk_extensions_that_are_too_large_together_are_refused(server: Server
     head = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Transfer-Encoding: chunked")
     (reply,) = exchange(server, raw(*head, body=4 * chunk))
     assert (reply.status, reply.error["code"]) == (413, "request_too_large")
-    assert reply.error["message"] == "The request's chunk extensions is larger than 65536 bytes."
+    assert reply.error["message"] == "The request's chunk extensions exceed 65536 bytes."
 
 
 @pytest.mark.parametrize(
@@ -3983,7 +3983,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(
     assert [(reply.status, reply.error["code"]) for reply in replies] == [
         (413, "request_too_large")
     ]
-    assert replies[0].error["message"] == "The request's body is larger than 16384 bytes."
+    assert replies[0].error["message"] == "The request's body exceeds 16384 bytes."
 
 
 def test_a_body_of_the_largest_size_is_read(strict_server: Server) -> None:
@@ -4391,12 +4391,12 @@ def test_bytes_that_are_nearly_a_request_never_break_the_server() -> None:
         ("/v1//models", "/models"),
         ("/v1/models/a/b", "/models/{id}"),
         ("/models/x/", "/models/{id}"),
-        ("/v1x/models", "/v1x/models"),
-        ("/V1/models", "/V1/models"),
+        ("/v1x/models", "unknown"),
+        ("/V1/models", "unknown"),
     ],
 )
 def test_a_path_with_or_without_v1_and_a_slash_at_its_end_is_a_route(path: str, route: str) -> None:
-    assert phi_server.find_route(path) == route
+    assert phi_server.find_route(path)[0] == route
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/models", "/v1/models/", "/models/?limit=5"])
