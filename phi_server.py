@@ -3289,6 +3289,11 @@ LINGER_SECONDS = 1.0
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+# RFC 3986 section 3.2.2: an IPv6 address in brackets, or a name; then a port. A comma, which a name
+# might have too, joins several Host headers.
+HOST = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*))(?::([0-9]*))?"
+)
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'  # RFC 9110 section 5.6.4
 # RFC 9112 section 7.1.1
@@ -3629,8 +3634,7 @@ def parse_head(request_line: bytes, lines: list[bytes]) -> HttpRequest:
     path, authority = split_target(target)
     if minor != "0" and "host" not in headers:
         raise malformed("HTTP/1.1 needs a Host header")
-    if "," in headers.get("host", ""):
-        raise malformed("it has several Host headers")
+    host_name(headers.get("host", ""))
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise malformed("only Expect: 100-continue is served", 417)
     if authority:  # which then counts and not the header, RFC 9112 section 3.2.2
@@ -3661,8 +3665,18 @@ def split_target(target: str) -> tuple[str, str]:
     if target.lower().startswith(("http://", "https://")):
         with contextlib.suppress(ValueError):  # half an IPv6 address
             parts = urlsplit(target)
-            return parts.path or "/", parts.netloc
+            if host_name(parts.netloc):
+                return parts.path or "/", parts.netloc
     raise malformed(f"its target {target[:40]!r} is not a path")
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host, in lower case (RFC 9112 section 3.2); raises ApiError."""
+    match = HOST.fullmatch(host)
+    with contextlib.suppress(ValueError):  # brackets around something else, thousands of digits
+        if match and int(match[3] or 0) <= 65535 and ipaddress.IPv6Address(match[1] or "::"):
+            return (match[1] or match[2]).lower()
+    raise malformed(f"its Host {host[:40]!r} is not one host with an optional port")
 
 
 def body_length(headers: Mapping[str, str], minor_version: int) -> int:
@@ -4390,12 +4404,6 @@ class Keys:
 def digest(key: bytes) -> bytes:
     """A key's hash, so that keys of all lengths compare alike."""
     return hashlib.sha256(key).digest()
-
-
-def host_name(host: str) -> str:
-    """The name or address in a Host header, without port and brackets, in lower case."""
-    match = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.lower())
-    return (match[1] or match[2]) if match else host
 
 
 def is_loopback(name: str) -> bool:
