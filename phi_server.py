@@ -479,30 +479,28 @@ def unknown_model(model: str, served: str) -> ApiError:
 
 
 def unauthorized(key: str) -> ApiError:
-    """401: no key was sent, or none of those that are accepted; the message never has the whole
-    key.
-    """
+    """401: no key was sent, or an unknown one; the message never shows the whole key."""
     challenge = {"WWW_Authenticate": 'Bearer realm="phi_server"'}
     if not key:
-        message = "You didn't provide an API key. You need to provide your API key in an Authorization header using"
-        return ApiError(
-            401, None, f"{message} Bearer auth (i.e. Authorization: Bearer YOUR_KEY).", **challenge
+        message = (
+            "You didn't provide an API key. You need to provide your API key in an Authorization"
         )
+        how = "header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+        return ApiError(401, None, f"{message} {how}", **challenge)
     shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else "..."
     return ApiError(401, "invalid_api_key", f"Incorrect API key provided: {shown}.", **challenge)
 
 
 def host_not_allowed(host: str) -> ApiError:
     """403: the Host header names another host, as after DNS rebinding."""
-    message = f"The host '{host}' is not allowed. Set ALLOWED_HOSTS to the names by which this server is reached."
-    return ApiError(403, "host_not_allowed", message)
+    hint = "Set ALLOWED_HOSTS to the names by which this server is reached."
+    return ApiError(403, "host_not_allowed", f"The host '{host}' is not allowed. {hint}")
 
 
 def unknown_url(method: str, path: str) -> ApiError:
     """404: no such path."""
-    return ApiError(
-        404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos."
-    )
+    message = f"Unknown request URL: {method} {path}. Please check the URL for typos."
+    return ApiError(404, "unknown_url", message)
 
 
 def wrong_method(allowed: list[str]) -> ApiError:
@@ -532,9 +530,8 @@ def encoded_body(coding: str) -> ApiError:
 
 def too_slow(seconds: float) -> ApiError:
     """408: the client did not send its request in time."""
-    return ApiError(
-        408, "request_timeout", f"The request did not arrive within {seconds:g} seconds."
-    )
+    message = f"The request did not arrive within {seconds:g} seconds."
+    return ApiError(408, "request_timeout", message)
 
 
 def overloaded(limit: int) -> ApiError:
@@ -547,22 +544,21 @@ def overloaded(limit: int) -> ApiError:
 
 def draining() -> ApiError:
     """503: the server is shutting down."""
-    return ApiError(
-        503, "shutting_down", "The server is shutting down. Please retry.", Retry_After="1"
-    )
+    message = "The server is shutting down. Please retry."
+    return ApiError(503, "shutting_down", message, Retry_After="1")
 
 
 def too_many_connections(limit: int) -> ApiError:
     """503: as many connections as allowed are open."""
-    return ApiError(
-        503, "too_many_connections", f"This server has {limit} connections open.", Retry_After="1"
-    )
+    message = f"This server has {limit} connections open."
+    return ApiError(503, "too_many_connections", message, Retry_After="1")
 
 
 def internal(request_id: str) -> ApiError:
     """500: anything unexpected; the log has the details under the request id."""
-    message = "The server had an error while processing your request. Sorry about that! Please retry your request."
-    return ApiError(500, "internal_error", f"{message} (request id {request_id})")
+    message = "The server had an error while processing your request. Sorry about that!"
+    hint = f"Please retry your request. (request id {request_id})"
+    return ApiError(500, "internal_error", f"{message} {hint}")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -3313,8 +3309,8 @@ class HttpRequest:
     headers: Mapping[str, str] = field(default_factory=dict)
     length: int = 0  # of the body in bytes, or CHUNKED
     body: bytes = b""  # once it has been read, for a handler
-    id: str = field(default_factory=lambda: new_id("req_"))
-    started: float = field(default_factory=time.perf_counter)
+    id: str = field(default_factory=lambda: new_id("req_"))  # or the client's own
+    started: float = field(default_factory=time.perf_counter)  # when its head had been read
     details: dict[str, object] = field(default_factory=dict)  # for its log line
 
     @property
@@ -3401,12 +3397,12 @@ class HttpProtocol(asyncio.StreamReaderProtocol):
     async def present(self) -> AsyncIterator[None]:
         """Cancels what runs within once the client has left; raises ConnectionResetError then.
 
-        Only what waits can be cancelled. So whatever needs no waiting is still answered, even when
-        the client has half-closed before.
+        Only what waits can be cancelled: the rest is answered even if the client has half-closed.
         """
-        is_gone = self.has_left or not self.transport.is_reading()
         try:
-            async with asyncio.timeout(0 if is_gone else None) as self.presence:
+            async with asyncio.timeout(None) as self.presence:
+                if self.has_left or not self.transport.is_reading():
+                    self.leave()
                 yield
         except TimeoutError:
             raise ConnectionResetError from None
@@ -3539,7 +3535,7 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def in_time(self, closed: str) -> AsyncIterator[None]:
-        """Applies the request's deadline to the reads inside; raises ApiError, also for their end."""
+        """Applies the request's deadline to the reads inside; raises ApiError, also at an end."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 yield
@@ -3590,7 +3586,7 @@ class Connection:
             await self.flush()
 
     async def flush(self) -> None:
-        """Waits until the client has read enough; raises ConnectionResetError if it does not read."""
+        """Waits until the client has read enough; raises ConnectionResetError if it never does."""
         try:
             async with asyncio.timeout(self.limits.write_seconds):
                 await self.writer.drain()
@@ -3680,7 +3676,7 @@ def host_name(host: str) -> str:
 
 
 def body_length(headers: Mapping[str, str], minor_version: int) -> int:
-    """The body's length in bytes, or CHUNKED (RFC 9112 section 6.3); raises ApiError if ambiguous."""
+    """The body's length, or CHUNKED (RFC 9112 section 6.3); raises ApiError for two readings."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor_version == 0:
@@ -4008,11 +4004,9 @@ class Api:
             self.record(request, reply, submitted)
 
     def record(self, request: HttpRequest, reply: Reply, submitted: float) -> None:
-        """Puts how a reply has ended into its log line, and the times of a good end into metrics."""
+        """Puts a reply's end into its log line, and the times of a good one into the metrics."""
         now, usage = time.perf_counter(), reply.usage()
-        first = min(
-            (choice.first_token for choice in reply.choices if choice.first_token), default=0
-        )
+        first = min(filter(None, (choice.first_token for choice in reply.choices)), default=0)
         reasons = {choice.finish_reason for choice in reply.choices}
         request.details.update(
             prompt_tokens=usage["prompt_tokens"],
@@ -4033,17 +4027,15 @@ class Api:
 
 def seeded(sampling: Sampling, choice: int) -> Sampling:
     """The sampling of one choice: with a seed, each has its own, seed, seed + 1 and so on."""
-    return (
-        sampling
-        if sampling.seed is None
-        else dataclasses.replace(sampling, seed=sampling.seed + choice)
-    )
+    if sampling.seed is None:
+        return sampling
+    return dataclasses.replace(sampling, seed=sampling.seed + choice)
 
 
 async def chunk_choices(
     request: HttpRequest, reply: Reply, writer: Writer
 ) -> AsyncIterator[Choice | None]:
-    """Choices of chunks as they come, None after silence; raises ApiError when the engine failed."""
+    """Choices of chunks as they come, None after silence; raises ApiError if the engine failed."""
     running = len(reply.choices)
     while running:
         try:
@@ -4388,14 +4380,13 @@ class Keys:
         """Raises ApiError unless the request has one of the keys, or none is set."""
         if not self.are_set:
             return
-        with contextlib.suppress(
-            OSError, UnicodeDecodeError
-        ):  # while it is replaced the keys so far stay good
+        # While the file is replaced the keys so far stay good.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             self.refresh()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key.strip(" \t") if scheme.lower() == "bearer" else ""
         key = key or request.headers.get("x-api-key", "") or request.headers.get("api-key", "")
-        # All are compared, each in constant time, so that the time tells nothing of any of them.
+        # All are compared, each in constant time, so that the time shows nothing of any of them.
         sent = digest(key.encode("latin-1"))  # as HTTP has it
         if sum(hmac.compare_digest(sent, good) for good in self.fixed + self.filed) == 0:
             raise unauthorized(key)
@@ -4541,7 +4532,7 @@ class Server:
         return exchange.status != CLIENT_CLOSED_REQUEST and exchange.keeps_alive
 
     async def answer(self, exchange: Exchange) -> None:
-        """Checks a request, and sends what its handler returns; raises ApiError, ConnectionError."""
+        """Checks a request, sends what its handler returns; raises ApiError, ConnectionError."""
         request, connection = exchange.request, exchange.connection
         self.check_host(request)
         if request.method == "OPTIONS":
@@ -4577,13 +4568,10 @@ class Server:
         await exchange.connection.end_events()
 
     def check_host(self, request: HttpRequest) -> None:
-        """Raises ApiError for a foreign Host, by which a web page could reach a server on loopback
-        (DNS rebinding).
-        """
+        """Raises ApiError for a foreign Host, by which web pages reach loopback (DNS rebinding)."""
         allowed = [host.lower() for host in self.settings.allowed_hosts]
-        if "*" in allowed or not (
-            allowed or (is_loopback(self.settings.server_host) and not self.keys.are_set)
-        ):
+        is_private = is_loopback(self.settings.server_host) and not self.keys.are_set
+        if "*" in allowed or not (allowed or is_private):
             return
         name = host_name(request.headers.get("host", ""))
         if name and not is_loopback(name) and name not in allowed:
@@ -4622,7 +4610,7 @@ class Server:
         return headers
 
     def cors_headers(self, request: HttpRequest) -> dict[str, str]:
-        """What lets a page of an allowed origin read it (fetch.spec.whatwg.org/#http-cors-protocol)."""
+        """What lets allowed origins read a response (fetch.spec.whatwg.org/#http-cors-protocol)."""
         origin, allowed = request.headers.get("origin", ""), self.settings.cors_origins
         headers = {} if "*" in allowed else {"Vary": "Origin"}
         if origin and ("*" in allowed or origin in allowed):
