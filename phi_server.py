@@ -27,6 +27,7 @@ import asyncio
 import bisect
 import contextlib
 import dataclasses
+import enum
 import faulthandler
 import functools
 import gc
@@ -501,30 +502,28 @@ def unknown_model(model: str, served: str) -> ApiError:
 
 
 def unauthorized(key: str) -> ApiError:
-    """401: no key was sent, or none of those that are accepted; the message never has the whole
-    key.
-    """
+    """401: no key was sent, or an unknown one; the message never shows the whole key."""
     challenge = {"WWW_Authenticate": 'Bearer realm="phi_server"'}
     if not key:
-        message = "You didn't provide an API key. You need to provide your API key in an Authorization header using"
-        return ApiError(
-            401, None, f"{message} Bearer auth (i.e. Authorization: Bearer YOUR_KEY).", **challenge
+        message = (
+            "You didn't provide an API key. You need to provide your API key in an Authorization"
         )
+        how = "header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+        return ApiError(401, None, f"{message} {how}", **challenge)
     shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else "..."
     return ApiError(401, "invalid_api_key", f"Incorrect API key provided: {shown}.", **challenge)
 
 
 def host_not_allowed(host: str) -> ApiError:
     """403: the Host header names another host, as after DNS rebinding."""
-    message = f"The host '{host}' is not allowed. Set ALLOWED_HOSTS to the names by which this server is reached."
-    return ApiError(403, "host_not_allowed", message)
+    hint = "Set ALLOWED_HOSTS to the names by which this server is reached."
+    return ApiError(403, "host_not_allowed", f"The host '{host}' is not allowed. {hint}")
 
 
 def unknown_url(method: str, path: str) -> ApiError:
     """404: no such path."""
-    return ApiError(
-        404, "unknown_url", f"Unknown request URL: {method} {path}. Please check the URL for typos."
-    )
+    message = f"Unknown request URL: {method} {path}. Please check the URL for typos."
+    return ApiError(404, "unknown_url", message)
 
 
 def wrong_method(allowed: list[str]) -> ApiError:
@@ -535,30 +534,27 @@ def wrong_method(allowed: list[str]) -> ApiError:
 
 
 def malformed(reason: str, status: int = 400) -> ApiError:
-    """400 (or 417, 501, 505): the bytes are no HTTP request that this server reads."""
+    """400 (or 417, 501, 505): the bytes are not an HTTP request that this server reads."""
     return ApiError(status, "malformed_request", f"Malformed HTTP request: {reason}.")
 
 
-def too_large(what: str, limit: int, unit: str = "bytes", status: int = 413) -> ApiError:
+def too_large(message: str, status: int = 413) -> ApiError:
     """413, 414 or 431: the body, target or header exceeds a limit."""
-    return ApiError(
-        status, "request_too_large", f"The request's {what} is larger than {limit} {unit}."
-    )
+    return ApiError(status, "request_too_large", message)
 
 
 def encoded_body(coding: str) -> ApiError:
     """415: the body is compressed."""
     message = (
-        f"The request body has Content-Encoding '{coding}'; this server reads no content codings."
+        f"Compressed bodies are not accepted, but the request has Content-Encoding '{coding}'."
     )
     return ApiError(415, "unsupported_media_type", message)
 
 
 def too_slow(seconds: float) -> ApiError:
     """408: the client did not send its request in time."""
-    return ApiError(
-        408, "request_timeout", f"The request did not arrive within {seconds:g} seconds."
-    )
+    message = f"The request did not arrive within {seconds:g} seconds."
+    return ApiError(408, "request_timeout", message)
 
 
 def overloaded(limit: int) -> ApiError:
@@ -571,22 +567,21 @@ def overloaded(limit: int) -> ApiError:
 
 def draining() -> ApiError:
     """503: the server is shutting down."""
-    return ApiError(
-        503, "shutting_down", "The server is shutting down. Please retry.", Retry_After="1"
-    )
+    message = "The server is shutting down. Please retry."
+    return ApiError(503, "shutting_down", message, Retry_After="1")
 
 
 def too_many_connections(limit: int) -> ApiError:
     """503: as many connections as allowed are open."""
-    return ApiError(
-        503, "too_many_connections", f"This server has {limit} connections open.", Retry_After="1"
-    )
+    message = f"This server has {limit} connections open."
+    return ApiError(503, "too_many_connections", message, Retry_After="1")
 
 
 def internal(request_id: str) -> ApiError:
     """500: anything unexpected; the log has the details under the request id."""
-    message = "The server had an error while processing your request. Sorry about that! Please retry your request."
-    return ApiError(500, "internal_error", f"{message} (request id {request_id})")
+    message = "The server had an error while processing your request. Sorry about that!"
+    hint = f"Please retry your request. (request id {request_id})"
+    return ApiError(500, "internal_error", f"{message} {hint}")
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -598,10 +593,9 @@ class Metric:
     """One metric family of Prometheus' text format 0.0.4, a number per label set."""
 
     def __init__(self, kind: str, name: str, meaning: str) -> None:
-        self.kind = kind
         self.name = name
-        self.meaning = meaning
-        self.values: dict[str, float] = {}
+        self.head = f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+        self.values: dict[str, float] = {"": 0}
 
     def add(self, amount: float = 1, **labels: object) -> None:
         """Adds to the number of these labels."""
@@ -612,25 +606,21 @@ class Metric:
         """Sets the number of a metric without labels."""
         self.values[""] = value
 
+    def samples(self) -> Iterator[tuple[str, float]]:
+        """The rest of each line: what follows the name, and the number."""
+        for key, value in self.values.items():
+            yield f"{{{key}}}" if key else "", value
+
     def render(self) -> str:
         """The family's lines."""
-        samples = (
-            f"{self.name}{{{key}}} {value:.15g}" if key else f"{self.name} {value:.15g}"
-            for key, value in self.values.items()
-        )
-        return "\n".join(
-            [f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} {self.kind}", *samples, ""]
-        )
+        return self.head + "".join(f"{self.name}{end} {n:.15g}\n" for end, n in self.samples())
 
 
-class Histogram:
-    """One histogram of Prometheus' text format; its buckets are upper bounds, in the unit of the
-    name.
-    """
+class Histogram(Metric):
+    """One histogram; its buckets are upper bounds, in the unit of the name."""
 
     def __init__(self, name: str, meaning: str, bounds: tuple[float, ...]) -> None:
-        self.name = name
-        self.meaning = meaning
+        super().__init__("histogram", name, meaning)
         self.bounds = (*bounds, math.inf)
         self.counts = [0] * len(self.bounds)
         self.sum = 0.0
@@ -640,16 +630,13 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def render(self) -> str:
-        """The family's lines, in which each bucket counts all values up to its bound."""
-        lines = [f"# HELP {self.name} {self.meaning}", f"# TYPE {self.name} histogram"]
+    def samples(self) -> Iterator[tuple[str, float]]:
+        """Buckets, each of which counts all values up to its bound, then sum and count."""
         totals = list(itertools.accumulate(self.counts))
         for bound, total in zip(self.bounds, totals, strict=True):
-            shown = "+Inf" if bound == math.inf else f"{bound:g}"
-            lines.append(f'{self.name}_bucket{{le="{shown}"}} {total}')
-        return "\n".join(
-            [*lines, f"{self.name}_sum {self.sum:.15g}", f"{self.name}_count {totals[-1]}", ""]
-        )
+            yield f'_bucket{{le="{"+Inf" if bound == math.inf else f"{bound:g}"}"}}', total
+        yield "_sum", self.sum
+        yield "_count", totals[-1]
 
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -659,37 +646,32 @@ class Metrics:
     """Every series of GET /metrics, each a named attribute."""
 
     def __init__(self) -> None:
-        self.requests = Metric(
-            "counter", "phi_server_requests_total", "Requests answered, by route and status."
+        counter, gauge = (functools.partial(Metric, kind) for kind in ("counter", "gauge"))
+        self.requests = counter(
+            "phi_server_requests_total", "Requests answered, by route and status."
         )
-        self.rejected = Metric(
-            "counter",
-            "phi_server_rejected_requests_total",
-            "Requests above MAX_CONCURRENT_REQUESTS.",
+        self.requests.values.clear()  # it has no number without labels
+        self.rejected = counter(
+            "phi_server_rejected_requests_total", "Requests above MAX_CONCURRENT_REQUESTS."
         )
-        self.running = Metric(
-            "gauge", "phi_server_running_sequences", "Sequences being prefilled or decoded."
+        self.running = gauge(
+            "phi_server_running_sequences", "Sequences being prefilled or decoded."
         )
-        self.waiting = Metric(
-            "gauge",
-            "phi_server_waiting_sequences",
-            "Sequences waiting for a slot or for KV memory.",
+        self.waiting = gauge(
+            "phi_server_waiting_sequences", "Sequences waiting for a slot or for KV memory."
         )
-        self.prompt_tokens = Metric(
-            "counter", "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences."
+        self.prompt_tokens = counter(
+            "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences."
         )
-        self.cached_tokens = Metric(
-            "counter", "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused."
+        self.cached_tokens = counter(
+            "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused."
         )
-        self.generated_tokens = Metric(
-            "counter", "phi_server_generated_tokens_total", "Tokens sampled."
+        self.generated_tokens = counter("phi_server_generated_tokens_total", "Tokens sampled.")
+        self.prefill_speed = gauge(
+            "phi_server_prefill_tokens_per_second",
+            "Prefill speed, averaged over recent long chunks.",
         )
-        self.prefill_speed = Metric(
-            "gauge", "phi_server_prefill_tokens_per_second", "Speed of the last long chunks."
-        )
-        self.memory = Metric(
-            "gauge", "process_resident_memory_bytes", "Resident memory of the process."
-        )
+        self.memory = gauge("process_resident_memory_bytes", "Resident memory of the process.")
         self.batch_size = Histogram(
             "phi_server_batch_size",
             "Sequences that decode together in a step.",
@@ -700,24 +682,19 @@ class Metrics:
         )
         self.time_per_output_token = Histogram(
             "phi_server_time_per_output_token_seconds",
-            "Between tokens of a reply, its mean.",
+            "Mean time between the tokens of a reply.",
             SECONDS,
         )
         self.duration = Histogram(
             "phi_server_generation_duration_seconds", "From a request to its whole reply.", SECONDS
         )
-        self.kv_resident = Metric(
-            "gauge", "phi_server_kv_resident_bytes", "KV memory in use, running and kept."
+        self.kv_resident = gauge(
+            "phi_server_kv_resident_bytes", "KV memory in use, running and kept."
         )
-        self.kv_reserved = Metric(
-            "gauge", "phi_server_kv_reserved_bytes", "KV memory promised to running sequences."
+        self.kv_reserved = gauge(
+            "phi_server_kv_reserved_bytes", "KV memory promised to running sequences."
         )
-        self.kv_limit = Metric(
-            "gauge", "phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets."
-        )
-        for metric in vars(self).values():
-            if isinstance(metric, Metric) and metric is not self.requests:
-                metric.set(0)
+        self.kv_limit = gauge("phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets.")
 
     def render(self) -> bytes:
         """The whole page in Prometheus' text format."""
@@ -1235,6 +1212,11 @@ def well_formed(text: str) -> str:
     return (
         text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
     )
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id of the prefix and 32 hexadecimal digits."""
+    return prefix + secrets.token_hex(16)
 
 
 # ---- Protobuf ------------------------------------------------------------------------------------
@@ -2868,11 +2850,6 @@ def overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def new_id(prefix: str) -> str:
-    """A fresh id of the prefix and 32 hexadecimal digits."""
-    return prefix + secrets.token_hex(16)
-
-
 @dataclass(frozen=True)
 class CallDelta:
     """A piece of a tool call: its id and name come first, then parts of its arguments."""
@@ -3650,30 +3627,38 @@ class Engine:
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx and Node allow 16 to 32 KiB
 HEADER_COUNT_LIMIT = 128  # uvicorn's h11 and Node have 100 to 2,000
-LINGER_SECONDS = (
-    1.0  # after an error with an unread body, so that the reset does not overtake the response
-)
+# After an error with an unread body, so that the reset does not overtake the response.
+LINGER_SECONDS = 1.0
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
+# RFC 3986 section 3.2.2: an IPv6 address in brackets, or a name; then a port. A comma, which a name
+# might have too, joins several Host headers.
+HOST = re.compile(
+    r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*))(?::([0-9]*))?"
+)
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'  # RFC 9110 section 5.6.4
 # RFC 9112 section 7.1.1
 EXTENSION = rf"[ \t]*;[ \t]*{TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{TOKEN.pattern}|{QUOTED}))?"
 CHUNKED = -1  # the length of a body in chunked coding
-CHUNK_SIZE_DIGITS = 15  # hexadecimal; what exceeds them in a chunk's first line counts as extension
+CHUNK_SIZE_DIGITS = 15  # hexadecimal; anything longer is counted as extensions
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,{CHUNK_SIZE_DIGITS}}})(?:{EXTENSION})*")
 
 
 @dataclass(frozen=True)
 class HttpRequest:
-    """The head of a request; header names are in lower case, repeated ones joined by commas."""
+    """A request; header names are in lower case, repeated ones joined by commas."""
 
-    method: str
-    path: str
-    minor_version: int
-    headers: Mapping[str, str]
-    length: int  # of the body in bytes, or CHUNKED
+    method: str = ""  # "" before its head has been read
+    path: str = ""
+    minor_version: int = 1
+    headers: Mapping[str, str] = field(default_factory=dict)
+    length: int = 0  # of the body in bytes, or CHUNKED
+    body: bytes = b""  # once it has been read, for a handler
+    id: str = field(default_factory=lambda: new_id("req_"))  # or the client's own
+    started: float = field(default_factory=time.perf_counter)  # when its head had been read
+    details: dict[str, object] = field(default_factory=dict)  # for its log line
 
     @property
     def keeps_alive(self) -> bool:
@@ -3696,9 +3681,7 @@ class HttpResponse:
 
 @dataclass(frozen=True)
 class EventStream:
-    """A response of server-sent events; each item is one write, the first one's goes out with the
-    head.
-    """
+    """A response of server-sent events; each item is one write, the first one with the head."""
 
     events: AsyncGenerator[bytes, None]
 
@@ -3714,27 +3697,83 @@ class Limits:
 
 
 class HttpProtocol(asyncio.StreamReaderProtocol):
-    """asyncio's stream protocol, which also tells when the client is gone, without reading."""
+    """asyncio's stream protocol, which also notices, without reading, that the client leaves.
+
+    A client has left when it closes or resets the connection, also if it closes its sending half
+    alone: nobody who waits for a reply does that. One that sends requests ahead (RFC 9112 section
+    9.3.2) without end counts as well: asyncio stops reading then, and would not see it go.
+    """
 
     def __init__(
         self, reader: asyncio.StreamReader, connected: Callable[..., Awaitable[None]]
     ) -> None:
         super().__init__(reader, connected)
-        self.gone = asyncio.Event()
+        self.has_left = False
+        self.presence: asyncio.Timeout | None = None  # around what only a client present needs
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keeps the transport, which knows whether asyncio reads."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Takes data; too much of it while a request is answered is a flood."""
+        super().data_received(data)
+        if self.presence and not self.transport.is_reading():
+            self.leave()
 
     def eof_received(self) -> bool | None:
-        """Counts a half-closed connection as gone: nobody who waits for a reply closes it."""
-        self.gone.set()
+        """Notes a half-closed connection."""
+        self.leave()
         return super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Notes a closed or reset connection."""
-        self.gone.set()
+        self.leave()
         super().connection_lost(exc)
+
+    def leave(self) -> None:
+        """Ends the presence, once: what has expired cannot be rescheduled."""
+        self.has_left = True
+        if self.presence:
+            self.presence.reschedule(0)
+            self.presence = None
+
+    @contextlib.asynccontextmanager
+    async def present(self) -> AsyncIterator[None]:
+        """Cancels what runs within once the client has left; raises ConnectionResetError then.
+
+        Only what waits can be cancelled: the rest is answered even if the client has half-closed.
+        """
+        try:
+            async with asyncio.timeout(None) as self.presence:
+                if self.has_left or not self.transport.is_reading():
+                    self.leave()
+                yield
+        except TimeoutError:
+            raise ConnectionResetError from None
+        finally:
+            self.presence = None
+
+
+class Phase(enum.Enum):
+    """How far the response to a request has come."""
+
+    UNSENT = enum.auto()
+    STREAMING = enum.auto()
+    ENDED = enum.auto()
 
 
 class Connection:
-    """One client's connection, on which requests are read and answered in turn."""
+    """One client's connection, on which requests are read and answered in turn.
+
+    The phases of a response: while it is UNSENT, whatever goes wrong is answered by an error as
+    the whole response. `send` writes a whole one, which is ENDED at once. A stream's head waits for
+    its first event, since what fails before that is not a stream: `begin_events` writes both in
+    one piece, and from then on it is STREAMING: an error is one more event, then `end_events` ends
+    the stream, without [DONE]. The next request's head makes the phase UNSENT again.
+    """
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limits: Limits
@@ -3743,24 +3782,17 @@ class Connection:
         self.reader = reader
         self.writer = writer
         self.limits = limits
+        protocol = writer.transport.get_protocol()
+        assert isinstance(protocol, HttpProtocol)
+        self.protocol = protocol
         peer = writer.get_extra_info("peername")
         self.client = f"{peer[0]}:{peer[1]}" if peer else "unknown"
         # for the request
         self.has_unread_body = False
         self.deadline = 0.0  # by the event loop's clock, for reading it
         # for the response
-        self.has_sent_head = False
-        self.events_head = b""  # what the first event is sent with
-        self.is_chunked = False
-
-    @property
-    def is_flooded(self) -> bool:
-        """Whether so much was sent behind the request that asyncio reads no more, and cannot see
-        the client leave.
-        """
-        transport = self.writer.transport
-        assert isinstance(transport, asyncio.Transport)
-        return not self.has_unread_body and not transport.is_reading()
+        self.phase = Phase.UNSENT
+        self.is_chunked = False  # in a stream: HTTP/1.0 knows no chunks
 
     async def first_byte(self) -> bytes:
         """Waits for the first byte of a request; b"" when the client closes or stays idle; raises
@@ -3774,17 +3806,15 @@ class Connection:
 
     async def read_head(self, first: bytes) -> HttpRequest:
         """Reads a request's head behind its first byte; raises ApiError."""
-        self.has_sent_head = False
+        self.phase = Phase.UNSENT
         self.has_unread_body = True  # until the head says that there is none
         self.deadline = asyncio.get_running_loop().time() + self.limits.read_seconds
-        async with self.in_time():
+        async with self.in_time("in the middle of the head"):
             request_line = await self.read_line("target", 414, first)
-            while (
-                not request_line
-            ):  # RFC 9112 section 2.2: empty lines before a request are skipped
-                await asyncio.sleep(
-                    0
-                )  # a flood of them, all read already, must not hold the event loop
+            # RFC 9112 section 2.2: empty lines before a request are skipped. A flood of them, all
+            # read already, must not hold the event loop.
+            while not request_line:
+                await asyncio.sleep(0)
                 request_line = await self.read_line("target", 414)
             request = parse_head(request_line, await self.read_headers())
         self.has_unread_body = request.length != 0
@@ -3796,21 +3826,19 @@ class Connection:
         while line := await self.read_line("header", 431):
             lines.append(line)
             if len(lines) > HEADER_COUNT_LIMIT:
-                raise too_large("header", HEADER_COUNT_LIMIT, "lines", 431)
+                raise too_large(
+                    f"The request has more than {HEADER_COUNT_LIMIT} header lines.", 431
+                )
             if sum(map(len, lines)) > HEAD_LIMIT:
-                raise too_large("header", HEAD_LIMIT, status=431)
+                raise too_large(f"The request's header exceeds {HEAD_LIMIT} bytes.", 431)
         return lines
 
     async def read_line(self, what: str, status: int, begun: bytes = b"") -> bytes:
-        """Reads the rest of one line, returns it without its end; raises ApiError, with `status` if
-        it is too long.
-        """
+        """Reads the rest of a line, without its end; raises ApiError, with `status` if too long."""
         try:
             line = begun + await self.reader.readuntil(b"\n")
-        except asyncio.IncompleteReadError:
-            raise malformed("the connection was closed in its middle") from None
         except asyncio.LimitOverrunError:
-            raise too_large(what, HEAD_LIMIT, status=status) from None
+            raise too_large(f"The request's {what} exceeds {HEAD_LIMIT} bytes.", status) from None
         if not line.endswith(b"\r\n"):  # a proxy might read it otherwise (RFC 9112 section 2.2)
             raise malformed("a line ends with LF and not with CRLF")
         return line[:-2]
@@ -3820,55 +3848,54 @@ class Connection:
         coding = request.headers.get("content-encoding") or "identity"
         if coding.lower() != "identity":
             raise encoded_body(coding)
-        if request.length > self.limits.max_body_bytes:
-            raise too_large("body", self.limits.max_body_bytes)
+        self.check_size(request.length)
         if self.has_unread_body and request.headers.get("expect") and request.minor_version:
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        async with self.in_time():
-            try:
-                is_chunked = request.length == CHUNKED
-                body = await (
-                    self.read_chunks() if is_chunked else self.reader.readexactly(request.length)
-                )
-            except asyncio.IncompleteReadError:
-                raise malformed("the connection was closed within its body") from None
+        async with self.in_time("before the whole body arrived"):
+            if request.length == CHUNKED:
+                body = await self.read_chunks()
+            else:
+                body = await self.reader.readexactly(request.length)
         self.has_unread_body = False
         return body
 
     async def read_chunks(self) -> bytes:
-        """Reads a body in chunked coding (RFC 9112 section 7.1); extensions and trailers are
-        skipped.
-        """
+        """Reads a body in chunked coding (RFC 9112 section 7.1), skips extensions and trailers."""
         body, extensions = bytearray(), 0
         while size := chunk_size(line := await self.read_line("chunk size", 413)):
             extensions += max(0, len(line) - CHUNK_SIZE_DIGITS)
             if extensions > HEAD_LIMIT:
-                raise too_large("chunk extensions", HEAD_LIMIT)
-            if len(body) + size > self.limits.max_body_bytes:
-                raise too_large("body", self.limits.max_body_bytes)
+                raise too_large(f"The request's chunk extensions exceed {HEAD_LIMIT} bytes.")
+            self.check_size(len(body) + size)
             body += await self.reader.readexactly(size)
             if await self.reader.readexactly(2) != b"\r\n":
                 raise malformed("a chunk is longer than its size")
-            await asyncio.sleep(
-                0
-            )  # thousands of small ones, all read already, must not hold the event loop
+            # Thousands of small ones, all read already, must not hold the event loop.
+            await asyncio.sleep(0)
         parse_headers(await self.read_headers())
         return bytes(body)
 
+    def check_size(self, size: int) -> None:
+        """Raises ApiError if a body is too large."""
+        if size > self.limits.max_body_bytes:
+            raise too_large(f"The request's body exceeds {self.limits.max_body_bytes} bytes.")
+
     @contextlib.asynccontextmanager
-    async def in_time(self) -> AsyncIterator[None]:
-        """Bounds what is read within by the request's deadline; raises ApiError."""
+    async def in_time(self, closed: str) -> AsyncIterator[None]:
+        """Applies the request's deadline to the reads inside; raises ApiError, also at an end."""
         try:
             async with asyncio.timeout_at(self.deadline):
                 yield
         except TimeoutError:
             raise too_slow(self.limits.read_seconds) from None
+        except asyncio.IncompleteReadError:
+            raise malformed(f"the connection closed {closed}") from None
 
     async def send(
         self, response: HttpResponse, headers: Mapping[str, str], is_head: bool = False
     ) -> None:
         """Writes a whole response; to HEAD its head alone."""
-        self.has_sent_head = True
+        self.phase = Phase.ENDED
         fields = {
             "Content-Type": response.content_type,
             "Content-Length": str(len(response.body)),
@@ -3878,39 +3905,35 @@ class Connection:
         if response.status == HTTPStatus.NO_CONTENT:
             # RFC 9110 section 8.6: no Content-Length, and no body to have a type.
             del fields["Content-Type"], fields["Content-Length"]
-        self.writer.write(
-            encode_head(response.status, fields) + (b"" if is_head else response.body)
-        )
+        head = encode_head(response.status, fields)
+        self.writer.write(head if is_head else head + response.body)
         await self.flush()
 
-    def begin_events(self, headers: Mapping[str, str], is_chunked: bool) -> None:
-        """Prepares a stream; its head goes out with the first event, so that an error before it is
-        a response.
-        """
-        fields = {**EVENT_STREAM_HEADERS, **headers}
-        self.is_chunked = is_chunked
-        self.events_head = encode_head(
-            200, fields | {"Transfer-Encoding": "chunked"} if self.is_chunked else fields
-        )
+    async def begin_events(
+        self, headers: Mapping[str, str], is_chunked: bool, first: bytes
+    ) -> None:
+        """Writes the head of a stream together with its first event, b"" for the head alone."""
+        self.phase, self.is_chunked = Phase.STREAMING, is_chunked
+        coding = {"Transfer-Encoding": "chunked"} if is_chunked else {}
+        head = encode_head(200, {**EVENT_STREAM_HEADERS, **headers, **coding})
+        await self.send_event(first, head)
 
-    async def send_event(self, event: bytes) -> None:
-        """Writes one event, b"" for the head alone."""
-        if self.is_chunked and event:
+    async def send_event(self, event: bytes, head: bytes = b"") -> None:
+        """Writes one event, behind the head if it is the first."""
+        if self.is_chunked and event:  # a chunk without bytes would be the last one
             event = b"%x\r\n%b\r\n" % (len(event), event)
-        self.writer.write(event if self.has_sent_head else self.events_head + event)
-        self.has_sent_head = True
+        self.writer.write(head + event)
         await self.flush()
 
     async def end_events(self) -> None:
         """Writes the end of a stream of events."""
+        self.phase = Phase.ENDED
         if self.is_chunked:
             self.writer.write(b"0\r\n\r\n")
             await self.flush()
 
     async def flush(self) -> None:
-        """Waits until the client has read enough; raises ConnectionResetError when it does not read
-        at all.
-        """
+        """Waits until the client has read enough; raises ConnectionResetError if it never does."""
         try:
             async with asyncio.timeout(self.limits.write_seconds):
                 await self.writer.drain()
@@ -3919,9 +3942,7 @@ class Connection:
             raise ConnectionResetError from None
 
     async def close(self) -> None:
-        """Closes the connection; if a request is left unread, after the client has had time to read
-        the response.
-        """
+        """Closes the connection; the client of an unread request may first read the response."""
         try:
             if self.has_unread_body and self.writer.can_write_eof():
                 self.writer.write_eof()
@@ -3956,13 +3977,14 @@ def parse_head(request_line: bytes, lines: list[bytes]) -> HttpRequest:
     path, authority = split_target(target)
     if minor != "0" and "host" not in headers:
         raise malformed("HTTP/1.1 needs a Host header")
-    if "," in headers.get("host", ""):
-        raise malformed("it has several Host headers")
+    host_name(headers.get("host", ""))
     if headers.get("expect", "100-continue").lower() != "100-continue":
         raise malformed("only Expect: 100-continue is served", 417)
     if authority:  # which then counts and not the header, RFC 9112 section 3.2.2
         headers["host"] = authority
-    return HttpRequest(method, path, int(minor), headers, body_length(headers, int(minor)))
+    length, sent = body_length(headers, int(minor)), headers.get("x-request-id", "")
+    request_id = sent if len(sent) <= 128 and TOKEN.fullmatch(sent) else new_id("req_")
+    return HttpRequest(method, path, int(minor), headers, length, id=request_id)
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -3980,33 +4002,38 @@ def parse_headers(lines: list[bytes]) -> dict[str, str]:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """The path of a target in origin, absolute or asterisk form (RFC 9112 section 3.2), and the
-    authority it names.
-    """
+    """The path of a target, and the authority it names (RFC 9112 section 3.2); raises ApiError."""
     if target.startswith("/") or target == "*":
         return target.partition("?")[0], ""
     if target.lower().startswith(("http://", "https://")):
         with contextlib.suppress(ValueError):  # half an IPv6 address
             parts = urlsplit(target)
-            return parts.path or "/", parts.netloc
-    raise malformed(f"its target {target[:40]!r} is no path")
+            if host_name(parts.netloc):
+                return parts.path or "/", parts.netloc
+    raise malformed(f"its target {target[:40]!r} is not a path")
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host, in lower case (RFC 9112 section 3.2); raises ApiError."""
+    match = HOST.fullmatch(host)
+    with contextlib.suppress(ValueError):  # brackets around something else, thousands of digits
+        if match and int(match[3] or 0) <= 65535 and ipaddress.IPv6Address(match[1] or "::"):
+            return (match[1] or match[2]).lower()
+    raise malformed(f"its Host {host[:40]!r} is not one host with an optional port")
 
 
 def body_length(headers: Mapping[str, str], minor_version: int) -> int:
-    """The length of the body in bytes, or CHUNKED; raises ApiError for two readings (RFC 9112
-    section 6.3).
-    """
+    """The body's length, or CHUNKED (RFC 9112 section 6.3); raises ApiError for two readings."""
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor_version == 0:
-            raise malformed(
-                "its body has two lengths, Transfer-Encoding and Content-Length or HTTP/1.0's end of connection"
-            )
+            combined = "Transfer-Encoding may not be combined with Content-Length or HTTP/1.0"
+            raise malformed(combined)
         if coding.lower() != "chunked":
             raise malformed("the only Transfer-Encoding served is chunked", 501)
         return CHUNKED
     if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
-        raise malformed(f"its Content-Length {length[:40]!r} is no number")
+        raise malformed(f"its Content-Length {length[:40]!r} is not a number")
     return int(length or 0)
 
 
@@ -4040,32 +4067,7 @@ KEEPALIVE_EVENT = b": keepalive\n\n"
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
-class Exchange:
-    """One request on its way to its response, and what its log line will say."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.request: HttpRequest | None = None
-        self.request_id = new_id("req_")
-        self.started = time.perf_counter()
-        self.route = "unknown"
-        self.status = 0
-        self.keeps_alive = False
-        self.details: dict[str, object] = {}
-
-    def begin(self, request: HttpRequest) -> None:
-        """Notes the request's head, once it has been read; a sane x-request-id of the client's is
-        kept.
-        """
-        self.request, self.started = request, time.perf_counter()
-        sent = request.headers.get("x-request-id", "")
-        if len(sent) <= 128 and TOKEN.fullmatch(sent):
-            self.request_id = sent
-
-    async def body(self) -> bytes:
-        """Reads the request's body; raises ApiError."""
-        assert self.request
-        return await self.connection.read_body(self.request)
+Choice = dict[str, Any]  # an element of "choices", of a chunk or of the whole reply
 
 
 @dataclass(frozen=True)
@@ -4086,22 +4088,29 @@ class Reply:
         if self.grammar:
             self.grammar.close()
 
-    def usage(self) -> dict[str, object]:
+    def envelope(self, kind: str, choices: list[Choice]) -> dict[str, object]:
+        """The fields of an object of this kind, but for its usage."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+    def usage(self) -> dict[str, Any]:
         """OpenAI's usage object; a prompt counts once, however many choices it has."""
         prompts = [sequence for sequence in self.choices if sequence.leader is None]
         prompt_tokens = sum(sequence.prompt_tokens for sequence in prompts)
         completion_tokens = sum(sequence.completion_tokens for sequence in self.choices)
+        cached_tokens = sum(sequence.cached_tokens for sequence in prompts)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
-
-    @property
-    def cached_tokens(self) -> int:
-        """How many prompt tokens were not computed."""
-        return sum(sequence.cached_tokens for sequence in self.choices if sequence.leader is None)
 
 
 class Api:
@@ -4129,11 +4138,11 @@ class Api:
 
     # what needs no model
 
-    async def index(self, exchange: Exchange) -> HttpResponse:
+    async def index(self, request: HttpRequest) -> HttpResponse:
         """GET /: says what this is."""
         return json_response({"name": "phi_server", "version": VERSION, "model": self.served.name})
 
-    async def health(self, exchange: Exchange) -> HttpResponse:
+    async def health(self, request: HttpRequest) -> HttpResponse:
         """GET /health: answers at once, whatever the model does; raises ApiError while the server
         stops.
         """
@@ -4141,21 +4150,20 @@ class Api:
             raise draining()
         return json_response({"status": "ok"})
 
-    async def show_metrics(self, exchange: Exchange) -> HttpResponse:
+    async def show_metrics(self, request: HttpRequest) -> HttpResponse:
         """GET /metrics, in Prometheus' text format."""
         self.engine.observe()
         return HttpResponse(
             200, self.metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    async def models(self, exchange: Exchange) -> HttpResponse:
+    async def models(self, request: HttpRequest) -> HttpResponse:
         """GET /v1/models: the served model alone."""
         return json_response({"object": "list", "data": [self.model_object()]})
 
-    async def show_model(self, exchange: Exchange) -> HttpResponse:
+    async def show_model(self, request: HttpRequest) -> HttpResponse:
         """GET /v1/models/{id}; raises ApiError for another model."""
-        assert exchange.request
-        self.served.check(unquote(exchange.request.path.partition("/models/")[2]).rstrip("/"))
+        self.served.check(unquote(request.path.partition("/models/")[2]).rstrip("/"))
         return json_response(self.model_object())
 
     def model_object(self) -> dict[str, object]:
@@ -4169,18 +4177,18 @@ class Api:
 
     # generation
 
-    async def chat(self, exchange: Exchange) -> HttpResponse | EventStream:
+    async def chat(self, request: HttpRequest) -> HttpResponse | EventStream:
         """POST /v1/chat/completions."""
-        prepared = await self.prepared("chat", await exchange.body())
+        prepared = await self.prepared("chat", request.body)
         reply = await self.reply("chatcmpl-", prepared, self.tokenizer.drops_leading_space)
-        return await self.respond(exchange, reply, ChatWriter(reply, prepared, self.tokenizer))
+        return await self.respond(request, reply, ChatWriter(reply, self.tokenizer, prepared))
 
-    async def completions(self, exchange: Exchange) -> HttpResponse | EventStream:
+    async def completions(self, request: HttpRequest) -> HttpResponse | EventStream:
         """POST /v1/completions: the prompt as it is, without a template."""
-        prepared = await self.prepared("text", await exchange.body())
+        prepared = await self.prepared("text", request.body)
         drops_space = self.tokenizer.drops_leading_space and prepared.echo
         reply = await self.reply("cmpl-", prepared, drops_space)
-        return await self.respond(exchange, reply, CompletionWriter(reply, self.tokenizer))
+        return await self.respond(request, reply, CompletionWriter(reply, self.tokenizer))
 
     async def prepared(self, kind: str, body: bytes) -> Prepared:
         """What the engine needs of a body; raises ApiError."""
@@ -4232,231 +4240,233 @@ class Api:
         )
 
     async def respond(
-        self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
+        self, request: HttpRequest, reply: Reply, writer: Writer
     ) -> HttpResponse | EventStream:
         """The events of a streamed reply, or the whole one once all its choices have ended."""
         if reply.generation.stream:
-            return EventStream(self.events(exchange, reply, writer))
-        with self.generating(exchange, reply):
-            texts, scores = await gather(exchange, reply)
-        choices = []
-        for choice in zip(reply.choices, texts, scores, strict=True):
-            choices.append(writer.choice(*choice))
-            await asyncio.sleep(0)  # with log probabilities of a long prompt, each takes a while
-        return json_response(writer.whole(choices))
+            return EventStream(self.events(request, reply, writer))
+        choices = [writer.empty(sequence) for sequence in reply.choices]
+        with self.generating(request, reply):
+            async for chunk in chunk_choices(request, reply, writer):
+                if chunk:
+                    writer.add(choices[chunk["index"]], chunk)
+        whole = reply.envelope(writer.whole_kind, choices) | {"usage": reply.usage()}
+        return HttpResponse(200, b"".join(json_parts(whole)))
+
+    async def events(
+        self, request: HttpRequest, reply: Reply, writer: Writer
+    ) -> AsyncGenerator[bytes, None]:
+        """The events of a streamed reply; the first ones come on admission, before prefill."""
+        with self.generating(request, reply):
+            yield b"".join(writer.event(choice) for choice in writer.begin())
+            async for choice in chunk_choices(request, reply, writer):
+                yield writer.event(choice) if choice else KEEPALIVE_EVENT
+            if reply.generation.include_usage:
+                yield sse(reply.envelope(writer.chunk_kind, []) | {"usage": reply.usage()})
+        yield DONE_EVENT
 
     @contextlib.contextmanager
-    def generating(self, exchange: Exchange, reply: Reply) -> Iterator[None]:
-        """Generates a reply's choices while somebody waits within; raises ApiError when the server
-        is full.
-        """
-        exchange.details |= logged_parameters(reply)
+    def generating(self, request: HttpRequest, reply: Reply) -> Iterator[None]:
+        """Runs a reply's choices for as long as the with-block lasts; raises ApiError when full."""
+        request.details.update(logged_parameters(reply))
         with contextlib.closing(reply):
             self.engine.submit(reply.choices)
-            started = time.perf_counter()
+            submitted = time.perf_counter()
             try:
                 yield
             finally:
                 self.engine.withdraw(reply.choices)
-                exchange.details |= outcome(exchange, reply, started)
-                self.measure(exchange, reply)
+                self.record(request, reply, submitted)
 
-    def measure(self, exchange: Exchange, reply: Reply) -> None:
-        """Observes the times of a reply that has come to its end."""
-        now, first = time.perf_counter(), min(sequence.first_token for sequence in reply.choices)
-        if not first or any(
-            sequence.finish_reason not in ("stop", "length") for sequence in reply.choices
-        ):
+    def record(self, request: HttpRequest, reply: Reply, submitted: float) -> None:
+        """Puts a reply's end into its log line, and the times of a good one into the metrics."""
+        now, usage = time.perf_counter(), reply.usage()
+        first = min(filter(None, (choice.first_token for choice in reply.choices)), default=0)
+        reasons = {choice.finish_reason for choice in reply.choices}
+        request.details.update(
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            time_to_first_token_ms=milliseconds(request.started, first) if first else None,
+            inference_time_ms=milliseconds(submitted, now),
+            finish_reason=",".join(sorted(reasons)),
+        )
+        if not first or not reasons <= {"stop", "length"}:
             return
-        self.metrics.time_to_first_token.observe(first - exchange.started)
-        self.metrics.duration.observe(now - exchange.started)
-        longest = max(sequence.completion_tokens for sequence in reply.choices)
+        self.metrics.time_to_first_token.observe(first - request.started)
+        self.metrics.duration.observe(now - request.started)
+        longest = max(choice.completion_tokens for choice in reply.choices)
         if longest > 1:
             self.metrics.time_per_output_token.observe((now - first) / (longest - 1))
-
-    async def events(
-        self, exchange: Exchange, reply: Reply, writer: ChatWriter | CompletionWriter
-    ) -> AsyncGenerator[bytes, None]:
-        """The events of a streamed reply; the first one comes when the request is admitted, before
-        prefill.
-        """
-        with self.generating(exchange, reply):
-            for event in writer.begin():
-                yield event
-            async for sequence, piece in reply_pieces(exchange, reply):
-                if sequence is None:
-                    yield KEEPALIVE_EVENT
-                    continue
-                for chunk in writer.push(sequence, piece) if piece else writer.finish(sequence):
-                    yield chunk
-                if writer.is_over(sequence):
-                    sequence.close("stop")
-            if reply.generation.include_usage:
-                yield sse(writer.chunk([]) | {"usage": reply.usage()})
-        yield DONE_EVENT
 
 
 def seeded(sampling: Sampling, choice: int) -> Sampling:
     """The sampling of one choice: with a seed, each has its own, seed, seed + 1 and so on."""
-    return (
-        sampling
-        if sampling.seed is None
-        else dataclasses.replace(sampling, seed=sampling.seed + choice)
-    )
+    if sampling.seed is None:
+        return sampling
+    return dataclasses.replace(sampling, seed=sampling.seed + choice)
 
 
-async def reply_pieces(
-    exchange: Exchange, reply: Reply
-) -> AsyncIterator[tuple[Sequence | None, Piece | None]]:
-    """The pieces of all choices as they come, None at the end of each; raises ApiError when the engine failed.
-
-    After each SILENCE_SECONDS without one comes (None, None).
-    """
+async def chunk_choices(
+    request: HttpRequest, reply: Reply, writer: Writer
+) -> AsyncIterator[Choice | None]:
+    """Choices of chunks as they come, None after silence; raises ApiError if the engine failed."""
     running = len(reply.choices)
     while running:
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
                 sequence, piece = await reply.outlet.get()
         except TimeoutError:
-            yield None, None
+            yield None
             continue
         if piece is None:
             running -= 1
-            if sequence.finish_reason in ("error", "shutdown"):
-                raise (
-                    draining()
-                    if sequence.finish_reason == "shutdown"
-                    else internal(exchange.request_id)
-                )
-        yield sequence, piece
+            if sequence.finish_reason == "shutdown":
+                raise draining()
+            if sequence.finish_reason == "error":
+                raise internal(request.id)
+        for choice in writer.push(sequence, piece) if piece else writer.finish(sequence):
+            yield choice
+        if piece and writer.is_over(sequence):
+            sequence.close("stop")
+        # Thousands of pieces may be waiting, of an echoed prompt with log probabilities too.
+        await asyncio.sleep(0)
 
 
-Scores = list[tuple[Scored, int]]  # tokens with the places of their text, see Piece
+Scores = Iterable[tuple[Scored, int]]  # tokens with the places of their text, see Piece
 
 
-async def gather(exchange: Exchange, reply: Reply) -> tuple[list[str], list[Scores]]:
-    """The whole text of each choice, and its scored tokens; raises ApiError when the engine failed."""
-    texts = ["" for _ in reply.choices]
-    scores: list[Scores] = [[] for _ in reply.choices]
-    async for sequence, piece in reply_pieces(exchange, reply):
-        if sequence and piece:
-            texts[sequence.index] += piece.text
-            # (the fold knows when a call repeats another)
-            scores[sequence.index] += piece.tokens
-    return texts, scores
+class Writer:
+    """Writes a reply as choices of chunks; the whole reply is their fold."""
 
+    whole_kind = chunk_kind = "text_completion"
 
-class ChatWriter:
-    """Writes the choices of a chat, whole or in chunks."""
-
-    def __init__(self, reply: Reply, prepared: Prepared, tokenizer: Tokenizer) -> None:
+    def __init__(self, reply: Reply, tokenizer: Tokenizer) -> None:
         self.reply = reply
         self.tokenizer = tokenizer
-        names, is_forced = prepared.tool_names, prepared.is_call_forced
-        self.readers = [ToolCallReader(names, is_forced) if names else None for _ in reply.choices]
-        self.unsent: list[Scores] = [
-            [] for _ in reply.choices
-        ]  # tokens whose text a reader holds back
-
-    def choice(self, sequence: Sequence, text: str, scores: Scores) -> dict[str, object]:
-        """One choice of a whole reply."""
-        reader = self.readers[sequence.index]
-        deltas: list[str | CallDelta] = [*reader.push(text), *reader.finish()] if reader else [text]
-        content = "".join(delta for delta in deltas if isinstance(delta, str))
-        calls = call_objects([delta for delta in deltas if isinstance(delta, CallDelta)])
-        message: dict[str, object] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            message |= {"content": content or None, "tool_calls": calls}
-        return {
-            "index": sequence.index,
-            "message": message,
-            "logprobs": self.logprobs(scores),
-            "finish_reason": self.finish_reason(sequence),
-        }
-
-    def whole(self, choices: list[dict[str, object]]) -> dict[str, object]:
-        """The whole reply."""
-        return chat_object(self.reply, choices)
 
     def is_over(self, sequence: Sequence) -> bool:
-        """Whether nothing more of a choice will be sent."""
-        reader = self.readers[sequence.index]
-        return reader is not None and reader.is_over
+        """Whether nothing more of a choice is to come, whatever the model goes on to write."""
+        return False
 
-    def begin(self) -> list[bytes]:
-        """The first events, which tell the role of each choice."""
-        role = {"role": "assistant", "content": ""}
-        return [
-            sse(self.chunk([self.chunk_choice(sequence, role)])) for sequence in self.reply.choices
-        ]
+    def begin(self) -> list[Choice]:
+        """The chunk choices that come before all text."""
+        return []
 
-    def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
-        """The events of a piece, none while it may be the beginning of a tool call."""
-        reader = self.readers[sequence.index]
-        self.unsent[sequence.index] += piece.tokens
-        return self.delta_events(sequence, reader.push(piece.text) if reader else [piece.text])
+    def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
+        """The chunk choices of a piece."""
+        raise NotImplementedError
 
-    def finish(self, sequence: Sequence) -> list[bytes]:
-        """The last events of a choice."""
-        reader = self.readers[sequence.index]
-        events = self.delta_events(sequence, reader.finish() if reader else [])
-        ending = self.chunk_choice(sequence, {}, self.finish_reason(sequence))
-        return [*events, sse(self.chunk([ending]))]
+    def finish(self, sequence: Sequence) -> list[Choice]:
+        """The last chunk choices of a sequence."""
+        raise NotImplementedError
 
-    def delta_events(self, sequence: Sequence, deltas: Iterable[str | CallDelta]) -> list[bytes]:
-        """One event for each delta; the first one tells the scores of all tokens so far."""
-        return [
-            sse(self.chunk([self.chunk_choice(sequence, delta_object(delta))])) for delta in deltas
-        ]
+    def empty(self, sequence: Sequence) -> Choice:
+        """A choice of the whole reply, before any chunk."""
+        raise NotImplementedError
 
-    def chunk_choice(
-        self,
-        sequence: Sequence,
-        delta: dict[str, object] | dict[str, str],
-        finish_reason: str | None = None,
-    ) -> dict[str, object]:
-        """One choice of a chunk."""
-        scores, self.unsent[sequence.index] = self.unsent[sequence.index], []
-        logprobs = self.logprobs(scores) if scores else None
+    def logprobs(self, scores: Scores) -> dict[str, Any]:
+        """OpenAI's logprobs object."""
+        raise NotImplementedError
+
+    def choice(
+        self, sequence: Sequence, content: Choice, scores: Scores, finish_reason: str | None = None
+    ) -> Choice:
+        """A choice with this content; its logprobs are None unless asked for."""
+        is_asked = self.reply.generation.top_logprobs is not None
         return {
             "index": sequence.index,
-            "delta": delta,
-            "logprobs": logprobs,
+            **content,
+            "logprobs": self.logprobs(scores) if is_asked else None,
             "finish_reason": finish_reason,
         }
 
-    def chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
-        """https://platform.openai.com/docs/api-reference/chat-streaming"""
-        reply = self.reply
-        chunk: dict[str, object] = {
-            "id": reply.id,
-            "object": "chat.completion.chunk",
-            "created": reply.created,
-            "model": reply.model,
-            "system_fingerprint": reply.fingerprint,
-            "choices": choices,
-        }
-        return chunk | {"usage": None} if reply.generation.include_usage else chunk
+    def add(self, choice: Choice, chunk: Choice) -> None:
+        """Adds a chunk's choice to that of the whole reply, as clients do.
 
-    def finish_reason(self, sequence: Sequence) -> str:
-        """OpenAI's reason: a reply that stopped after tool calls waits for their results."""
+        Log probabilities are added as JSON: 6 MB of it, encoded at the end, would hold the event
+        loop for 0.15 s, and the garbage collector would look through 200,000 objects.
+        """
+        choice["finish_reason"] = chunk["finish_reason"]
+        for name, values in (chunk["logprobs"] or {}).items():
+            if values:
+                choice["logprobs"][name].append(to_json(values)[1:-1])
+
+    def event(self, choice: Choice) -> bytes:
+        """The event of a chunk with this choice."""
+        chunk = self.reply.envelope(self.chunk_kind, [choice])
+        return sse(chunk | {"usage": None} if self.reply.generation.include_usage else chunk)
+
+
+class ChatWriter(Writer):
+    """Writes a chat: https://platform.openai.com/docs/api-reference/chat"""
+
+    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, reply: Reply, tokenizer: Tokenizer, prepared: Prepared) -> None:
+        super().__init__(reply, tokenizer)
+        names, is_forced = prepared.tool_names, prepared.is_call_forced
+        self.readers = [ToolCallReader(names, is_forced) if names else None for _ in reply.choices]
+        # Tokens whose text a reader holds back.
+        self.unsent: list[list[tuple[Scored, int]]] = [[] for _ in reply.choices]
+
+    def is_over(self, sequence: Sequence) -> bool:
+        """Whether a call has repeated an earlier one."""
         reader = self.readers[sequence.index]
-        return (
-            "tool_calls"
-            if reader and reader.count and sequence.finish_reason == "stop"
-            else sequence.finish_reason
-        )
+        return reader is not None and reader.is_over
 
-    def logprobs(self, scores: Scores) -> dict[str, object] | None:
-        """OpenAI's logprobs object of a chat, None unless asked for."""
-        if self.reply.generation.top_logprobs is None:
-            return None
+    def begin(self) -> list[Choice]:
+        """The role of each choice."""
+        role = {"role": "assistant", "content": ""}
+        return [self.delta(sequence, role) for sequence in self.reply.choices]
+
+    def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
+        """A chunk choice for each delta, none while it may be the beginning of a tool call."""
+        reader = self.readers[sequence.index]
+        self.unsent[sequence.index] += piece.tokens
+        deltas = reader.push(piece.text) if reader else [piece.text]
+        return [self.delta(sequence, delta_object(delta)) for delta in deltas]
+
+    def finish(self, sequence: Sequence) -> list[Choice]:
+        """What was held back, and OpenAI's reason: after calls a reply waits for their results."""
+        reader, reason = self.readers[sequence.index], sequence.finish_reason
+        if reader and reader.count and reason == "stop":
+            reason = "tool_calls"
+        deltas = [delta_object(delta) for delta in reader.finish()] if reader else []
+        choices = [self.delta(sequence, delta) for delta in deltas]
+        return [*choices, self.delta(sequence, {}, reason)]
+
+    def delta(self, sequence: Sequence, delta: Choice, reason: str | None = None) -> Choice:
+        """A chunk's choice, with the scores of all tokens so far if there are any."""
+        scores, self.unsent[sequence.index] = self.unsent[sequence.index], []
+        choice = self.choice(sequence, {"delta": delta}, scores, reason)
+        return choice if scores else choice | {"logprobs": None}
+
+    def empty(self, sequence: Sequence) -> Choice:
+        """A message without text."""
+        message = {"role": "assistant", "content": "", "refusal": None}
+        return self.choice(sequence, {"message": message}, ())
+
+    def add(self, choice: Choice, chunk: Choice) -> None:
+        """Joins texts, and the arguments of each tool call; without any text content is None."""
+        super().add(choice, chunk)
+        message, delta = choice["message"], chunk["delta"]
+        text = (message["content"] or "") + delta.get("content", "")
+        for call in delta.get("tool_calls", ()):
+            calls = message.setdefault("tool_calls", [])
+            if "id" in call:
+                calls.append({name: call[name] for name in ("id", "type", "function")})
+            else:
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        message["content"] = text or (None if "tool_calls" in message else "")
+
+    def logprobs(self, scores: Scores) -> dict[str, Any]:
+        """The logprobs object of a chat."""
         content = []
         for scored, _ in scores:
             likeliest = [self.token_object(token, logprob) for token, logprob in scored.top]
-            content.append(
-                self.token_object(scored.token, scored.logprob or 0.0) | {"top_logprobs": likeliest}
-            )
+            entry = self.token_object(scored.token, scored.logprob or 0.0)
+            content.append(entry | {"top_logprobs": likeliest})
         return {"content": content, "refusal": None}
 
     def token_object(self, token: int, logprob: float) -> dict[str, object]:
@@ -4465,57 +4475,40 @@ class ChatWriter:
         return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-class CompletionWriter:
-    """Writes the choices of a text completion, whole or in chunks."""
+def delta_object(delta: str | CallDelta) -> dict[str, object]:
+    """The delta of a chat chunk."""
+    if isinstance(delta, str):
+        return {"content": delta}
+    if not delta.id:
+        call: Choice = {"index": delta.index, "function": {"arguments": delta.arguments}}
+        return {"tool_calls": [call]}
+    function = {"name": delta.name, "arguments": ""}
+    call = {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+    return {"tool_calls": [call]}
 
-    def __init__(self, reply: Reply, tokenizer: Tokenizer) -> None:
-        self.reply = reply
-        self.tokenizer = tokenizer
 
-    def is_over(self, sequence: Sequence) -> bool:
-        """Whether nothing more of a choice will be sent."""
-        return False
+class CompletionWriter(Writer):
+    """Writes a text completion: https://platform.openai.com/docs/api-reference/completions"""
 
-    def choice(
-        self,
-        sequence: Sequence,
-        text: str,
-        scores: Iterable[tuple[Scored, int]],
-        ended: bool = True,
-    ) -> dict[str, object]:
-        """One choice of a whole reply, or of a chunk."""
-        return {
-            "index": sequence.index,
-            "text": text,
-            "logprobs": self.logprobs(scores),
-            "finish_reason": sequence.finish_reason if ended else None,
-        }
+    def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
+        """The text of a piece."""
+        return [self.choice(sequence, {"text": piece.text}, piece.tokens)]
 
-    def whole(self, choices: list[dict[str, object]]) -> dict[str, object]:
-        """The whole reply."""
-        return completion_object(self.reply, choices) | {"usage": self.reply.usage()}
+    def finish(self, sequence: Sequence) -> list[Choice]:
+        """The reason."""
+        return [self.choice(sequence, {"text": ""}, (), sequence.finish_reason)]
 
-    def begin(self) -> list[bytes]:
-        """An empty event, with which the headers go out."""
-        return [b""]
+    def empty(self, sequence: Sequence) -> Choice:
+        """No text."""
+        return self.choice(sequence, {"text": ""}, ())
 
-    def push(self, sequence: Sequence, piece: Piece) -> list[bytes]:
-        """The event of a piece."""
-        return [sse(self.chunk([self.choice(sequence, piece.text, piece.tokens, ended=False)]))]
+    def add(self, choice: Choice, chunk: Choice) -> None:
+        """Joins texts."""
+        super().add(choice, chunk)
+        choice["text"] += chunk["text"]
 
-    def finish(self, sequence: Sequence) -> list[bytes]:
-        """The last event of a choice."""
-        return [sse(self.chunk([self.choice(sequence, "", ())]))]
-
-    def chunk(self, choices: list[dict[str, object]]) -> dict[str, object]:
-        """A chunk of the stream, which is a completion object."""
-        chunk = completion_object(self.reply, choices)
-        return chunk | {"usage": None} if self.reply.generation.include_usage else chunk
-
-    def logprobs(self, scores: Iterable[tuple[Scored, int]]) -> dict[str, object] | None:
-        """OpenAI's logprobs object of text completions, None unless asked for."""
-        if self.reply.generation.top_logprobs is None:
-            return None
+    def logprobs(self, scores: Scores) -> dict[str, Any]:
+        """The logprobs object of text completions."""
         lists: dict[str, list[object]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -4523,15 +4516,13 @@ class CompletionWriter:
             "text_offset": [],
         }
         for scored, place in scores:
-            likeliest = {self.token_text(token): logprob for token, logprob in scored.top}
-            lists["tokens"].append(self.token_text(scored.token))
-            lists["token_logprobs"].append(scored.logprob)
-            known = scored.logprob is not None
-            lists["top_logprobs"].append(
-                {self.token_text(scored.token): scored.logprob} | likeliest if known else None
-            )
+            text, logprob = self.token_text(scored.token), scored.logprob
+            likeliest = {self.token_text(token): score for token, score in scored.top}
+            lists["tokens"].append(text)
+            lists["token_logprobs"].append(logprob)
+            lists["top_logprobs"].append(None if logprob is None else {text: logprob} | likeliest)
             lists["text_offset"].append(place)
-        return dict(lists)
+        return lists
 
     def token_text(self, token: int) -> str:
         """A token's text, U+FFFD for parts of characters."""
@@ -4539,64 +4530,8 @@ class CompletionWriter:
         return control or self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
-def chat_object(reply: Reply, choices: list[dict[str, object]]) -> dict[str, object]:
-    """https://platform.openai.com/docs/api-reference/chat/object"""
-    return {
-        "id": reply.id,
-        "object": "chat.completion",
-        "created": reply.created,
-        "model": reply.model,
-        "choices": choices,
-        "usage": reply.usage(),
-        "system_fingerprint": reply.fingerprint,
-    }
-
-
-def completion_object(reply: Reply, choices: list[dict[str, object]]) -> dict[str, object]:
-    """https://platform.openai.com/docs/api-reference/completions/object, without usage."""
-    return {
-        "id": reply.id,
-        "object": "text_completion",
-        "created": reply.created,
-        "model": reply.model,
-        "system_fingerprint": reply.fingerprint,
-        "choices": choices,
-    }
-
-
-def delta_object(delta: str | CallDelta) -> dict[str, object]:
-    """The delta of a chat chunk."""
-    if isinstance(delta, str):
-        return {"content": delta}
-    if delta.id:
-        function = {"name": delta.name, "arguments": ""}
-        return {
-            "tool_calls": [
-                {"index": delta.index, "id": delta.id, "type": "function", "function": function}
-            ]
-        }
-    return {"tool_calls": [{"index": delta.index, "function": {"arguments": delta.arguments}}]}
-
-
-def call_objects(deltas: list[CallDelta]) -> list[dict[str, object]]:
-    """The tool calls of a whole message."""
-    calls: list[dict[str, object]] = []
-    for begin in (delta for delta in deltas if delta.id):
-        arguments = "".join(delta.arguments for delta in deltas if delta.index == begin.index)
-        calls.append(
-            {
-                "id": begin.id,
-                "type": "function",
-                "function": {"name": begin.name, "arguments": arguments},
-            }
-        )
-    return calls
-
-
 def logged_parameters(reply: Reply) -> dict[str, object]:
-    """What the log tells of a request's parameters: those that differ from the default, and no
-    text.
-    """
+    """What the log shows of a request's parameters: what is not the default, and no text."""
     sampling = dataclasses.asdict(reply.generation.sampling)
     defaults = dataclasses.asdict(Sampling())
     changed = {name: value for name, value in sampling.items() if value != defaults[name]}
@@ -4607,22 +4542,6 @@ def logged_parameters(reply: Reply) -> dict[str, object]:
     if reply.generation.n > 1:
         changed["n"] = reply.generation.n
     return {"model": reply.model, "stream": reply.generation.stream, "parameters": changed}
-
-
-def outcome(exchange: Exchange, reply: Reply, started: float) -> dict[str, object]:
-    """What the log tells of a reply that has ended."""
-    usage = reply.usage()
-    first = min(
-        (sequence.first_token for sequence in reply.choices if sequence.first_token), default=None
-    )
-    return {
-        "prompt_tokens": usage["prompt_tokens"],
-        "cached_tokens": reply.cached_tokens,
-        "completion_tokens": usage["completion_tokens"],
-        "time_to_first_token_ms": milliseconds(exchange.started, first) if first else None,
-        "inference_time_ms": milliseconds(started, time.perf_counter()),
-        "finish_reason": ",".join(sorted({sequence.finish_reason for sequence in reply.choices})),
-    }
 
 
 def json_response(value: object) -> HttpResponse:
@@ -4640,6 +4559,25 @@ def to_json(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
+def json_parts(value: object) -> Iterator[bytes]:
+    """Parts of a value's JSON; bytes in it are JSON already, in a list also of several elements."""
+    if isinstance(value, bytes):
+        yield value
+    elif isinstance(value, dict):
+        for i, (name, item) in enumerate(value.items()):
+            yield b"%b%b:" % (b"," if i else b"{", to_json(name))
+            yield from json_parts(item)
+        yield b"}"
+    elif isinstance(value, list):
+        yield b"["
+        for i, item in enumerate(value):
+            yield b"," if i else b""
+            yield from json_parts(item)
+        yield b"]"
+    else:
+        yield to_json(value)
+
+
 def milliseconds(start: float, end: float) -> float:
     """The time between two readings of time.perf_counter, in milliseconds."""
     return round(1000 * (end - start), 1)
@@ -4650,7 +4588,20 @@ def served_name(settings: Settings) -> str:
     return settings.model_name or ("phi-3.5-mini" if settings.model_path else "smollm2-135m")
 
 
-Handler = Callable[[Api, Exchange], Awaitable[HttpResponse | EventStream]]
+# ---- Server --------------------------------------------------------------------------------------
+# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered
+# here and nowhere else. When the client leaves, what its task waits for is cancelled.
+
+PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
+ACCEPTED_AT_ONCE = 100  # connections, before those too many of them are refused
+# Connections that wait to be accepted; a burst that exceeds it is a second late.
+LISTEN_BACKLOG = 1024
+# Besides the connections: the model's files, and whoever is being refused.
+SPARE_FILES = ACCEPTED_AT_ONCE + 50
+FAREWELL_SECONDS = 1.0  # granted to streams that did not drain, to send their error event
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
+
+Handler = Callable[[Api, HttpRequest], Awaitable[HttpResponse | EventStream]]
 
 # By path, without /v1, and without a slash at the end.
 ROUTES: Mapping[str, Mapping[str, Handler]] = {
@@ -4664,31 +4615,26 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
 }
 
 
-def find_route(path: str) -> str:
-    """The key of ROUTES that a path may belong to: without /v1, doubled slashes and a slash at the
-    end.
-    """
+class Exchange:
+    """One request on its way to its response."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.request = HttpRequest()  # until its head has been read
+        self.route = "unknown"
+        self.status = 0
+        self.keeps_alive = False
+
+
+def find_route(path: str) -> tuple[str, dict[str, Handler]]:
+    """A path's route and its handlers by method; /v1 and surplus slashes make no difference."""
     route = re.sub("/+", "/", path).removesuffix("/")
     route = route.removeprefix("/v1") if route == "/v1" or route.startswith("/v1/") else route
-    return "/models/{id}" if route.startswith("/models/") else route or "/"
-
-
-# ---- Server --------------------------------------------------------------------------------------
-# One task per connection: read a request, answer it, again. What routes and HTTP raise is answered
-# here and nowhere else. While an answer is made the server watches for the client to leave, and
-# cancels the answer's task when it does.
-
-PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
-ACCEPTED_AT_ONCE = 100  # connections, before those too many of them are refused
-LISTEN_BACKLOG = (
-    1024  # connections that wait to be accepted; a burst that exceeds it is a second late
-)
-SPARE_FILES = (
-    ACCEPTED_AT_ONCE + 50
-)  # besides the connections: the model's files, and whoever is being refused
-FLOOD_SECONDS = 1.0  # between looks whether asyncio still reads, of which it tells nobody
-FAREWELL_SECONDS = 1.0  # for the error events of what drains too slowly
-CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
+    route = "/models/{id}" if route.startswith("/models/") else route or "/"
+    handlers = dict(ROUTES.get(route, {}))
+    if "GET" in handlers:
+        handlers["HEAD"] = handlers["GET"]
+    return route if handlers else "unknown", handlers
 
 
 class Keys:
@@ -4721,14 +4667,13 @@ class Keys:
         """Raises ApiError unless the request has one of the keys, or none is set."""
         if not self.are_set:
             return
-        with contextlib.suppress(
-            OSError, UnicodeDecodeError
-        ):  # while it is replaced the keys so far stay good
+        # While the file is replaced the keys so far stay good.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
             self.refresh()
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         key = key.strip(" \t") if scheme.lower() == "bearer" else ""
         key = key or request.headers.get("x-api-key", "") or request.headers.get("api-key", "")
-        # All are compared, each in constant time, so that the time tells nothing of any of them.
+        # All are compared, each in constant time, so that the time shows nothing of any of them.
         sent = digest(key.encode("latin-1"))  # as HTTP has it
         if sum(hmac.compare_digest(sent, good) for good in self.fixed + self.filed) == 0:
             raise unauthorized(key)
@@ -4739,12 +4684,6 @@ def digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def host_name(host: str) -> str:
-    """The name or address in a Host header, without port and brackets, in lower case."""
-    match = re.fullmatch(r"\[(.*)\](?::\d*)?|([^:]*)(?::\d*)?", host.lower())
-    return (match[1] or match[2]) if match else host
-
-
 def is_loopback(name: str) -> bool:
     """Whether a host name or address means this machine."""
     if name == "localhost" or name.endswith(".localhost"):
@@ -4753,14 +4692,6 @@ def is_loopback(name: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:  # another name
         return False
-
-
-async def until(happens: asyncio.Future[Any], seconds: float, hurry: asyncio.Event) -> None:
-    """Waits until something happens, at most so long and not when in a hurry; then cancels it."""
-    hurried = asyncio.ensure_future(hurry.wait())
-    await asyncio.wait({happens, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    happens.cancel()
-    hurried.cancel()
 
 
 class Server:
@@ -4777,7 +4708,7 @@ class Server:
             1, min(settings.max_connections, open_file_limit() - SPARE_FILES)
         )
         self.conversations: set[asyncio.Task[None]] = set()
-        self.exchanges = 0  # being answered
+        self.requests_under_way = 0
         self.idle = asyncio.Event()  # when there are none
         self.idle.set()
 
@@ -4797,33 +4728,39 @@ class Server:
         """Stops in order; `hurry` cuts the waiting short.
 
         1. No new connections, and /health says 503. 2. What is being answered may finish within
-        DRAIN_SECONDS.
-        3. What still runs then ends with an error. 4. All connections are closed.
+        DRAIN_SECONDS. 3. What still runs then ends with an error. 4. All connections are closed.
         """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.settings.drain_seconds
         listening.close()
         self.api.engine.is_draining = True
-        await until(asyncio.ensure_future(self.idle.wait()), self.settings.drain_seconds, hurry)
-        self.api.engine.end()
-        await until(asyncio.ensure_future(self.idle.wait()), FAREWELL_SECONDS, hurry)
-        for task in self.conversations:
-            task.cancel()
-        # What has been written may still be read; then those that wait for that are cancelled.
-        await until(
-            asyncio.ensure_future(self.closed()),
-            max(FAREWELL_SECONDS, deadline - loop.time()),
-            hurry,
-        )
+        waits = {asyncio.create_task(self.say_farewell()), asyncio.create_task(hurry.wait())}
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
         while self.conversations:  # again, if one was cancelled before it came to wait
             for task in self.conversations:
                 task.cancel()
             await asyncio.wait(self.conversations, timeout=FAREWELL_SECONDS)
 
-    async def closed(self) -> None:
-        """Waits until all connections are closed."""
-        while self.conversations:
-            await asyncio.wait(self.conversations)
+    async def say_farewell(self) -> None:
+        """Waits for what is being answered, ends it, and waits until all has been read."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.settings.drain_seconds
+        await self.come_to_rest(self.settings.drain_seconds)
+        self.api.engine.end()
+        await self.come_to_rest(FAREWELL_SECONDS)
+        # What has been written may still be read; drain cancels those that still wait for that.
+        for task in self.conversations:
+            task.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(FAREWELL_SECONDS, deadline - loop.time())):
+                while self.conversations:
+                    await asyncio.wait(self.conversations)
+
+    async def come_to_rest(self, seconds: float) -> None:
+        """Waits up to `seconds` until no request is under way."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.idle.wait()
 
     async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answers a client's requests in turn, until one side closes."""
@@ -4835,16 +4772,15 @@ class Server:
                 await self.refuse(connection)
                 return
             self.conversations.add(task)
-            while await self.exchange(connection):
+            while await self.answer_next(connection):
                 pass
         except (ConnectionError, asyncio.CancelledError):
-            # the client is gone, or the server stops; asyncio 3.11 would log the cancellation of
-            # this task
+            # The client is gone, or the server stops; asyncio 3.11 would log the cancellation of
+            # this task.
             pass
         finally:
-            with contextlib.suppress(
-                asyncio.CancelledError
-            ):  # a server that stops waits for no client to read
+            # A server that stops waits for no client to read.
+            with contextlib.suppress(asyncio.CancelledError):
                 await connection.close()
             self.conversations.discard(task)
 
@@ -4855,150 +4791,113 @@ class Server:
         await self.answer_error(exchange, too_many_connections(self.most_connections))
         self.finish(exchange)
 
-    async def exchange(self, connection: Connection) -> bool:
+    async def answer_next(self, connection: Connection) -> bool:
         """Reads one request, answers and logs it; False when the connection is to be closed."""
         first = await connection.first_byte()
         if not first:
             return False
         exchange = Exchange(connection)
         try:
-            exchange.begin(await connection.read_head(first))
-            self.exchanges += 1
+            exchange.request = await connection.read_head(first)
+            self.requests_under_way += 1
             self.idle.clear()
-            await self.answer_while_present(exchange)
+            await self.answer(exchange)
         except ApiError as error:
             await self.answer_error(exchange, error)
         except ConnectionError:
             exchange.status = CLIENT_CLOSED_REQUEST
         except Exception:
-            logger.exception("request %s failed", exchange.request_id)
-            await self.answer_error(exchange, internal(exchange.request_id))
+            logger.exception("request %s failed", exchange.request.id)
+            await self.answer_error(exchange, internal(exchange.request.id))
         finally:
-            if exchange.request:
-                self.exchanges -= 1
-            if not self.exchanges:
+            if exchange.request.method:
+                self.requests_under_way -= 1
+            if not self.requests_under_way:
                 self.idle.set()
             if exchange.status:
                 self.finish(exchange)
         return exchange.status != CLIENT_CLOSED_REQUEST and exchange.keeps_alive
 
-    async def answer_while_present(self, exchange: Exchange) -> None:
-        """Answers in a task of its own, cancelled when the client leaves; raises ApiError, ConnectionResetError.
-
-        A client may send its next requests ahead (RFC 9112 section 9.3.2), but not without end.
-        """
-        protocol = exchange.connection.writer.transport.get_protocol()
-        assert isinstance(protocol, HttpProtocol)
-        answering = asyncio.create_task(self.answer(exchange))
-        leaving = asyncio.create_task(protocol.gone.wait())
-        try:
-            await asyncio.sleep(
-                0
-            )  # what needs no waiting is answered even to a client that has half-closed already
-            while not answering.done():
-                await asyncio.wait(
-                    {answering, leaving}, timeout=FLOOD_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not answering.done() and (leaving.done() or exchange.connection.is_flooded):
-                    raise ConnectionResetError
-            await answering
-        finally:
-            leaving.cancel()
-            answering.cancel()
-            await asyncio.wait({answering})
-            # An exception has this frame, and the task the exception: a cycle that would keep a
-            # whole request.
-            del answering
-
     async def answer(self, exchange: Exchange) -> None:
-        """Finds the handler of a request and sends what it returns; raises ApiError."""
+        """Checks a request, sends what its handler returns; raises ApiError, ConnectionError."""
         request, connection = exchange.request, exchange.connection
-        assert request
         self.check_host(request)
         if request.method == "OPTIONS":
             await self.send(exchange, HttpResponse(204, b"", self.preflight_headers(request)))
             return
-        handler = self.find_handler(exchange, request)
+        exchange.route, handlers = find_route(request.path)
+        if not handlers:
+            raise unknown_url(request.method, request.path)
+        if request.method not in handlers:
+            raise wrong_method([*handlers, "OPTIONS"])
         if exchange.route != "/health":
             self.keys.check(request)
-        result = await handler(self.api, exchange)
-        if isinstance(result, HttpResponse):
-            await self.send(exchange, result)
-            return
-        connection.begin_events(
-            self.common_headers(exchange, is_stream=True), is_chunked=request.minor_version > 0
-        )
-        async with contextlib.aclosing(result.events) as events:
-            async for data in events:
-                exchange.status = 200
-                await connection.send_event(data)
-        await connection.end_events()
+        if request.method == "POST":
+            body = await connection.read_body(request)
+            request = dataclasses.replace(request, body=body)
+        async with connection.protocol.present():
+            result = await handlers[request.method](self.api, request)
+            if isinstance(result, HttpResponse):
+                await self.send(exchange, result)
+            else:
+                await self.send_events(exchange, result.events)
+
+    async def send_events(self, exchange: Exchange, stream: AsyncGenerator[bytes, None]) -> None:
+        """Sends a stream; raises ApiError, before its first event while nothing has been sent."""
+        async with contextlib.aclosing(stream) as events:
+            first = await anext(events)
+            exchange.status = 200
+            headers = self.common_headers(exchange, is_stream=True)
+            is_chunked = exchange.request.minor_version > 0
+            await exchange.connection.begin_events(headers, is_chunked, first)
+            async for event in events:
+                await exchange.connection.send_event(event)
+        await exchange.connection.end_events()
 
     def check_host(self, request: HttpRequest) -> None:
-        """Raises ApiError for a foreign Host, by which a web page could reach a server on loopback
-        (DNS rebinding).
-        """
+        """Raises ApiError for a foreign Host, by which web pages reach loopback (DNS rebinding)."""
         allowed = [host.lower() for host in self.settings.allowed_hosts]
-        if "*" in allowed or not (
-            allowed or (is_loopback(self.settings.server_host) and not self.keys.are_set)
-        ):
+        is_private = is_loopback(self.settings.server_host) and not self.keys.are_set
+        if "*" in allowed or not (allowed or is_private):
             return
         name = host_name(request.headers.get("host", ""))
         if name and not is_loopback(name) and name not in allowed:
             raise host_not_allowed(name)
 
-    def find_handler(self, exchange: Exchange, request: HttpRequest) -> Handler:
-        """The handler of a request's path and method; raises ApiError."""
-        route = find_route(request.path)
-        if route not in ROUTES:
-            raise unknown_url(request.method, request.path)
-        exchange.route = route
-        methods = dict(ROUTES[route])
-        if "GET" in methods:
-            methods["HEAD"] = methods["GET"]
-        if request.method not in methods:
-            raise wrong_method([*methods, "OPTIONS"])
-        return methods[request.method]
-
     async def send(self, exchange: Exchange, response: HttpResponse) -> None:
         """Sends a whole response."""
         exchange.status = response.status
-        is_head = exchange.request is not None and exchange.request.method == "HEAD"
+        is_head = exchange.request.method == "HEAD"
         await exchange.connection.send(response, self.common_headers(exchange), is_head)
 
     async def answer_error(self, exchange: Exchange, error: ApiError) -> None:
         """Sends an error: as the response, or as the last event of a stream that has begun."""
-        with contextlib.suppress(
-            ConnectionError
-        ):  # a client that is gone needs no answer, but its log line
-            if exchange.connection.has_sent_head:
-                await exchange.connection.send_event(sse(error.body()))
-                await exchange.connection.end_events()
-            else:
-                await self.send(
-                    exchange, HttpResponse(error.status, to_json(error.body()), error.headers)
-                )
+        connection, body = exchange.connection, to_json(error.body())
+        # A client that is gone needs no answer, but its log line.
+        with contextlib.suppress(ConnectionError):
+            if connection.phase is Phase.UNSENT:
+                await self.send(exchange, HttpResponse(error.status, body, error.headers))
+            elif connection.phase is Phase.STREAMING:
+                await connection.send_event(b"data: %b\n\n" % body)
+                await connection.end_events()
 
     def common_headers(self, exchange: Exchange, is_stream: bool = False) -> dict[str, str]:
-        """The headers of every response; sets whether the connection is kept, which they tell."""
+        """The headers of every response; also decides whether the connection stays open."""
         request = exchange.request
-        headers = {"Date": formatdate(usegmt=True), "x-request-id": exchange.request_id}
-        if request:
-            headers |= self.cors_headers(request)
-        is_old = request is not None and request.minor_version == 0
+        headers = {"Date": formatdate(usegmt=True), "x-request-id": request.id}
+        headers |= self.cors_headers(request)
+        is_old = request.minor_version == 0
         # What is left unread would be taken for the next request; to HTTP/1.0 the end of a stream
         # is that of the connection.
         unread = exchange.connection.has_unread_body
         must_close = unread or (is_old and is_stream) or self.api.engine.is_draining
-        exchange.keeps_alive = bool(request and request.keeps_alive and not must_close)
+        exchange.keeps_alive = request.keeps_alive and not must_close
         if is_old or not exchange.keeps_alive:
             headers["Connection"] = "keep-alive" if exchange.keeps_alive else "close"
         return headers
 
     def cors_headers(self, request: HttpRequest) -> dict[str, str]:
-        """What lets a page of an allowed origin read the response
-        (fetch.spec.whatwg.org/#http-cors-protocol).
-        """
+        """What lets allowed origins read a response (fetch.spec.whatwg.org/#http-cors-protocol)."""
         origin, allowed = request.headers.get("origin", ""), self.settings.cors_origins
         headers = {} if "*" in allowed else {"Vary": "Origin"}
         if origin and ("*" in allowed or origin in allowed):
@@ -5007,7 +4906,7 @@ class Server:
         return headers
 
     def preflight_headers(self, request: HttpRequest) -> dict[str, str]:
-        """What a preflight asks for: methods, and the requested headers as far as they are tokens."""
+        """What a preflight asks for: methods, and those requested headers that are tokens."""
         asked = request.headers.get(
             "access-control-request-headers", "Authorization, Content-Type, OpenAI-Beta"
         )
@@ -5020,19 +4919,19 @@ class Server:
 
     def finish(self, exchange: Exchange) -> None:
         """Counts a request and writes its log line."""
-        self.metrics.requests.add(route=exchange.route, status=exchange.status)
+        request, status = exchange.request, exchange.status
+        self.metrics.requests.add(route=exchange.route, status=status)
         fields: dict[str, object] = {
-            "request_id": exchange.request_id,
+            "request_id": request.id,
             "client": exchange.connection.client,
         }
-        if exchange.request:
-            path = exchange.request.path.encode(
-                "ascii", "backslashreplace"
-            ).decode()  # no control characters in a log
-            fields |= {"method": exchange.request.method, "path": path}
-        fields |= {"status": exchange.status, **exchange.details}
-        fields["duration_ms"] = milliseconds(exchange.started, time.perf_counter())
-        level = logging.ERROR if exchange.status >= 500 else logging.INFO
+        if request.method:
+            # No control characters in a log.
+            path = request.path.encode("ascii", "backslashreplace").decode()
+            fields |= {"method": request.method, "path": path}
+        fields |= {"status": status, **request.details}
+        fields["duration_ms"] = milliseconds(request.started, time.perf_counter())
+        level = logging.ERROR if status >= 500 else logging.INFO
         logger.log(level, "request", extra={"fields": fields})
 
 
@@ -5620,14 +5519,13 @@ async def serve(
     }
     logger.info("serving", extra={"fields": fields})
     if not keys.are_set and not is_loopback(settings.server_host):
-        logger.warning(
-            "anybody who reaches this address may use the model; set API_KEYS, or listen on 127.0.0.1"
-        )
+        exposed = "anyone who can reach this address can use the model"
+        logger.warning("%s; set API_KEYS, or listen on 127.0.0.1", exposed)
     await stopping.wait()
-    logger.info("draining", extra={"fields": {"requests": server.exchanges}})
+    logger.info("draining", extra={"fields": {"requests": server.requests_under_way}})
     await server.drain(listening, hurry)
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # it stops already
+        signal.signal(number, signal.SIG_IGN)  # already stopping
     generating.cancel()
     engine.executor.shutdown(cancel_futures=True)
     logger.info("stopped")
