@@ -2631,8 +2631,7 @@ def test_a_killed_worker_is_back_for_the_next_request() -> None:
     asked = HELLO | {"response_format": schema_format({"enum": ["a"]})}
     with running() as server:
         assert post(server, CHAT, asked).status == 200
-        for pid in processes_of(server.process.pid):
-            os.kill(pid, signal.SIGKILL)
+        os.kill(worker_of(server), signal.SIGKILL)
         assert post(server, CHAT, asked).status == 200
         assert (
             server.logged(level="warning")["message"] == "the worker has died and is started again"
@@ -3132,7 +3131,7 @@ COLOURS = {"type": "array", "minItems": 2, "maxItems": 3, "items": {"enum": ["re
 GUIDED = {"seed": 3, "temperature": 2, "logprobs": True}
 COLOUR = GUIDED | {"messages": turns("Which colour?"), "response_format": schema_format(COLOURS)}
 FORECAST = GUIDED | {"messages": turns("The weather?"), "tools": [WEATHER], **FORCED_ONE}
-THREE_PROMPTS = ["Once", [500, 501, 502], "There was a time"]
+THREE_PROMPTS = ["Once", "Who knows", "There was a time"]
 ECHO = {"prompt": ["Once 🙂 upon", "a time"], "logprobs": 1, "echo": True, **SEEDED}
 KINDS = {
     "chat": (CHAT, OWLS | {"max_tokens": 64}),
@@ -3469,12 +3468,14 @@ def engine() -> Any:
 def sequence(
     prompt: list[int], seed: int | None = None, top_logprobs: int | None = None, **others: Any
 ) -> Any:
-    decoder: Any = SimpleNamespace(decode=lambda token: f"{token} ")
+    decoder = SimpleNamespace(decode=lambda token: f"{token} ")
+    codec = SimpleNamespace(create_stream=lambda: decoder)
+    tokenizer: Any = SimpleNamespace(codec=codec, control_texts={})
     fields = {"index": 0, "limit": 110, "eos_tokens": frozenset(), "outlet": asyncio.Queue()}
     return phi_server.Sequence(
         prompt=prompt,
         sampler=SlotBound(phi_server.Sampling(seed=seed, temperature=0), [], None, top_logprobs),
-        text=phi_server.TextStream(decoder, (), False),
+        text=phi_server.TextStream(tokenizer, (), False),
         **fields | others,
     )
 
@@ -4412,18 +4413,6 @@ def test_json_is_read_to_a_depth_of_100(server: Server, body: bytes, code: str) 
 PARTS = b'{"model":"none","prompt":"Hi","x":[%b]}'
 
 
-@cases(
-    "body code",
-    {
-        "20,000": (PARTS % b",".join([b"[]"] * 19_998), "model_not_found"),
-        "20,001": (PARTS % b",".join([b"{}"] * 19_999), "invalid_json"),
-        "in a string": (b'{"model":"none","prompt":"%b"}' % (b"[{" * 20_000), "model_not_found"),
-    },
-)
-def test_json_is_read_to_20_000_arrays_and_objects(server: Server, body: bytes, code: str) -> None:
-    assert post(server, TEXT, body).error["code"] == code
-
-
 def test_bytes_that_are_nearly_a_request_never_break_the_server() -> None:
     chance = random.Random(6)
     sent = FUZZED + [mutated(chance.choice(FUZZED), chance) for _ in range(300)]
@@ -4721,7 +4710,7 @@ def test_max_tokens_zero_without_echo_is_an_empty_text(server: Server) -> None:
 
 @both_ways
 def test_several_prompts_have_n_choices_each_in_their_order(server: Server, stream: bool) -> None:
-    prompts = ["Once upon a time", [500, 501, 502], "The sea"]
+    prompts = ["Once upon a time", "Who knows", "The sea"]
     fields = {"temperature": 1, "max_tokens": 6, "ignore_eos": True}
     choices = ask(server, TEXT, stream, prompt=prompts, n=2, seed=5, **fields)
     each = itertools.product(prompts, (5, 6))
@@ -4792,7 +4781,10 @@ def test_an_echo_with_log_probabilities_is_bounded(server: Server) -> None:
     asked = {"prompt": [500] * 1000, "max_tokens": 0, "echo": True, "logprobs": 0}
     reply = post(server, TEXT, asked | {"n": 33})
     assert (reply.status, reply.error["param"]) == (400, "echo")
-    assert "at most 32768 tokens with 'logprobs', but got 33000" in reply.error["message"]
+    assert (
+        "limited to 32768 prompt tokens in all (n times prompts), but got 33000"
+        in reply.error["message"]
+    )
     assert post(server, TEXT, asked | {"n": 2}).status == 200
 
 
