@@ -93,23 +93,16 @@ logger = logging.getLogger("phi_server")
 # ---- Settings ------------------------------------------------------------------------------------
 # A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked
 # against the field's type and bounds, and shown by --help and in the README's table. An empty
-# variable counts as unset. Behind them stands what the machine grants: CPUs, files, memory.
+# variable counts as unset. After them: what the machine allows, in CPUs, open files and memory.
 
 
 class SettingsError(Exception):
     """A variable has a value that cannot be used; the message names it."""
 
 
-def setting(
-    default: Any,
-    meaning: str,
-    low: float = -math.inf,
-    high: float = math.inf,
-    choices: Iterable[str] = (),
-) -> Any:
-    """Declares one setting: its default, one-line meaning, and bounds or choices."""
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": tuple(choices)}
-    return field(default=default, metadata=metadata)
+def setting(default: Any, meaning: str, *allowed: float | str) -> Any:
+    """Declares one setting: its default, one-line meaning, and its two bounds or its choices."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -119,98 +112,66 @@ class Settings:
     model_path: str = setting(
         "", "ONNX Runtime GenAI model folder; unset: the demo model, SmolLM2-135M-Instruct"
     )
-    model_name: str = setting(
-        "", "name of the model in the API; unset: phi-3.5-mini (smollm2-135m for the demo model)"
-    )
-    model_aliases: tuple[str, ...] = setting(
-        (), "further model names a client may send, separated by commas; * for any"
-    )
+    model_name: str = setting("", "name in the API; unset: phi-3.5-mini (the demo: smollm2-135m)")
+    model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
-    server_port: int = setting(
-        8000, "port to listen on; 0 takes any free one, and the log says which", 0, 65535
-    )
-    max_concurrent_requests: int = setting(
-        4, "generating requests at a time; one more gets 429", 1, 256
-    )
+    server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
+    max_concurrent_requests: int = setting(4, "requests generating at once; more get 429", 1, 256)
     context_length: int = setting(
         4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20
     )
-    threads: int = setting(
-        0, "threads of the forward pass; 0 takes what CPU affinity and cgroup quota allow", 0, 1024
-    )
-    cache_slots: int = setting(
-        8, "conversations whose KV is kept beyond those that run at once", 0, 256
-    )
+    threads: int = setting(0, "threads of the model; 0: as CPU affinity and quota allow", 0, 1024)
+    cache_slots: int = setting(8, "conversations whose KV is kept besides the running ones", 0, 256)
     kv_memory: str = setting(
-        "50%",
-        "bound of the KV cache: bytes (also 512MiB, 4GiB), or a share of what is free after loading",
+        "50%", "bound of the KV cache: bytes (also 4GiB), or a share of what is free after loading"
     )
-    cors_origins: tuple[str, ...] = setting(
-        ("*",), "origins that browsers may call from, separated by commas; * for any"
-    )
+    cors_origins: tuple[str, ...] = setting(("*",), "web page origins, comma-separated; * for any")
     max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
-    keepalive_seconds: float = setting(
-        75.0, "how long an idle connection is kept for its next request", 1, 3600
-    )
+    keepalive_seconds: float = setting(75.0, "how long an idle connection stays open", 1, 3600)
     read_seconds: float = setting(30.0, "how long a client may take to send one request", 0.1, 3600)
-    write_seconds: float = setting(
-        30.0, "how long a client may take to read what it was sent", 0.1, 3600
-    )
-    drain_seconds: float = setting(
-        30.0, "how long running requests may take to finish after SIGTERM", 0, 3600
-    )
-    max_connections: int = setting(
-        1000, "connections at a time, as open files allow; one more gets 503", 1, 65535
-    )
-    api_keys: tuple[str, ...] = setting(
-        (), "keys that clients may use, separated by commas; unset: no key is needed"
-    )
+    write_seconds: float = setting(30.0, "how long a client may leave output unread", 0.1, 3600)
+    drain_seconds: float = setting(30.0, "how long requests may still run after SIGTERM", 0, 3600)
+    max_connections: int = setting(1000, "connections, as open files allow; more get 503", 1, 65535)
+    api_keys: tuple[str, ...] = setting((), "client keys, comma-separated; unset: none is needed")
     api_keys_file: str = setting("", "file with one such key a line, read again when it changes")
     allowed_hosts: tuple[str, ...] = setting(
-        (), "names allowed in the Host header besides loopback ones, separated by commas; * for any"
+        (), "names allowed in the Host header besides loopback ones, comma-separated; * for any"
     )
     log_level: str = setting(
-        "info", "least level that is logged", choices=("debug", "info", "warning", "error")
+        "info", "lowest level that is logged", "debug", "info", "warning", "error"
     )
-    log_format: str = setting(
-        "auto", "auto is text on a terminal and json otherwise", choices=("auto", "text", "json")
-    )
+    log_format: str = setting("auto", "auto: text on a terminal, else json", "auto", "text", "json")
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Makes Settings from environment variables; raises SettingsError."""
     chosen: dict[str, Any] = {}
     for declared in dataclasses.fields(Settings):
-        text = environ.get(declared.name.upper(), "").strip()
-        if text:
+        if text := environ.get(declared.name.upper(), "").strip():
             chosen[declared.name] = convert(declared, text)
     settings = Settings(**chosen)
-    memory_bound(
-        settings.kv_memory, free=0
-    )  # says what is wrong before a model is loaded for nothing
+    memory_bound(settings.kv_memory, free=0)  # refuses it before a model is loaded for nothing
     return settings
 
 
 def convert(declared: dataclasses.Field[Any], text: str) -> object:
-    """Reads the text of one variable as its field's type, within its bounds or choices; raises
-    SettingsError.
-    """
-    name, choices = declared.name.upper(), declared.metadata["choices"]
-    if isinstance(declared.default, tuple):
+    """One variable's text as its field's type, within bounds or choices; raises SettingsError."""
+    name, default, allowed = declared.name.upper(), declared.default, declared.metadata["allowed"]
+    if isinstance(default, tuple):
         parts = tuple(part.strip() for part in text.split(",") if part.strip())
         if not parts:  # keys that are all empty must not leave the server open
             raise SettingsError(f"{name}: expected values separated by commas, but got {text!r}")
         return parts
-    if isinstance(declared.default, str):
-        if choices and text.lower() not in choices:
-            raise SettingsError(f"{name}: expected one of {', '.join(choices)}, but got {text!r}")
-        return text.lower() if choices else text
-    kind, what = (int, "an integer") if isinstance(declared.default, int) else (float, "a number")
-    low, high = declared.metadata["low"], declared.metadata["high"]
+    if isinstance(default, str):
+        if allowed and text.lower() not in allowed:
+            raise SettingsError(f"{name}: expected one of {', '.join(allowed)}, but got {text!r}")
+        return text.lower() if allowed else text
+    kind, what = (int, "an integer") if isinstance(default, int) else (float, "a number")
     try:
         value = kind(text)
     except ValueError:  # not a number at all
         raise SettingsError(f"{name}: expected {what}, but got {text!r}") from None
+    low, high = allowed
     if not low <= value <= high:
         raise SettingsError(f"{name}: expected {what} from {low:,} to {high:,}, but got {text}")
     return value
@@ -225,13 +186,11 @@ def read_dotenv(path: Path) -> dict[str, str]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
+    form = r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?"
+    for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(
-            r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?", line
-        )
+        match = re.fullmatch(form, line)
         if not match:
             raise SettingsError(f"{path} line {number}: expected NAME=value, but got {line!r}")
         values[match[1]] = match[2] or match[3] or match[4] or ""
@@ -242,115 +201,87 @@ def settings_table() -> list[tuple[str, str, str]]:
     """Rows of (variable, default, meaning), as --help and the README show them."""
     rows = []
     for declared in dataclasses.fields(Settings):
-        default = (
-            ",".join(declared.default)
-            if isinstance(declared.default, tuple)
-            else f"{declared.default}"
-        )
-        choices = " | ".join(declared.metadata["choices"])
-        meaning = declared.metadata["meaning"] + (f" ({choices})" if choices else "")
-        rows.append((declared.name.upper(), default, meaning))
+        default, meaning = declared.default, declared.metadata["meaning"]
+        if isinstance(default, str) and declared.metadata["allowed"]:
+            meaning += f" ({' | '.join(declared.metadata['allowed'])})"
+        shown = ",".join(default) if isinstance(default, tuple) else str(default)
+        rows.append((declared.name.upper(), shown, meaning))
     return rows
 
 
 def usable_cpus() -> int:
-    """Counts the CPUs this process may use: its affinity, cut to the cgroup's CPU quota in a
-    container.
-    """
+    """Counts the CPUs this process may use: its affinity, at most a container's CPU quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus, round(cgroup_cpu_quota())))
 
 
+CGROUP = "/sys/fs/cgroup"
+
+
 def cgroup_cpu_quota() -> float:
-    """The container's CPU quota in CPUs (cgroup v2, then v1); 1024, more than any machine has,
-    without one.
-    """
-    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
-        with contextlib.suppress(
-            OSError, ValueError, IndexError
-        ):  # no such file, or "max" for no quota
-            words = Path(path).read_text().split()
-            period = (
-                words[1]
-                if len(words) > 1
-                else Path(path).with_name("cpu.cfs_period_us").read_text()
-            )
-            if int(words[0]) > 0:
-                return int(words[0]) / int(period)
+    """The container's CPU quota in CPUs; 1024, more than any machine has, without one."""
+    # cgroup v2 has quota and period in one file, v1 in two
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no quota
+            words = " ".join(Path(CGROUP, name).read_text() for name in names).split()
+            quota, period = map(int, words)
+            if quota > 0:
+                return quota / period
     return 1024.0
 
 
 def open_file_limit() -> int:
-    """How many files and connections this process may have open, once it has taken all that the
-    system grants it.
-    """
+    """How many files this process may have open, after raising the soft limit to the hard one."""
     if resource is None:
         return sys.maxsize
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS, where no limit means another one
+    # macOS reports no limit, but refuses to set it
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         limit = most
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def resident_memory() -> int:
-    """Bytes of RAM that this process has; 0 where the system does not tell (not Linux)."""
+    """Bytes of RAM that this process has; 0 where the system does not report it (not Linux)."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     return 0
 
 
-# Folder, limit and use of a cgroup's memory (v2, v1), and what of the use the kernel gives back
-# when it is needed.
+# Folder, limit and use of a cgroup's memory (v2, v1), and the part of the use that the kernel
+# reclaims under pressure.
 CGROUP_MEMORY = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
+    (CGROUP, "memory.max", "memory.current", "inactive_file"),
+    (CGROUP + "/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 def free_memory() -> int:
-    """Bytes this process may still take: the machine's available memory, cut to what the cgroup's
-    limit leaves.
-    """
+    """Bytes this process may still take: what the machine has, at most what the cgroup leaves."""
     free = 1 << 62
-    with contextlib.suppress(
-        OSError, ValueError, StopIteration
-    ):  # not Linux: the bound is then the address space
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(
-            next(line for line in lines if line.startswith("MemAvailable:")).split()[1]
-        )
+    # not Linux: the bound is then the address space
+    with contextlib.suppress(OSError, ValueError):
+        (kibibytes,) = re.findall(r"(?m)^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+        free = 1024 * int(kibibytes)
     for folder, limit, used, reclaimable in CGROUP_MEMORY:
-        with contextlib.suppress(
-            OSError, ValueError, KeyError
-        ):  # no such file, or "max" for no limit
+        # no such file, or "max" for no limit
+        with contextlib.suppress(OSError, ValueError, KeyError):
             most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
-            counts = dict(
-                line.split() for line in Path(folder, "memory.stat").read_text().splitlines()
-            )
+            counts = dict(map(str.split, Path(folder, "memory.stat").read_text().splitlines()))
             free = min(free, most - taken + int(counts[reclaimable]))
     return max(free, 0)
 
 
 def memory_bound(text: str, free: int) -> int:
-    """Reads KV_MEMORY: bytes with an optional unit, or a percentage of `free` bytes; raises
-    SettingsError.
-    """
+    """Reads KV_MEMORY: bytes with an optional unit, or a share of `free`; raises SettingsError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B?|B|)", text, re.IGNORECASE)
     if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
-        raise SettingsError(
-            f"KV_MEMORY: expected bytes such as 4GiB or a share such as 50%, but got {text!r}"
-        )
-    if match[2] == "%":
-        return int(free * float(match[1]) / 100)
-    return int(
-        float(match[1]) * 1024 ** " KMGT".index((match[2][:1].upper() or " ").replace("B", " "))
-    )
+        expected = "expected bytes such as 4GiB or a share such as 50%"
+        raise SettingsError(f"KV_MEMORY: {expected}, but got {text!r}")
+    amount, unit = float(match[1]), match[2][:1].upper()
+    units = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    return int(free * amount / 100) if unit == "%" else int(amount * units[unit])
 
 
 # ---- Errors --------------------------------------------------------------------------------------
