@@ -67,7 +67,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar
 from urllib.parse import unquote, urlsplit
 
 try:
@@ -661,30 +661,22 @@ class Metrics:
 
 Json = Any  # whatever json.loads returns
 
-JSON_NAMES = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a decimal",
-    type(None): "null",
-}
+JSON_NAMES: dict[type, str] = {dict: "an object", list: "an array", type(None): "null"}
+JSON_NAMES |= {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal"}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
-MOST_NESTED = (
-    100  # arrays and objects; template renderer and grammar engine recurse without a limit
-)
+MOST_NESTED = 100  # arrays and objects; template and grammar engine recurse without a limit
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_ITEMS = 2048  # OpenAI's bound of messages; here of every array of objects
 MOST_STOPS = 64  # OpenAI allows 4; each is searched for in each piece of text
 MOST_STOP_CHARACTERS = 500  # of each
-MOST_ECHOED = (
-    32_768  # prompt tokens with log probabilities, n times; a reply spells out 200 bytes for each
-)
+MOST_ECHOED = 32_768  # scored prompt tokens, times n; each takes about 200 bytes of the reply
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
+
+NO_PARAMETERS: dict[str, Json] = {"type": "object", "properties": {}}
+NO_CUSTOM_TOOLS = "custom tools are not supported by this model, only functions are."
 
 
 @dataclass(frozen=True)
@@ -749,9 +741,7 @@ class Generation:
     max_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
-    top_logprobs: (
-        int | None
-    )  # how many alternatives to tell with each token; None for no log probabilities at all
+    top_logprobs: int | None  # alternatives to report per token; None: no log probabilities
     stream: bool
     include_usage: bool
     sampling: Sampling
@@ -776,14 +766,12 @@ class CompletionRequest:
     generation: Generation
 
 
+@dataclass(frozen=True)
 class Fields:
-    """The fields of one JSON object, read with their checks; `path` is its own name in errors, as
-    messages[1].
-    """
+    """One JSON object, whose fields are checked as they are read."""
 
-    def __init__(self, values: dict[str, Json], path: str = "") -> None:
-        self.values = values
-        self.path = path
+    values: dict[str, Json]
+    path: str = ""  # of the object in the body, as messages[1]
 
     def param(self, name: str) -> str:
         """The dotted path of a field."""
@@ -796,14 +784,13 @@ class Fields:
     def value(self, name: str, kinds: tuple[type, ...], expected: str) -> Json:
         """A field of one of these JSON types, or None when absent or null."""
         value = self.values.get(name)
-        if (
-            value is not None and type(value) not in kinds
-        ):  # type() and not isinstance: true is no number
+        # type() and not isinstance: true is not a number
+        if value is not None and type(value) not in kinds:
             raise wrong_type(self.param(name), expected, JSON_NAMES[type(value)])
         return value
 
     def required(self, name: str) -> Fields:
-        """These fields themselves, having checked that one is there."""
+        """Returns self; raises when the field is absent."""
         if not self.has(name):
             raise missing(self.param(name))
         return self
@@ -820,18 +807,19 @@ class Fields:
     def integer(self, name: str, low: int, high: int) -> int | None:
         """An integer within its bounds, or None when absent."""
         value: int | None = self.value(name, (int,), "an integer")
-        return value if value is None else in_range(self.param(name), "integer", value, low, high)
+        if value is not None:
+            check_range(self.param(name), "integer", value, ">=", low, high)
+        return value
 
     def number(
         self, name: str, low: float, high: float, default: float, low_bound: str = ">="
     ) -> float:
         """A number within its bounds; `low_bound` is ">" where the lower one is excluded."""
-        value = self.value(name, (int, float), "a decimal")
-        return (
-            default
-            if value is None
-            else in_range(self.param(name), "decimal", value, low, high, low_bound)
-        )
+        value: float | None = self.value(name, (int, float), "a decimal")
+        if value is None:
+            return default
+        check_range(self.param(name), "decimal", value, low_bound, low, high)
+        return value
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """One of these strings, "" when absent."""
@@ -845,11 +833,10 @@ class Fields:
         array = self.value(name, (list,), "an array of objects") or []
         if len(array) > MOST_ITEMS:
             raise array_too_long(self.param(name), MOST_ITEMS, len(array))
-        items = [(f"{self.param(name)}[{i}]", item) for i, item in enumerate(array)]
-        for path, item in items:
+        for i, item in enumerate(array):
             if not isinstance(item, dict):
-                raise wrong_type(path, "an object", JSON_NAMES[type(item)])
-        return [Fields(item, path) for path, item in items]
+                raise wrong_type(f"{self.param(name)}[{i}]", "an object", JSON_NAMES[type(item)])
+        return [Fields(item, f"{self.param(name)}[{i}]") for i, item in enumerate(array)]
 
     def object(self, name: str) -> Fields:
         """An object's fields, none when absent."""
@@ -869,12 +856,13 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     max_tokens = fields.integer("max_tokens", 1, MOST_TOKENS)
     max_tokens = fields.integer("max_completion_tokens", 1, MOST_TOKENS) or max_tokens
     shown_logprobs = (top_logprobs or 0) if wants_logprobs else None
-    return ChatRequest(
-        messages=parse_messages(fields),
-        tools=parse_tools(fields),
-        schema=parse_response_format(fields),
-        generation=parse_generation(fields, vocab_size, max_tokens, shown_logprobs),
-    )
+    turns = fields.objects("messages")
+    if not turns:
+        raise empty_array("messages")
+    messages, tools = tuple(map(parse_message, turns)), parse_tools(fields)
+    schema = parse_response_format(fields)
+    generation = parse_generation(fields, vocab_size, max_tokens, shown_logprobs)
+    return ChatRequest(messages, tools, schema, generation)
 
 
 def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
@@ -885,12 +873,9 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     if fields.string("suffix"):
         raise unsupported("suffix", "text can only be continued, not inserted.")
     max_tokens = fields.integer("max_tokens", 0, MOST_TOKENS)
-    generation = parse_generation(
-        fields,
-        vocab_size,
-        16 if max_tokens is None else max_tokens,
-        fields.integer("logprobs", 0, 5),
-    )
+    max_tokens = 16 if max_tokens is None else max_tokens
+    top_logprobs = fields.integer("logprobs", 0, 5)
+    generation = parse_generation(fields, vocab_size, max_tokens, top_logprobs)
     if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
     if generation.n * len(prompts) > MOST_CHOICES:
@@ -919,11 +904,8 @@ def read_json(text: str) -> Json:
             level = [part for part in level if isinstance(part, (dict, list))]
             if not level:
                 return value
-            level = [
-                each
-                for part in level
-                for each in (part.values() if isinstance(part, dict) else part)
-            ]
+            inner = (part.values() if isinstance(part, dict) else part for part in level)
+            level = list(itertools.chain.from_iterable(inner))
     raise ValueError(f"it is nested more than {MOST_NESTED} deep")
 
 
@@ -957,7 +939,7 @@ def parse_generation(
 
 
 def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
-    """The fields that shape the draw; those beyond OpenAI's are spelled as in llama.cpp and vLLM."""
+    """The fields that shape the draw; those beyond OpenAI's are named as in llama.cpp and vLLM."""
     top_k = fields.integer("top_k", -1, MOST_TOKENS) or 0
     return Sampling(
         temperature=fields.number("temperature", 0, 2, default=1),
@@ -973,12 +955,12 @@ def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
 
 
 def parse_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
-    """Biases by token id; an id that is no token of the model is refused."""
+    """Biases by token id; an id that is not a token of the model is refused."""
     bias = {}
     for key in fields.values:
         if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key) or int(key) >= vocab_size:
-            expected = f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
-            raise invalid_value(fields.param(key), expected)
+            reason = f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
+            raise invalid_value(fields.param(key), reason)
         bias[int(key)] = fields.number(key, -100, 100, default=0)
     return bias
 
@@ -993,29 +975,18 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise wrong_type(f"stop[{i}]", "a string", JSON_NAMES[type(text)])
         if len(text) > MOST_STOP_CHARACTERS:
-            expected = f"expected at most {MOST_STOP_CHARACTERS} characters, but got {len(text)}."
-            raise invalid_value(f"stop[{i}]", expected)
+            reason = f"expected at most {MOST_STOP_CHARACTERS} characters, but got {len(text)}."
+            raise invalid_value(f"stop[{i}]", reason)
     return tuple(well_formed(text) for text in texts if text)
-
-
-def parse_messages(fields: Fields) -> tuple[Message, ...]:
-    """The turns of a chat, at least one."""
-    messages = fields.objects("messages")
-    if not messages:
-        raise empty_array("messages")
-    return tuple(parse_message(message) for message in messages)
 
 
 def parse_message(fields: Fields) -> Message:
     """One turn; developer is the new name of system, and function the old one of tool."""
     role = fields.required("role").choice("role", ROLES)
     role = {"developer": "system", "function": "tool"}.get(role, role)
-    tool_calls = (
-        tuple(parse_tool_call(call) for call in fields.objects("tool_calls"))
-        if role == "assistant"
-        else ()
-    )
-    if not tool_calls:
+    calls = fields.objects("tool_calls") if role == "assistant" else []
+    tool_calls = tuple(map(parse_tool_call, calls))
+    if not calls:
         fields.required("content")
     return Message(role, parse_content(fields), tool_calls, fields.string("tool_call_id"))
 
@@ -1027,23 +998,20 @@ def parse_tool_call(fields: Fields) -> ToolCall:
 
 
 def parse_content(fields: Fields) -> str:
-    """A turn's text: a string, or text parts that are joined; "" when absent."""
+    """A turn's text: a string, or joined parts (images, audio and files are refused), or ""."""
     content = fields.value("content", (str, list), "one of a string or array of objects")
     if not isinstance(content, list):
         return well_formed(content or "")
     if not content:
         raise empty_array(fields.param("content"))
-    return "".join(parse_part(part) for part in fields.objects("content"))
-
-
-def parse_part(fields: Fields) -> str:
-    """The text of one content part; images, audio and files are not served."""
-    kind = fields.required("type").choice("type", TEXT_PARTS + OTHER_PARTS)
-    if kind in OTHER_PARTS:
-        raise unsupported(
-            fields.path, f"content of type '{kind}' is not supported by this model, only text is."
-        )
-    return fields.required(kind).string(kind)
+    texts = []
+    for part in fields.objects("content"):
+        kind = part.required("type").choice("type", TEXT_PARTS + OTHER_PARTS)
+        if kind in OTHER_PARTS:
+            reason = f"content of type '{kind}' is not supported by this model, only text is."
+            raise unsupported(part.path, reason)
+        texts.append(part.required(kind).string(kind))
+    return "".join(texts)
 
 
 def parse_prompts(fields: Fields, vocab_size: int) -> tuple[str | list[int], ...]:
@@ -1074,7 +1042,7 @@ def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
         if type(token) is not int:
             raise wrong_type(f"{path}[{i}]", "an integer", JSON_NAMES[type(token)])
         if not 0 <= token < vocab_size:  # a cheap test first: there may be millions
-            in_range(f"{path}[{i}]", "integer", token, 0, vocab_size - 1)
+            check_range(f"{path}[{i}]", "integer", token, ">=", 0, vocab_size - 1)
     return tokens
 
 
@@ -1095,13 +1063,10 @@ def parse_tools(fields: Fields) -> ToolUse:
         allowed = chosen.object("allowed_tools").required("mode").required("tools")
         is_forced = allowed.choice("mode", ("auto", "required")) == "required"
         names = [chosen_name(tool, tools) for tool in allowed.objects("tools")]
-        tools = tuple(tool for tool in tools if tool.name in names)
-        return ToolUse(tools, is_forced, is_parallel)
-    name = chosen_name(chosen, tools)
-    return ToolUse(tuple(tool for tool in tools if tool.name == name), True, is_parallel=False)
-
-
-NO_CUSTOM_TOOLS = "custom tools are not supported by this model, only functions are."
+    else:
+        names, is_forced, is_parallel = [chosen_name(chosen, tools)], True, False
+    offered = tuple(tool for tool in tools if tool.name in names)
+    return ToolUse(offered, is_forced, is_parallel)
 
 
 def chosen_name(fields: Fields, tools: tuple[Tool, ...]) -> str:
@@ -1109,9 +1074,8 @@ def chosen_name(fields: Fields, tools: tuple[Tool, ...]) -> str:
     function = fields.required("function").object("function").required("name")
     name = function.string("name")
     if not any(tool.name == name for tool in tools):
-        raise invalid_value(
-            function.param("name"), f"there is no function '{name}' among the tools."
-        )
+        reason = f"there is no function '{name}' among the tools."
+        raise invalid_value(function.param("name"), reason)
     return name
 
 
@@ -1123,14 +1087,10 @@ def parse_tool(fields: Fields) -> Tool:
     name = function.string("name")
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f\"'\\<>{}]{1,64}", name):
         expected = "1 to 64 characters, none of them white space, a quote, a backslash or a bracket"
-        raise invalid_value(
-            function.param("name"), f"expected {expected}, but got '{name}' instead."
-        )
+        reason = f"expected {expected}, but got '{name}' instead."
+        raise invalid_value(function.param("name"), reason)
     parameters = function.object("parameters").values or NO_PARAMETERS
     return Tool(fields.path, name, function.string("description"), parameters)
-
-
-NO_PARAMETERS: dict[str, Json] = {"type": "object", "properties": {}}
 
 
 def parse_response_format(fields: Fields) -> dict[str, Json] | None:
@@ -1147,27 +1107,18 @@ def parse_response_format(fields: Fields) -> dict[str, Json] | None:
     return named.object("schema").values
 
 
-Number = TypeVar("Number", int, float)
-
-
-def in_range(
-    param: str, kind: str, value: Number, low: float, high: float, low_bound: str = ">="
-) -> Number:
-    """The value itself when it lies within its bounds; raises ApiError."""
-    if value < low or (value == low and low_bound == ">"):
-        raise out_of_range(param, kind, low_bound, low, value)
+def check_range(param: str, kind: str, value: float, bound: str, low: float, high: float) -> None:
+    """Raises ApiError unless value <= high and value >= low (or > low, by `bound`)."""
+    if value < low or (value == low and bound == ">"):
+        raise out_of_range(param, kind, bound, low, value)
     if value > high:
         raise out_of_range(param, kind, "<=", high, value)
-    return value
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for lone surrogates (from emoji cut in half) and for NUL (where the
-    tokenizer stops).
-    """
-    return (
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
-    )
+    """The text with U+FFFD for lone surrogates (emoji cut in half) and NUL (tokenizers stop)."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", "\ufffd")
 
 
 # ---- Protobuf ------------------------------------------------------------------------------------
