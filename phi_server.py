@@ -1480,9 +1480,9 @@ def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set
 
 
 # ---- Prompt --------------------------------------------------------------------------------------
-# Texts to tokens, chats to prompts. The tokenizer and the template renderer are onnxruntime-genai's;
-# both hold the GIL, so what a client can make long is left to the worker. In a chat only the template
-# writes control tokens: in what clients send their texts are cut in two before it is encoded.
+# Texts to tokens, chats to prompts. Tokenizer and template renderer are onnxruntime-genai's; both
+# hold the GIL, so what a client can make long is left to the worker. In a chat only the template
+# writes control tokens: in what clients send, their texts are cut in two before it is encoded.
 
 # Letters in a row that are encoded together: the tokenizer's time grows with the square of a word's
 # length. 100,000 random letters took 3 s; in parts of this length they take 0.2 s.
@@ -1493,7 +1493,7 @@ WORD = re.compile(rf"[^\W\d_]{{1,{LONGEST_WORD}}}")
 # token can span one.
 CUT = "\ufdd0"
 
-# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders without a template of their own.
+# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders without a template.
 PHI_TEMPLATE = (
     "{% for message in messages %}{% if message['content'] %}"
     "{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
@@ -1523,9 +1523,8 @@ class Tokenizer:
         try:
             self.codec = onnxruntime_genai.Tokenizer(str(folder))
         except RuntimeError as error:
-            raise ModelLoadingFailed(
-                f"{folder} has no tokenizer that can be loaded: {error}"
-            ) from None
+            reason = f"{folder} has no tokenizer that can be loaded: {error}"
+            raise ModelLoadingFailed(reason) from None
         try:
             self.template = read_template(folder)
             described = read_tokenizer(folder)
@@ -1533,8 +1532,7 @@ class Tokenizer:
             self.control_starts = control_starts(self.control_texts.values())
             self.drops_leading_space = strips_leading_space(described)
             spelled = vocabulary(described)
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            # Another layout than we know.
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # not as known
             reason = f"the tokenizer files of {folder} cannot be read: {error!r}"
             raise ModelLoadingFailed(reason) from None
         # As one text with the end of each token in it: a dictionary of bytes takes 14 MB.
@@ -1554,31 +1552,28 @@ class Tokenizer:
         return [token for part in parts for token in self.encode(part)]
 
     def render(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
-        """The template's prompt of a chat, with CUT within forged control tokens; raises ApiError."""
+        """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
         if "tools" not in self.template:
             messages, tools = spelled_out(messages, tools), ()
         turns = self.disarmed([turn_object(message) for message in messages])
         offered = {"tools": self.disarmed([tool_object(tool) for tool in tools])} if tools else {}
+        given = {"template_str": self.template, "add_generation_prompt": True, **offered}
         try:
-            prompt = self.codec.apply_chat_template(
-                turns, template_str=self.template, add_generation_prompt=True, **offered
-            )
+            return str(self.codec.apply_chat_template(turns, **given))
         except (
             RuntimeError
-        ) as error:  # the template's raise_exception, as for roles in a wrong order
+        ) as error:  # the template's raise_exception, as for a wrong order of roles
             reason = str(error).partition(" at row")[0]
-            raise invalid_value(
-                "messages", f"the model's chat template refuses them: {reason}"
-            ) from None
-        return str(prompt)
+            refused = f"the model's chat template refuses them: {reason}"
+            raise invalid_value("messages", refused) from None
 
     def disarmed(self, value: Json) -> str:
-        """The JSON of a value, with CUT behind the first character of each control token's text."""
+        """The JSON of a value, with CUT behind the first character of each control text."""
         text = well_formed(json.dumps(value, ensure_ascii=False)).replace(CUT, "")
         return self.control_starts.sub(rf"\g<0>{CUT}", text)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes a token adds to the text, maybe part of a character; none for control tokens."""
+        """The bytes a token adds to the text, maybe part of a character; b"" for control tokens."""
         if token >= len(self.ends):  # a vocabulary may be padded
             return b""
         return self.spelling[self.ends[token - 1] if token else 0 : self.ends[token]]
@@ -1616,25 +1611,27 @@ def control_texts(tokenizer: Mapping[str, Json]) -> dict[int, str]:
 def control_starts(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches the first character of each control text, also of those that begin within another.
 
-    The texts are arranged as a tree, so that each place of a prompt is compared with all of them at
-    once: Gemma 3 has 6,322, and one by one they took 5.9 s for 100,000 characters of "<".
+    As a tree, so that a place of a prompt is compared with all of them at once: Gemma 3 has 6,322,
+    and one by one they took 5.9 s for 100,000 characters of "<".
     """
-    by_start: dict[str, list[str]] = {}
-    for text in filter(None, texts):
-        by_start.setdefault(text[0], []).append(text[1:])
-    starts = [f"{re.escape(start)}(?={prefix_tree(rest)})" for start, rest in by_start.items()]
+    starts = [f"{first}(?={prefix_tree(rests)})" for first, rests in by_first(filter(None, texts))]
     return re.compile("|".join(starts) or "(?!)")
 
 
 def prefix_tree(texts: list[str]) -> str:
-    """A regular expression that matches where one of the texts begins, read character by character."""
+    """A regular expression for what begins with one of the texts, character by character."""
     if "" in texts:
         return ""
-    by_start: dict[str, list[str]] = {}
-    for text in texts:
-        by_start.setdefault(text[0], []).append(text[1:])
-    branches = [re.escape(start) + prefix_tree(rest) for start, rest in by_start.items()]
+    branches = [first + prefix_tree(rests) for first, rests in by_first(texts)]
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
+
+def by_first(texts: Iterable[str]) -> Iterable[tuple[str, list[str]]]:
+    """Texts by their first character, escaped for a regular expression."""
+    rests: dict[str, list[str]] = {}
+    for text in texts:
+        rests.setdefault(re.escape(text[0]), []).append(text[1:])
+    return rests.items()
 
 
 def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
@@ -1646,14 +1643,13 @@ def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
     if isinstance(texts, list):  # of the Unigram model: texts with scores, in the order of the ids
         texts = {text: token for token, (text, _) in enumerate(texts)}
     known = {
-        token: b"" if entry["special"] else entry["content"].encode()
-        for token, entry in added.items()
+        i: b"" if token["special"] else token["content"].encode() for i, token in added.items()
     }
     return known | {token: spell(text) for text, token in texts.items() if token not in added}
 
 
 def bytewise_token(text: str) -> bytes:
-    """The bytes of a token of a byte-level BPE, which spells each byte as a printable character."""
+    """The bytes of a token of a byte-level BPE, which spells each as a printable character."""
     return bytes(BYTE_OF_CHARACTER[character] for character in text)
 
 
@@ -1664,8 +1660,8 @@ def sentencepiece_token(text: str) -> bytes:
     return text.replace("\u2581", " ").encode()
 
 
-# GPT-2's spelling of bytes (github.com/openai/gpt-2, encoder.py): printable ones as themselves, others
-# from U+0100 on.
+# GPT-2's spelling of bytes (github.com/openai/gpt-2, encoder.py): printable ones as themselves,
+# others from U+0100 on.
 PRINTABLE_BYTES = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
 PRINTABLE_BYTES += range(ord("®"), ord("ÿ") + 1)
 OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTABLE_BYTES]
@@ -1686,8 +1682,8 @@ def turn_object(message: Message) -> dict[str, Json]:
     """A turn as chat templates expect it, with the arguments of its tool calls as objects."""
     turn: dict[str, Json] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        calls = [{"type": "function", "function": call_object(c)} for c in message.tool_calls]
-        turn["tool_calls"] = calls
+        calls = map(call_object, message.tool_calls)
+        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
     return turn
@@ -1708,7 +1704,7 @@ def tool_object(tool: Tool) -> dict[str, Json]:
 
 
 def spelled_out(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[Message, ...]:
-    """A chat for a template without tools: the system prompt has them, calls and results are text."""
+    """A chat for a template without tools: the system prompt has them, calls are text."""
     turns = tuple(plain_turn(message) for message in messages)
     if not tools:
         return turns
@@ -1730,36 +1726,33 @@ def plain_turn(message: Message) -> Message:
 
 
 # ---- Grammar -------------------------------------------------------------------------------------
-# Replies that must fit a JSON schema or call a tool. A schema is closed and bounded where it leaves
-# something open, then made a grammar in llguidance's Lark. onnxruntime-genai's own search over a stub
-# of a model compiles it and knows which tokens may come next. It holds the GIL for as long as a client's
+# Replies that must fit a JSON schema or call a tool. A schema is closed where it leaves something
+# open, then made a grammar in llguidance's Lark. onnxruntime-genai's own search over a stub of a
+# model compiles it and knows which tokens may come next. It holds the GIL for as long as a client's
 # schema wants, so it runs in the worker (next section); the sampler draws behind its mask.
 
 MOST_CALLS = 16  # in one reply; without a bound a small model calls until its tokens are used up
-# What a number may be whose schema leaves it open: a small model may write digits forever. A double
-# holds 16; of a decimal 6 of them stand behind the point.
+# What a number may be where its schema leaves it open: a small model may write digits forever. A
+# double holds 16; of a decimal 6 of them stand behind the point.
 LARGEST_INTEGER = 10**16 - 1
 LARGEST_DECIMAL = 10**10 - 1
 DECIMAL = {"type": "number", "multipleOf": 1e-6}
 # One definition each for all places: 1,000 of their own are more than the engine takes.
 OPEN_INTEGER = {"type": "integer", "minimum": -LARGEST_INTEGER, "maximum": LARGEST_INTEGER}
 OPEN_DECIMAL = {**DECIMAL, "minimum": -LARGEST_DECIMAL, "maximum": LARGEST_DECIMAL}
-OPEN_NUMBERS = {
-    "open_integer": OPEN_INTEGER,
-    "open_number": {"anyOf": [OPEN_DECIMAL, OPEN_INTEGER]},
-}
+OPEN_NUMBER = {"anyOf": [OPEN_DECIMAL, OPEN_INTEGER]}
+OPEN_NUMBERS = {"open_integer": OPEN_INTEGER, "open_number": OPEN_NUMBER}
 
 # Keywords of JSON Schema that constrain nothing by themselves.
 ANNOTATIONS = frozenset(
     ["title", "description", "$comment", "$schema", "$id", "default", "examples", "deprecated"]
 ) | {"readOnly", "writeOnly", "$defs", "definitions"}
-# Keywords whose values are not schemas; objects of schemas by name; and schemas of other values than
-# the one that the keyword's own schema is for.
+# Keywords whose values are not schemas, are schemas by name, and are schemas for parts of a value.
 LITERALS = frozenset(["const", "enum", "default", "examples", "required", "dependentRequired"])
 SCHEMA_MAPS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
-INNER_SCHEMAS = frozenset(["properties", "patternProperties", "additionalProperties"]) | {
-    *("items", "prefixItems", "additionalItems", "contains", "propertyNames")
-}
+INNER_SCHEMAS = frozenset(
+    ["properties", "patternProperties", "additionalProperties", "propertyNames"]
+) | {"items", "prefixItems", "additionalItems", "contains"}
 CLOSABLE = ANNOTATIONS | {"type", "properties", "patternProperties", "required"}
 NUMERIC = ANNOTATIONS | {"type", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 
@@ -1792,7 +1785,8 @@ def reply_grammar(tools: ToolUse, schema: dict[str, Json] | None) -> Grammar | N
         lines += [f"calls: call {more}", f"call: {calls}"]
     end = json.dumps("}\n" + CALL_END)
     for i, tool in enumerate(tools.offered):
-        begin = json.dumps(f'{CALL_BEGIN}\n{{"name": "{tool.name}", "arguments": ')
+        head = f'{CALL_BEGIN}\n{{"name": "{tool.name}", "arguments": '
+        begin = json.dumps(head, ensure_ascii=False)
         lines.append(f"call_{i}: {begin} arguments_{i} {end}")
         lines.append(f"arguments_{i}: {rules[f'{tool.path}.function.parameters']}")
     parts = tuple((field, f"start: {rule}") for field, rule in rules.items())
@@ -1820,7 +1814,7 @@ def closed_schema(schema: dict[str, Json]) -> str:
 
 
 def schema_parts(schema: Json, place: str = "#", is_alone: bool = True) -> Iterator[SchemaPart]:
-    """A schema and all inside it; one is alone if no other schema beside it is for the same value."""
+    """A schema and all inside it; one is alone if no other beside it is for the same value."""
     if not isinstance(schema, dict):
         return
     yield schema, place, is_alone
@@ -1833,9 +1827,8 @@ def schema_parts(schema: Json, place: str = "#", is_alone: bool = True) -> Itera
         elif name in INNER_SCHEMAS:
             stays_alone = is_alone
         else:
-            is_choice = name in ("anyOf", "oneOf") or (
-                name == "allOf" and isinstance(value, list) and len(value) == 1
-            )
+            is_single = name == "allOf" and isinstance(value, list) and len(value) == 1
+            is_choice = is_single or name in ("anyOf", "oneOf")
             stays_alone = is_alone and is_choice and constraints == {name}
         for inner, key in inner_schemas(name, value):
             yield from schema_parts(inner, f"{place}/{name}{key}", stays_alone)
@@ -1859,10 +1852,8 @@ def conjoined_places(parts: list[SchemaPart]) -> set[str]:
     while size < len(found):
         size = len(found)
         for part, place, is_alone in parts:
-            has_siblings = bool(part.keys() - ANNOTATIONS - {"$ref"})
-            if isinstance(part.get("$ref"), str) and (
-                has_siblings or not is_alone or is_within(place, found)
-            ):
+            is_beside = not is_alone or part.keys() - ANNOTATIONS - {"$ref"}
+            if isinstance(part.get("$ref"), str) and (is_beside or is_within(place, found)):
                 found.add(part["$ref"])
     return found
 
@@ -1931,10 +1922,9 @@ class GrammarEngine:
         """Loads the stub; raises RuntimeError."""
         self.start_token = config.start_token
         self.longest = 2 * config.context_length + 2  # a search counts each token twice
-        decoder = {"filename": "stub.onnx", "num_hidden_layers": 0}
-        decoder["session_options"] = {
-            "intra_op_num_threads": 1
-        }  # a process with threads cannot fork
+        # A process with threads could not fork.
+        options = {"intra_op_num_threads": 1}
+        decoder = {"filename": "stub.onnx", "num_hidden_layers": 0, "session_options": options}
         overlay = {"type": "llama", "context_length": self.longest, "decoder": decoder}
         stub = onnxruntime_genai.Config(str(config.folder))
         stub.overlay(json.dumps({"model": overlay}))
@@ -1942,7 +1932,7 @@ class GrammarEngine:
         self.model = onnxruntime_genai.Model(stub)
 
     def start(self, grammar: str) -> onnxruntime_genai.Generator:
-        """A search at the beginning of a grammar in Lark; raises ValueError with a refusal's reason."""
+        """A search at the beginning of a grammar in Lark; raises ValueError if it is refused."""
         parameters = onnxruntime_genai.GeneratorParams(self.model)
         parameters.set_search_options(max_length=self.longest, do_sample=False)
         parameters.set_guidance("lark_grammar", grammar)
@@ -1950,9 +1940,7 @@ class GrammarEngine:
             generator = onnxruntime_genai.Generator(self.model, parameters)
         except RuntimeError as error:
             raise ValueError(refusal_reason(str(error))) from None
-        generator.append_tokens(
-            [self.start_token]
-        )  # a search wants a prompt; the grammar follows it
+        generator.append_tokens([self.start_token])  # it wants a prompt; the grammar follows that
         return generator
 
 
@@ -1960,25 +1948,25 @@ class Search:
     """One reply's place in a grammar: which tokens may come next.
 
     Two searches walk side by side. The first knows all that the grammar allows, byte by byte. The
-    second also prescribes how what is certain is cut into tokens, namely as the tokenizer does; a model is lost
-    where a text is cut in another way. But it cuts characters of several tokens wrongly, so it counts only as far as
-    it agrees with the first.
+    second also prescribes how what is certain is cut into tokens, namely as the tokenizer does: a
+    model is lost where a text is cut in another way. But it cuts characters of several tokens
+    wrongly, so it counts only as far as it agrees with the first.
     """
 
     def __init__(self, engine: GrammarEngine, grammar: str) -> None:
-        """Compiles the grammar; raises ValueError with the reason of a refusal."""
+        """Compiles the grammar; raises ValueError with the reason why it is refused."""
         self.allowed = engine.start(f'%llguidance {{"no_forcing": true}}\n{grammar}')
         self.spelled = engine.start(grammar)
 
     def mask(self) -> Booleans:
-        """Whether each token [vocab] may come next; raises RuntimeError at the engine's own limits."""
+        """Whether each token [vocab] may come next; raises RuntimeError at the engine's limits."""
         allowed, spelled = self.next_tokens(self.allowed), self.next_tokens(self.spelled)
         both = allowed & spelled
         return both if both.any() else allowed
 
     def next_tokens(self, search: onnxruntime_genai.Generator) -> Booleans:
         """The tokens [vocab] that one search allows."""
-        search.generate_next_token()  # masks the stub's zeros in place; the token itself is dropped
+        search.generate_next_token()  # masks the stub's zeros in place; its token is dropped
         allowed: Booleans = search.get_output("logits").reshape(-1) == 0
         return allowed
 
@@ -1989,7 +1977,7 @@ class Search:
 
 
 def refusal_reason(message: str) -> str:
-    """The reason in an error of llguidance, without the grammar that it quotes or a backtrace."""
+    """The reason in an error of llguidance, without a quoted grammar or a backtrace."""
     reason = message.removeprefix("Error creating grammar: ").partition("\n")[0]
     return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", reason)
 
@@ -2027,16 +2015,16 @@ def stub_graph(vocab_size: int) -> bytes:
 # forked (FORKS), a job has a whole process, one of which is started in advance.
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-READY = b"!"  # a process for a job is there; also what carries a socket to where it is to be forked
+READY = b"!"  # a process waits for a job; also what carries a socket to a process that forks
 FORKS = sys.platform == "linux"  # macOS's frameworks do not survive a fork
-MOST_JOBS = 4  # at a time; guides of running replies do not count
-MOST_SPAWNED_GUIDES = 8  # of one request where each takes a process of 130 MB
-# Bodies up to this size are read in the server's own process: the worst ones take 17 ms there, and a
-# fork takes 5.
+MOST_JOBS = 4  # of a kind at a time: compiling grammars, reading large bodies
+MOST_SPAWNED_GUIDES = 8  # of one request, where each takes a process of 130 MB
+# Bodies up to this size are read in the server: the worst take 17 ms there, a fork takes 5.
 INLINE_BYTES = 4096
+LARGE_BYTES = 64 * 1024  # which take at most 0.2 s of CPU time, and so do not wait for a place
 PREPARE_LIMITS = (20.0, 1 << 30)  # seconds of CPU time, bytes; 4 MiB of one word take 10 s
 COMPILE_LIMITS = (2.0, 256 << 20)
-MASK_SECONDS = 0.25  # of CPU time; 20 ms is the longest that llguidance lets a schema take
+MASK_SECONDS = 0.25  # of CPU time; llguidance lets no token take more than about 20 ms
 GUIDE_PATIENCE = 10.0  # seconds, for a process that somebody has stopped
 
 
@@ -2104,24 +2092,24 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of the worker is asked for: to read a body, or to compile a grammar."""
+    """What a process is asked for: to read a body, else to compile a grammar."""
 
-    kind: str  # chat, text or grammar
+    kind: str = ""  # of the body: chat or text
     body: bytes = b""
     served: Served | None = None
     grammar: Grammar | None = None
 
 
-# What may go between the processes, by name: in the worker this file is __main__, elsewhere maybe not.
-MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, ApiError)
+# What goes between the processes, by name: in the worker this file is __main__, elsewhere maybe not.
+MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, ApiError, RuntimeError)
 
 
 class Unpickler(pickle.Unpickler):
     """Reads what another process of this file has sent, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """One of MESSAGES, or the type of a set; raises UnpicklingError."""
-        for kind in (*MESSAGES, frozenset):
+        """One of MESSAGES; raises UnpicklingError."""
+        for kind in MESSAGES:
             if kind.__name__ == name:
                 return kind
         raise pickle.UnpicklingError(f"{module}.{name} is not a message")
@@ -2163,7 +2151,7 @@ class Workbench:
 
 
 def shows_masks(search: Search, end_tokens: frozenset[int]) -> bool:
-    """Whether a search for "a" allows nothing but its end behind that, so that masks can be read."""
+    """Whether masks can be read: a search for "a" must allow nothing but the end behind it."""
     search.accept(int(np.flatnonzero(search.mask())[0]))
     return {*np.flatnonzero(search.mask()).tolist()} <= end_tokens
 
@@ -2179,7 +2167,7 @@ def work(folder: Path, forks: bool) -> None:
     """Runs the worker on the socket that is its standard input, until the other end is closed."""
     for number in STOP_SIGNALS:  # which terminals and systemd send to all; it ends with the server
         signal.signal(number, signal.SIG_IGN)
-    gc.disable()  # it would copy the memory that forks share, and takes half the time of reading JSON
+    gc.disable()  # it would copy memory that forks share, and takes half the time of reading JSON
     if sys.platform == "win32":
         channel = socket.fromshare(sys.stdin.buffer.read())
     else:
@@ -2207,7 +2195,8 @@ def fork_for_each(channel: socket.socket, serve: Callable[[socket.socket], None]
 def serve_jobs(channel: socket.socket, bench: Workbench, forks: bool) -> None:
     """Does the jobs that come through a channel, until it is closed."""
     if forks:
-        Path("/proc/self/oom_score_adj").write_text("1000")  # to be killed before the server
+        with contextlib.suppress(OSError):  # a /proc that may not be written
+            Path("/proc/self/oom_score_adj").write_text("1000")  # to be killed before the server
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where panics of llguidance write backtraces
     stream = channel.makefile("rb")
     while True:
@@ -2269,7 +2258,7 @@ def result_of(job: Job, bench: Workbench, channel: socket.socket) -> Search | Pr
 
 
 def compile_grammar(grammar: Grammar, bench: Workbench, channel: socket.socket) -> Search:
-    """Compiles each schema alone, then the whole; says which is next, for it may kill this process."""
+    """Compiles each schema alone, then the whole; says which is next, for that may kill it."""
     field, _ = grammar.parts[-1]
     if not bench.engine:
         raise unsupported(field, f"this model's tokenizer cannot force a schema: {bench.fault}.")
@@ -2307,7 +2296,7 @@ class Worker:
         """Starts it; it loads beside the model, and jobs wait until it has."""
         self.folder = folder
         self.mask_bytes = round_up(vocab_size, 8) // 8
-        self.places = asyncio.Semaphore(MOST_JOBS)
+        self.compiling, self.reading = asyncio.Semaphore(MOST_JOBS), asyncio.Semaphore(MOST_JOBS)
         self.process, self.channel = self.spawn()
         self.idle = [] if FORKS else [self.channel]  # processes without a job, where none can fork
 
@@ -2316,19 +2305,12 @@ class Worker:
         ours, theirs = socket.socketpair()
         option = "--worker" if FORKS else "--single-worker"
         command = [sys.executable, str(Path(__file__).resolve()), option, str(self.folder)]
-        # A process with threads cannot fork. llguidance starts its own with the second mask, which is
-        # for the guides alone to ask for.
+        # With threads it could not fork; llguidance starts its own with a reply's second mask.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-        # On Windows a socket is handed over as bytes; elsewhere in a session of its own, for Ctrl-C is
-        # the server's.
+        # In a session of its own, for Ctrl-C is the server's. On Windows the socket goes as bytes.
+        options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "start_new_session": True}
         source = subprocess.PIPE if sys.platform == "win32" else theirs.fileno()
-        process = subprocess.Popen(
-            command,
-            stdin=source,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
+        process = subprocess.Popen(command, stdin=source, env=environment, **options)
         with theirs:
             if sys.platform == "win32" and process.stdin:
                 with process.stdin:
@@ -2343,7 +2325,9 @@ class Worker:
 
     async def prepare(self, kind: str, body: bytes, served: Served) -> Prepared:
         """Reads a body; raises ApiError, also for one that takes too long."""
-        async with self.job(Job(kind, body, served)) as channel:
+        is_large = len(body) > LARGE_BYTES
+        place = self.reading if is_large else contextlib.nullcontext()
+        async with place, self.job(Job(kind, body, served)) as channel:
             try:
                 prepared: Prepared = await message(channel)
             except EOFError:
@@ -2352,7 +2336,7 @@ class Worker:
             return prepared
 
     async def compile(self, grammar: Grammar, choices: int) -> CompiledGrammar:
-        """Compiles a grammar for a request's choices; raises ApiError, also if it takes too long."""
+        """Compiles a grammar for some choices; raises ApiError, also if that takes too long."""
         if not FORKS and choices > MOST_SPAWNED_GUIDES:
             expected = f"on this system a schema allows at most {MOST_SPAWNED_GUIDES} choices."
             raise unsupported("n", expected)
@@ -2361,7 +2345,7 @@ class Worker:
 
     async def compile_once(self, grammar: Grammar) -> socket.socket:
         """A process that has compiled a grammar; raises ApiError."""
-        async with self.job(Job("grammar", grammar=grammar)) as channel:
+        async with self.compiling, self.job(Job(grammar=grammar)) as channel:
             field = ""
             try:
                 while compiling := await message(channel):
@@ -2373,17 +2357,14 @@ class Worker:
     @contextlib.asynccontextmanager
     async def job(self, job: Job) -> AsyncIterator[socket.socket]:
         """A process that was given a job, killed where this is left by an exception."""
-        async with self.places:
-            channel = await self.connect()
-            try:
-                with contextlib.suppress(
-                    ConnectionError
-                ):  # it has died: the answer will be missing
-                    await asyncio.get_running_loop().sock_sendall(channel, packed(job))
-                yield channel
-            except BaseException:
-                channel.close()
-                raise
+        channel = await self.connect()
+        try:
+            with contextlib.suppress(ConnectionError):  # it has died: no answer will come
+                await asyncio.get_running_loop().sock_sendall(channel, packed(job))
+            yield channel
+        except BaseException:
+            channel.close()
+            raise
 
     async def connect(self) -> socket.socket:
         """A socket to a process that is ready for a job; raises RuntimeError."""
@@ -2401,11 +2382,9 @@ class Worker:
         raise RuntimeError("the worker dies as soon as it is started")
 
     def open(self) -> socket.socket:
-        """A socket to a fresh fork, else to a process of its own; another is then started in advance."""
+        """A socket to a fresh fork, or to a process started before, and then starts another."""
         if FORKS:
-            ours, theirs = socket.socketpair()
-            with theirs, contextlib.suppress(OSError):  # dead: then ours is closed at its other end
-                socket.send_fds(self.channel, [READY], [theirs.fileno()])
+            ours = forked(self.channel)
         else:
             ours = self.idle.pop(0)
             self.idle += [] if self.idle else [self.spawn()[1]]
@@ -2418,6 +2397,14 @@ class Worker:
             channel.close()
         else:
             self.idle.append(channel)
+
+
+def forked(channel: socket.socket) -> socket.socket:
+    """A socket to a new fork of a process; if that is dead, one whose other end is closed."""
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.suppress(OSError):
+        socket.send_fds(channel, [READY], [theirs.fileno()])
+    return ours
 
 
 async def message(channel: socket.socket) -> Any:
@@ -2455,13 +2442,9 @@ class CompiledGrammar:
         self.mask_bytes = mask_bytes
 
     def guide(self) -> Guide:
-        """A guide at the beginning of the grammar; one whose process has died raises when it is used."""
-        if not FORKS:
-            return Guide(self.channels.pop(), self.mask_bytes)
-        ours, theirs = socket.socketpair()
-        with theirs, contextlib.suppress(OSError):
-            socket.send_fds(self.channels[0], [READY], [theirs.fileno()])
-        return Guide(ours, self.mask_bytes)
+        """A guide at the grammar's beginning; if its process has died, it raises when used."""
+        channel = forked(self.channels[0]) if FORKS else self.channels.pop()
+        return Guide(channel, self.mask_bytes)
 
     def close(self) -> None:
         """Ends the process; guides go on without it."""
@@ -2479,12 +2462,10 @@ class Guide:
         self.mask_bytes = mask_bytes
 
     def mask(self) -> Booleans:
-        """Whether each token [vocab, in whole bytes] may come next; raises RuntimeError, TimeoutError."""
+        """Whether each token [vocab and up to 7 more] may come next; raises RuntimeError."""
         bits = self.stream.read(self.mask_bytes)
         if len(bits) < self.mask_bytes:
-            raise RuntimeError(
-                "the grammar's process ended, at its own limits or at those it was given"
-            )
+            raise RuntimeError("the grammar's process has ended: a token took it beyond its limits")
         return np.unpackbits(np.frombuffer(bits, np.uint8)).view(np.bool_)
 
     def accept(self, token: int) -> None:
