@@ -5157,9 +5157,7 @@ def write_genai_config(gguf: Gguf, folder: Path) -> None:
 
 
 class LogFormatter(logging.Formatter):
-    """One line a record: JSON for machines, or text for people; a request's fields come after the
-    message.
-    """
+    """One line a record, JSON or text; a request's fields come after the message."""
 
     def __init__(self, is_json: bool) -> None:
         super().__init__()
@@ -5167,67 +5165,43 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's line; a stack trace follows it in text, and is a field in JSON."""
-        moment = (
-            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-            + f".{int(record.msecs):03}Z"
-        )
-        fields: dict[str, object] = getattr(record, "fields", {})
+        second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        moment, level = f"{second}.{int(record.msecs):03}Z", record.levelname.lower()
+        message, fields = record.getMessage(), getattr(record, "fields", {})
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self.is_json:
-            entry = {
-                "time": moment,
-                "level": record.levelname.lower(),
-                "message": record.getMessage(),
-                **fields,
-            }
+            entry = {"time": moment, "level": level, "message": message, **fields}
             return json.dumps(entry | ({"trace": trace} if trace else {}), ensure_ascii=False)
-        shown = "".join(
-            f" {name}={value}" for name, value in fields.items() if value not in (None, {})
-        )
-        return f"{moment} {record.levelname.lower():7} {record.getMessage()}{shown}" + (
-            f"\n{trace}" if trace else ""
-        )
+        shown = [f" {name}={value}" for name, value in fields.items() if value not in (None, {})]
+        return f"{moment} {level:7} {message}{''.join(shown)}" + (f"\n{trace}" if trace else "")
 
 
 def setup_logging(settings: Settings) -> None:
     """Sends the log to stderr in the chosen format."""
-    is_json = settings.log_format == "json" or (
-        settings.log_format == "auto" and not sys.stderr.isatty()
-    )
+    chosen = settings.log_format
+    is_json = chosen == "json" or (chosen == "auto" and not sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormatter(is_json))
-    logging.getLogger().handlers = [
-        handler
-    ]  # also for asyncio, which warns when it cannot accept connections
+    # at the root: asyncio warns when it cannot accept connections
+    logging.getLogger().handlers = [handler]
     logger.setLevel(settings.log_level.upper())
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Binds the listening socket, before the long load of a model could be for nothing; raises
-    SettingsError.
-    """
+    """Binds the listening socket, before a model is loaded for nothing; raises SettingsError."""
+    host, port = settings.server_host, settings.server_port
+    stream, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.server_host,
-            settings.server_port,
-            type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE,
-        )[0]
+        found = socket.getaddrinfo(host, port, type=stream, flags=passive)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         if os.name == "posix":  # on Windows this would share a port that is in use
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        where = f"{settings.server_host}:{settings.server_port}"
-        raise SettingsError(
-            f"SERVER_HOST, SERVER_PORT: cannot listen on {where}: {error.strerror}"
-        ) from None
+        where = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise SettingsError(f"SERVER_HOST, SERVER_PORT: {where}") from None
     return listener
-
-
-def model_folder(settings: Settings) -> Path:
-    """The folder of the chosen model, or of the demo model; raises ModelLoadingFailed."""
-    return Path(settings.model_path).expanduser() if settings.model_path else demo_model_folder()
 
 
 def load_model(settings: Settings, config: ModelConfig) -> Model:
@@ -5238,42 +5212,36 @@ def load_model(settings: Settings, config: ModelConfig) -> Model:
         return Model(config, settings.context_length, rows + rows % 2, threads)
 
 
-async def serve(
-    settings: Settings,
-    listener: socket.socket,
-    keys: Keys,
-    model: Model,
-    tokenizer: Tokenizer,
-    worker: Worker,
-) -> None:
-    """Serves until SIGINT or SIGTERM; raises SettingsError."""
-    stopping, hurry = asyncio.Event(), asyncio.Event()
-    handle_signals(stopping, hurry)
-    metrics = Metrics()
+def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
+    """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
+    tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
     engine = Engine(model, metrics, settings.max_concurrent_requests, kv_bytes)
-    api = Api(settings, model.config, tokenizer, worker, engine, metrics)
-    server = Server(settings, keys, api, metrics)
+    return Api(settings, model.config, tokenizer, worker, engine, metrics)
+
+
+async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Api) -> None:
+    """Serves until SIGINT or SIGTERM."""
+    stopping, hurry = asyncio.Event(), asyncio.Event()
+    handle_signals(stopping, hurry)
+    server = Server(settings, keys, api, api.metrics)
     listening = await server.listen(listener)
-    generating = asyncio.create_task(engine.run())
+    generating = asyncio.create_task(api.engine.run())
     host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    fields = {
-        "model": served_name(settings),
-        "context_length": engine.context_length,
-        "address": address,
-    }
+    fields: dict[str, object] = {"model": served_name(settings)}
+    fields["context_length"] = api.engine.context_length
+    fields["address"] = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     logger.info("serving", extra={"fields": fields})
     if not keys.are_set and not is_loopback(settings.server_host):
-        exposed = "anyone who can reach this address can use the model"
-        logger.warning("%s; set API_KEYS, or listen on 127.0.0.1", exposed)
+        risk = "anyone who can reach this address can use the model"
+        logger.warning(f"{risk}; set API_KEYS, or listen on 127.0.0.1")
     await stopping.wait()
     logger.info("draining", extra={"fields": {"requests": server.requests_under_way}})
     await server.drain(listening, hurry)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # already stopping
     generating.cancel()
-    engine.executor.shutdown(cancel_futures=True)
+    api.engine.executor.shutdown(cancel_futures=True)
     logger.info("stopped")
 
 
@@ -5290,17 +5258,14 @@ def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit code: 0, 1 when the model cannot be loaded, 2 for a
-    bad setting.
-    """
-    rows = "\n".join(
-        f"  {name:24} {meaning} [{default or 'unset'}]"
-        for name, default, meaning in settings_table()
-    )
+    """Runs the command line; returns 0, 1 if the model cannot be loaded, 2 for a bad setting."""
+    rows = "settings, from the environment or else from .env in the working directory:"
+    for name, default, meaning in settings_table():
+        rows += f"\n  {name:24} {meaning} [{default or 'unset'}]"
     parser = argparse.ArgumentParser(
         prog="phi_server.py",
-        description="Serves an ONNX Runtime GenAI model folder through the OpenAI HTTP API on a CPU.",
-        epilog=f"settings, from the environment and from .env in the working directory (the environment wins):\n{rows}",
+        description="Serves an ONNX Runtime GenAI model folder through OpenAI's HTTP API on a CPU.",
+        epilog=rows,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"phi_server {VERSION}")
@@ -5310,17 +5275,18 @@ def main(argv: list[str]) -> int:
     if folder := options.worker or options.single_worker:
         work(folder, forks=options.worker is not None)
         return 0
-    # While the model loads; the first process of a container would ignore it.
+    # Until serve() takes over: PID 1 of a container ignores SIGTERM without a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         environ = {name: text for name, text in os.environ.items() if text.strip()}
         settings = read_settings(read_dotenv(Path(".env")) | environ)
         setup_logging(settings)
         listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
-        config = ModelConfig.read(model_folder(settings))
+        chosen = settings.model_path
+        config = ModelConfig.read(Path(chosen).expanduser() if chosen else demo_model_folder())
         with contextlib.closing(Worker(config.folder, config.vocab_size)) as worker:
-            tokenizer, model = Tokenizer(config.folder), load_model(settings, config)
-            asyncio.run(serve(settings, listener, keys, model, tokenizer, worker))
+            api = make_api(settings, config, worker)
+            asyncio.run(serve(settings, listener, keys, api))
     except SettingsError as error:
         print(f"phi_server: {error}", file=sys.stderr)
         return 2
