@@ -1,23 +1,40 @@
-"""phi_server: one file that serves an ONNX Runtime GenAI model folder through the OpenAI HTTP API on a plain CPU.
+"""phi_server: one file that serves an ONNX Runtime GenAI model folder through the OpenAI HTTP API.
 
-    pip install -r requirements.txt && python phi_server.py      # serves http://127.0.0.1:8000/v1
+    pip install -r requirements.txt && python phi_server.py    # serves http://127.0.0.1:8000/v1
 
-The file reads top to bottom; a section uses only those above it (`grep '^# ----' phi_server.py` lists them):
+The file reads top to bottom; a section uses only those above it (`grep '^# ----'` lists them):
 
     Settings     the environment and .env, as one frozen dataclass
     Errors       every error a client can get, one constructor each
     Metrics      what GET /metrics shows
     Requests     JSON bodies, checked and made into dataclasses
-    Model        the ONNX graph, its tokenizer and its KV cache
+    Protobuf     what ONNX files are written in
+    Model        the ONNX graph, its KV cache, one forward pass
+    Prompt       tokenizer, control tokens, chat template, tools as text
+    Grammar      schemas and tool calls as grammars, and the masks that force them
+    Worker       the process that forks for each large body and each grammar
     Sampling     one row of logits to one token
-    Text         tokens to text, stop strings, tool calls and the grammars that force them
-    Engine       continuous batching: plan, forward, absorb
+    Text         tokens to text, stop strings, tool calls
+    Engine       continuous batching: slots and their KV; plan, forward, absorb, deliver
     HTTP         HTTP/1.1 on asyncio streams
-    Routes       the OpenAI endpoints
-    Server       connections, keys, hosts, CORS, log lines, shutdown
-    Demo model   a small model made from a Python package, so that a fresh machine can answer (skip
-    at first reading)
+    Routes       the OpenAI endpoints, and the objects they answer with
+    Server       exchanges, routing, keys, hosts, CORS, log lines, shutdown
+    Demo model   a small model from a Python package (skip at first reading)
     Main         start to end
+
+A streamed chat walks through it like this. Read these first:
+
+    Server.converse, answer_next       one connection; one request, its errors and its log line
+      Connection.read_head, read_body  bytes in
+      Api.chat                         the handler of the route
+        prepare_chat                   body to tokens, in place or in a fork of the worker
+        Worker.compile                 its schema to a grammar, if it has one
+        Engine.submit                  a Sequence for each choice; Engine.step then runs by itself:
+          plan                         Slots.admit; a chunk of a prompt, or a token for all
+          forward                      Model.forward, Sampler.pick, in the executor
+          absorb, deliver              tokens to TextStream to the reply's outlet
+        Api.events, ChatWriter         pieces of text to chunks
+      Connection.send_event            bytes out
 """
 
 from __future__ import annotations
@@ -3922,12 +3939,11 @@ def encode_head(status: int, headers: Mapping[str, str]) -> bytes:
 
 
 # ---- Routes --------------------------------------------------------------------------------------
-# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. One
-# function builds each OpenAI object, all fields written out in the reference's order.
+# The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. A reply is
+# written as the chunks of a stream; the whole one is their fold, as clients make it.
 
 SILENCE_SECONDS = 10.0  # Node's fetch gives up after 300 s without a byte, nginx after 60
-# A comment line, which clients skip (WHATWG HTML, 9.2.6). One that begins ": ping" ends Continue's
-# reader.
+# A comment, which clients skip (WHATWG HTML, 9.2.6). ": ping" would end Continue's reader.
 KEEPALIVE_EVENT = b": keepalive\n\n"
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -3982,35 +3998,25 @@ class Api:
     """The handlers of all routes."""
 
     def __init__(
-        self,
-        settings: Settings,
-        config: ModelConfig,
-        tokenizer: Tokenizer,
-        worker: Worker,
-        engine: Engine,
-        metrics: Metrics,
+        self, settings: Settings, tokenizer: Tokenizer, worker: Worker, engine: Engine
     ) -> None:
-        name, aliases = served_name(settings), settings.model_aliases
+        name, aliases, config = served_name(settings), settings.model_aliases, engine.model.config
         self.served = Served(name, aliases, config.vocab_size, engine.context_length)
         self.config = config
         self.tokenizer = tokenizer
         self.worker = worker
         self.engine = engine
-        self.metrics = metrics
+        self.metrics = engine.metrics
         self.created = int(time.time())
         described = (config.folder / "genai_config.json").read_bytes()
         self.fingerprint = "fp_" + hashlib.sha256(VERSION.encode() + described).hexdigest()[:12]
-
-    # what needs no model
 
     async def index(self, request: HttpRequest) -> HttpResponse:
         """GET /: says what this is."""
         return json_response({"name": "phi_server", "version": VERSION, "model": self.served.name})
 
     async def health(self, request: HttpRequest) -> HttpResponse:
-        """GET /health: answers at once, whatever the model does; raises ApiError while the server
-        stops.
-        """
+        """GET /health: answers at once, whatever the model does; raises ApiError when draining."""
         if self.engine.is_draining:
             raise draining()
         return json_response({"status": "ok"})
@@ -4018,9 +4024,8 @@ class Api:
     async def show_metrics(self, request: HttpRequest) -> HttpResponse:
         """GET /metrics, in Prometheus' text format."""
         self.engine.observe()
-        return HttpResponse(
-            200, self.metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return HttpResponse(200, self.metrics.render(), content_type=kind)
 
     async def models(self, request: HttpRequest) -> HttpResponse:
         """GET /v1/models: the served model alone."""
@@ -4033,14 +4038,8 @@ class Api:
 
     def model_object(self) -> dict[str, object]:
         """OpenAI's model object."""
-        return {
-            "id": self.served.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "phi_server",
-        }
-
-    # generation
+        name, created = self.served.name, self.created
+        return {"id": name, "object": "model", "created": created, "owned_by": "phi_server"}
 
     async def chat(self, request: HttpRequest) -> HttpResponse | EventStream:
         """POST /v1/chat/completions."""
@@ -4067,42 +4066,25 @@ class Api:
         generation, grammar = prepared.generation, None
         if prepared.grammar:
             grammar = await self.worker.compile(prepared.grammar, generation.n)
-        # A grammar allows nothing behind its end.
-        ignores_eos = generation.ignore_eos and not grammar
-        eos_tokens = frozenset[int]() if ignores_eos else self.config.eos_tokens
-        outlet: Outlet = asyncio.Queue()
+        # Behind its end a grammar allows nothing that could be ignored.
+        eos_tokens = self.config.eos_tokens if grammar or not generation.ignore_eos else frozenset()
+        most = self.served.context_length
+        wanted = most if generation.max_tokens is None else generation.max_tokens
         choices: list[Sequence] = []
+        outlet: Outlet = asyncio.Queue()
         for given in prepared.prompts:
-            prompt = given or [self.config.start_token]
-            room = self.served.context_length - len(prompt)
-            limit = len(prompt) + min(
-                room, room if generation.max_tokens is None else generation.max_tokens
-            )
-            leader: Sequence | None = None
+            prompt, leader = given or [self.config.start_token], None
+            limit, echoes = min(len(prompt) + wanted, most), prepared.echo and bool(given)
             for i in range(generation.n):
                 await asyncio.sleep(0)  # of a long prompt, 128 take a while
-                sampling = seeded(generation.sampling, i)
+                sampling, place = seeded(generation.sampling, i), len(choices)
                 sampler = Sampler(sampling, prompt, grammar, generation.top_logprobs)
                 text = TextStream(self.tokenizer, generation.stop, drops_space)
-                echoes = prepared.echo and bool(given)
-                choices.append(
-                    Sequence(
-                        len(choices),
-                        prompt,
-                        limit,
-                        eos_tokens,
-                        sampler,
-                        text,
-                        outlet,
-                        echoes,
-                        leader,
-                    )
-                )
+                fixed = (place, prompt, limit, eos_tokens)
+                choices.append(Sequence(*fixed, sampler, text, outlet, echoes, leader))
                 leader = leader or choices[-1]
-        created, name = int(time.time()), self.served.name
-        return Reply(
-            new_id(prefix), created, name, self.fingerprint, generation, choices, outlet, grammar
-        )
+        identity = (new_id(prefix), int(time.time()), self.served.name, self.fingerprint)
+        return Reply(*identity, generation, choices, outlet, grammar)
 
     async def respond(
         self, request: HttpRequest, reply: Reply, writer: Writer
@@ -5217,7 +5199,7 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
     engine = Engine(model, metrics, settings.max_concurrent_requests, kv_bytes)
-    return Api(settings, model.config, tokenizer, worker, engine, metrics)
+    return Api(settings, tokenizer, worker, engine)
 
 
 async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Api) -> None:
