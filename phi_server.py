@@ -260,10 +260,10 @@ def open_file_limit() -> int:
     return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
-def resident_memory() -> int:
-    """Bytes of RAM that this process has; 0 where the system does not report it (not Linux)."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+def resident_memory(process: int | str = "self") -> int:
+    """Bytes of RAM that a process has; 0 where the system does not report it (not Linux)."""
+    with contextlib.suppress(OSError, IndexError):  # IndexError: it has just ended
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * mmap.PAGESIZE
     return 0
 
 
@@ -620,6 +620,9 @@ class Metrics:
             "Prefill speed, averaged over recent long chunks.",
         )
         self.memory = gauge("process_resident_memory_bytes", "Resident memory of the process.")
+        self.worker_memory = gauge(
+            "phi_server_worker_memory_bytes", "Resident memory of the worker."
+        )
         self.batch_size = Histogram(
             "phi_server_batch_size",
             "Sequences that decode together in a step.",
@@ -4024,6 +4027,7 @@ class Api:
     async def show_metrics(self, request: HttpRequest) -> HttpResponse:
         """GET /metrics, in Prometheus' text format."""
         self.engine.observe()
+        self.metrics.worker_memory.set(resident_memory(self.worker.process.pid))
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return HttpResponse(200, self.metrics.render(), content_type=kind)
 

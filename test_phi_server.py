@@ -1497,6 +1497,10 @@ def test_a_part_that_is_missing_is_named(fields: Any, param: str) -> None:
     assert (error.status, error.code, error.param) == (400, "missing_parameter", param)
 
 
+def allowing(mode: str, *tools: Any) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(tools)}}
+
+
 @cases(
     "fields param",
     [
@@ -1518,6 +1522,8 @@ def test_a_part_that_is_missing_is_named(fields: Any, param: str) -> None:
         ({"tools": [WEATHER], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": function("other")}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.type"),
+        ({"tools": [WEATHER], "tool_choice": allowing("none")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": [WEATHER], "tool_choice": allowing("auto", CLOCK)}, "tool_choice"),
         ({"messages": [BAD_ID]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, FIRST_CALL),
         (calling(function={"name": "f", "arguments": {}}), f"{FIRST_CALL}.function.arguments"),
@@ -1571,6 +1577,8 @@ def test_a_part_of_a_prompt_that_is_invalid_is_named(fields: Any, param: str) ->
         (CHAT, {"functions": [{"name": "f"}]}, "functions"),
         (CHAT, {"function_call": "auto"}, "function_call"),
         (CHAT, saying([{"type": "input_audio"}]), "messages[0].content[0]"),
+        (CHAT, {"tools": [WEATHER, {"type": "custom", "custom": {"name": "f"}}]}, "tools[1].type"),
+        (CHAT, {"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice.type"),
         (TEXT, {"suffix": "!"}, "suffix"),
         (TEXT, {"best_of": 2}, "best_of"),
         (TEXT, {"best_of": 2, "n": 3}, "best_of"),
@@ -1579,6 +1587,14 @@ def test_a_part_of_a_prompt_that_is_invalid_is_named(fields: Any, param: str) ->
 def test_a_feature_that_is_not_supported_is_refused(path: str, fields: Any, param: str) -> None:
     error = refusal(path, **fields)
     assert (error.status, error.code, error.param) == (400, "unsupported_value", param)
+
+
+@cases("choice", {"required": "required", "named": NAMED, "allowed": allowing("required", CLOCK)})
+def test_a_choice_of_tools_without_tools_is_refused_in_openais_words(choice: object) -> None:
+    error = refusal(CHAT, tool_choice=choice)
+    assert error.param == "tool_choice"
+    reason = "'tool_choice' is only allowed when 'tools' are specified."
+    assert error.message == f"Invalid value for 'tool_choice': {reason}"
 
 
 @cases(
@@ -1657,6 +1673,12 @@ def test_sampling_fields_arrive_in_the_sampler() -> None:
     assert sampling == fields | {"logit_bias": {7: -3}}
 
 
+@cases("top_k", [VOCABULARY, VOCABULARY + 1, (1 << 63) - 1])
+def test_top_k_at_or_above_the_vocabulary_is_as_if_absent(top_k: int) -> None:
+    assert parse(CHAT, top_k=top_k) == parse(CHAT)
+    assert parse(CHAT, top_k=VOCABULARY - 1).generation.sampling.top_k == VOCABULARY - 1
+
+
 def test_top_k_minus_one_is_off() -> None:
     assert parse(CHAT, top_k=-1).generation.sampling.top_k == 0
 
@@ -1692,6 +1714,8 @@ def test_n_times_prompts_may_be_128() -> None:
         "none": ({"tools": TOOLS, "tool_choice": "none"}, [], False),
         "required": ({"tools": TOOLS, "tool_choice": "required"}, ["weather", "clock"], True),
         "named": ({"tools": TOOLS, "tool_choice": NAMED}, ["weather"], True),
+        "allowed": ({"tools": TOOLS, "tool_choice": allowing("auto", CLOCK)}, ["clock"], False),
+        "one of": ({"tools": TOOLS, "tool_choice": allowing("required", CLOCK)}, ["clock"], True),
     },
 )
 def test_tool_choice_says_what_may_be_called(fields: Any, names: Any, is_forced: bool) -> None:
@@ -1699,7 +1723,10 @@ def test_tool_choice_says_what_may_be_called(fields: Any, names: Any, is_forced:
     assert ([offered.name for offered in use.offered], use.is_forced) == (names, is_forced)
 
 
-@cases("fields is_parallel", [({}, True), ({"parallel_tool_calls": False}, False)])
+PARALLEL = {"named": ({"tool_choice": function("clock")}, False), "by default": ({}, True)}
+
+
+@cases("fields is_parallel", PARALLEL | {"off": ({"parallel_tool_calls": False}, False)})
 def test_several_calls_may_be_forbidden(fields: Any, is_parallel: bool) -> None:
     assert parse(CHAT, tools=[CLOCK], **fields).tools.is_parallel == is_parallel
 
@@ -1875,6 +1902,148 @@ def test_every_end_token_ends_a_reply(model_folder: Path, tokenizer: Any, tmp_pa
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["completion_tokens"] == 5
     assert content(other).endswith(".")
+
+
+def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
+    """A model folder with one fault."""
+    layers = phi_server.ModelConfig.read(model_folder).layers
+    changes: dict[str, dict[str, Any]] = {
+        "extra inputs": {"num_hidden_layers": layers - 1},
+        "lacking inputs": {"num_hidden_layers": layers + 1},
+        "no text decoder": {"num_hidden_layers": None},
+        "other graph": {"filename": "missing.onnx"},
+        "encoder": {"encoder": {"filename": "encoder.onnx"}},
+        "wrong vocabulary": {"vocab_size": 100},
+        "junk decoder": {"decoder": 5},
+        "junk type": {"type": 5},
+        "pattern without a layer": {"inputs": {"past_key_names": "past"}},
+        "lacking outputs": {"outputs": {"logits": "other"}},
+    }
+    changed(model_folder, folder, **changes.get(fault, {}))
+    if fault in DAMAGED_FILES:
+        name, data = DAMAGED_FILES[fault]
+        (folder / name).unlink(missing_ok=True)
+        if data is not None:
+            (folder / name).write_bytes(data)
+    return folder / "none" if fault == "no folder" else folder
+
+
+@cases(
+    "fault reason",
+    [
+        ("no folder", "MODEL_PATH .*none does not exist"),
+        ("no config", ".* has no genai_config.json"),
+        ("junk config", ".*genai_config.json cannot be read"),
+        ("no text decoder", r".*does not describe a text decoder: KeyError\('num_hidden_layers'\)"),
+        ("junk model", ".*genai_config.json cannot be read"),
+        ("junk decoder", ".*genai_config.json does not describe a text decoder"),
+        ("junk type", ".*genai_config.json does not describe a text decoder"),
+        ("pattern without a layer", ".*: expected %d in past and "),
+        ("lacking outputs", ".*model.onnx is not a text decoder: missing outputs other"),
+        ("junk template", "the tokenizer files of .* cannot be read: UnicodeDecodeError"),
+        ("encoder", ".* is not a single text decoder; it also contains: encoder"),
+        ("other graph", ".*missing.onnx is missing, but genai_config.json names it"),
+        ("junk graph", ".*model.onnx cannot be loaded"),
+        ("extra inputs", ".*is not a plain text decoder: unexpected inputs past_key_values"),
+        ("lacking inputs", ".*is not a decoder with a KV cache: missing inputs past_key_values"),
+        ("wrong vocabulary", ".*model.onnx cannot be run as a text decoder"),
+        ("no tokenizer", ".* has no tokenizer that can be loaded"),
+    ],
+)
+def test_a_folder_that_cannot_be_served_ends_the_start(
+    model_folder: Path, tmp_path: Path, fault: str, reason: str
+) -> None:
+    ended = run(cwd=tmp_path, MODEL_PATH=damaged(model_folder, tmp_path, fault))
+    error = json.loads(ended.stderr.splitlines()[-1])["error"]
+    assert (ended.returncode, error["type"]) == (1, "server_error")
+    assert error["code"] == "model_loading_failed"
+    assert re.match(reason, error["message"])
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_folder_above_the_model_gets_a_hint(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "deeper").symlink_to(model_folder, target_is_directory=True)
+    inner = tmp_path / "in" / "cpu"
+    inner.mkdir(parents=True)
+    shutil.copy(model_folder / "genai_config.json", inner)
+    hint = f"did you mean {re.escape(str(inner))}"
+    with pytest.raises(phi_server.ModelLoadingFailed, match=hint):
+        phi_server.ModelConfig.read(tmp_path / "in")
+
+
+def test_a_huge_tree_is_not_searched_for_a_hint(tmp_path: Path) -> None:
+    for i in range(phi_server.SEARCHED_FOLDERS):
+        (tmp_path / f"{i:04}").mkdir()
+    (tmp_path / "0000" / "deeper").mkdir()
+    (tmp_path / "0000" / "deeper" / "genai_config.json").write_text("{}")
+    assert phi_server.find_model_below(tmp_path / "0000") == tmp_path / "0000" / "deeper"
+    assert phi_server.find_model_below(tmp_path) is None
+
+
+def test_a_prompt_in_chunks_gives_the_same_logits_as_at_once(model: Any) -> None:
+    tokens = list(range(100, 148))
+    whole = forward(model, 0, [tokens], 0)[0, -1]
+    for start, stop in [(0, 8), (8, 32), (32, 48)]:
+        chunked = forward(model, 1, [tokens[start:stop]], start)[0, -1]
+    assert np.array_equal(whole, chunked)
+
+
+def test_rows_of_other_lengths_do_not_change_a_rows_logits(model: Any) -> None:
+    for row, length in enumerate((30, 5, 17, 2)):
+        forward(model, row, [list(range(200, 200 + length))], 0)
+    four = forward(model, 0, [[7], [8], [9], [10]], 30, 5, 17, 2)
+    assert np.array_equal(four[:2], forward(model, 0, [[7], [8]], 30, 5))
+
+
+def test_a_call_leaves_no_mask_behind(model: Any) -> None:
+    def call_all(length: int) -> None:
+        for low, rows in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (2, 2)]:
+            model.forward(low, np.ones((rows, 1), np.int64), np.full(rows, length))
+
+    call_all(1)
+    tracemalloc.start()
+    call_all(500)
+    grown, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert grown < 17 * 500 * 8 / 2  # the masks have 17 rows of 500
+
+
+@pytest.fixture
+def cache(model_folder: Path) -> Any:
+    """Rows of three with 64 tokens of 16 numbers, a page for each head; filled with ones."""
+    served = phi_server.ModelConfig.read(model_folder)
+    config = dataclasses.replace(served, layers=1, kv_heads=2, head_size=16)
+    cache = phi_server.KvCache(config, np.float32, 3, 64)
+    for array in cache.arrays:
+        array[:] = 1
+    return cache
+
+
+def test_copying_kv_touches_the_tokens_asked_for(cache: Any) -> None:
+    cache.arrays[0][0] = 5
+    cache.copy(0, 2, 10, 20)
+    assert (cache.arrays[0][2, :, 10:20] == 5).all()
+    assert cache.arrays[0][2].sum() == 2 * 16 * (54 + 10 * 5)
+
+
+def test_swapping_kv_exchanges_two_rows(cache: Any) -> None:
+    cache.arrays[1][0] = 5
+    cache.swap(0, 2, 20)
+    assert (cache.arrays[1][2, :, :20] == 5).all()
+    assert (cache.arrays[1][0, :, :20] == 1).all()
+    assert (cache.arrays[1][0, :, 20:] == 5).all()
+
+
+@on_linux  # other systems give memory back in their own time
+def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
+    cache.release(1, 0, 63)
+    cache.release(1, 1, 64)
+    assert all((array == 1).all() for array in cache.arrays)
+    cache.release(1, 0, 64)
+    assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
+
+
+# ---- Prompt --------------------------------------------------------------------------------------
 
 
 def test_developer_messages_are_rendered_as_system_messages(server: Server) -> None:
@@ -2191,136 +2360,6 @@ DAMAGED_FILES = {
     "no tokenizer": ("tokenizer.json", None),
     "junk template": ("chat_template.jinja", b"\xff\xff"),
 }
-
-
-def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
-    """A model folder with one fault."""
-    layers = phi_server.ModelConfig.read(model_folder).layers
-    changes: dict[str, dict[str, Any]] = {
-        "extra inputs": {"num_hidden_layers": layers - 1},
-        "lacking inputs": {"num_hidden_layers": layers + 1},
-        "no text decoder": {"num_hidden_layers": None},
-        "other graph": {"filename": "missing.onnx"},
-        "encoder": {"encoder": {"filename": "encoder.onnx"}},
-        "wrong vocabulary": {"vocab_size": 100},
-        "junk decoder": {"decoder": 5},
-        "junk type": {"type": 5},
-        "pattern without a layer": {"inputs": {"past_key_names": "past"}},
-        "lacking outputs": {"outputs": {"logits": "other"}},
-    }
-    changed(model_folder, folder, **changes.get(fault, {}))
-    if fault in DAMAGED_FILES:
-        name, data = DAMAGED_FILES[fault]
-        (folder / name).unlink(missing_ok=True)
-        if data is not None:
-            (folder / name).write_bytes(data)
-    return folder / "none" if fault == "no folder" else folder
-
-
-@cases(
-    "fault reason",
-    [
-        ("no folder", "MODEL_PATH .*none does not exist"),
-        ("no config", ".* has no genai_config.json"),
-        ("junk config", ".*genai_config.json cannot be read"),
-        ("no text decoder", r".*does not describe a text decoder: KeyError\('num_hidden_layers'\)"),
-        ("junk model", ".*genai_config.json cannot be read"),
-        ("junk decoder", ".*genai_config.json does not describe a text decoder"),
-        ("junk type", ".*genai_config.json does not describe a text decoder"),
-        ("pattern without a layer", ".*: expected %d in past and "),
-        ("lacking outputs", ".*model.onnx is not a text decoder: missing outputs other"),
-        ("junk template", "the tokenizer files of .* cannot be read: UnicodeDecodeError"),
-        ("encoder", ".* is not a single text decoder; it also contains: encoder"),
-        ("other graph", ".*missing.onnx is missing, but genai_config.json names it"),
-        ("junk graph", ".*model.onnx cannot be loaded"),
-        ("extra inputs", ".*is not a plain text decoder: unexpected inputs past_key_values"),
-        ("lacking inputs", ".*is not a decoder with a KV cache: missing inputs past_key_values"),
-        ("wrong vocabulary", ".*model.onnx cannot be run as a text decoder"),
-        ("no tokenizer", ".* has no tokenizer that can be loaded"),
-    ],
-)
-def test_a_folder_that_cannot_be_served_ends_the_start(
-    model_folder: Path, tmp_path: Path, fault: str, reason: str
-) -> None:
-    ended = run(cwd=tmp_path, MODEL_PATH=damaged(model_folder, tmp_path, fault))
-    error = json.loads(ended.stderr.splitlines()[-1])["error"]
-    assert (ended.returncode, error["type"]) == (1, "server_error")
-    assert error["code"] == "model_loading_failed"
-    assert re.match(reason, error["message"])
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_folder_above_the_model_gets_a_hint(model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "deeper").symlink_to(model_folder, target_is_directory=True)
-    inner = tmp_path / "in" / "cpu"
-    inner.mkdir(parents=True)
-    shutil.copy(model_folder / "genai_config.json", inner)
-    hint = f"did you mean {re.escape(str(inner))}"
-    with pytest.raises(phi_server.ModelLoadingFailed, match=hint):
-        phi_server.ModelConfig.read(tmp_path / "in")
-
-
-def test_a_prompt_in_chunks_gives_the_same_logits_as_at_once(model: Any) -> None:
-    tokens = list(range(100, 148))
-    whole = forward(model, 0, [tokens], 0)[0, -1]
-    for start, stop in [(0, 8), (8, 32), (32, 48)]:
-        chunked = forward(model, 1, [tokens[start:stop]], start)[0, -1]
-    assert np.array_equal(whole, chunked)
-
-
-def test_rows_of_other_lengths_do_not_change_a_rows_logits(model: Any) -> None:
-    for row, length in enumerate((30, 5, 17, 2)):
-        forward(model, row, [list(range(200, 200 + length))], 0)
-    four = forward(model, 0, [[7], [8], [9], [10]], 30, 5, 17, 2)
-    assert np.array_equal(four[:2], forward(model, 0, [[7], [8]], 30, 5))
-
-
-def test_a_call_leaves_no_mask_behind(model: Any) -> None:
-    def call_all(length: int) -> None:
-        for low, rows in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (2, 2)]:
-            model.forward(low, np.ones((rows, 1), np.int64), np.full(rows, length))
-
-    call_all(1)
-    tracemalloc.start()
-    call_all(500)
-    grown, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert grown < 17 * 500 * 8 / 2  # the masks have 17 rows of 500
-
-
-@pytest.fixture
-def cache(model_folder: Path) -> Any:
-    """Rows of three with 64 tokens of 16 numbers, a page for each head; filled with ones."""
-    served = phi_server.ModelConfig.read(model_folder)
-    config = dataclasses.replace(served, layers=1, kv_heads=2, head_size=16)
-    cache = phi_server.KvCache(config, np.float32, 3, 64)
-    for array in cache.arrays:
-        array[:] = 1
-    return cache
-
-
-def test_copying_kv_touches_the_tokens_asked_for(cache: Any) -> None:
-    cache.arrays[0][0] = 5
-    cache.copy(0, 2, 10, 20)
-    assert (cache.arrays[0][2, :, 10:20] == 5).all()
-    assert cache.arrays[0][2].sum() == 2 * 16 * (54 + 10 * 5)
-
-
-def test_swapping_kv_exchanges_two_rows(cache: Any) -> None:
-    cache.arrays[1][0] = 5
-    cache.swap(0, 2, 20)
-    assert (cache.arrays[1][2, :, :20] == 5).all()
-    assert (cache.arrays[1][0, :, :20] == 1).all()
-    assert (cache.arrays[1][0, :, 20:] == 5).all()
-
-
-@on_linux  # other systems give memory back in their own time
-def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
-    cache.release(1, 0, 63)
-    cache.release(1, 1, 64)
-    assert all((array == 1).all() for array in cache.arrays)
-    cache.release(1, 0, 64)
-    assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
 
 
 # ---- Grammar -------------------------------------------------------------------------------------
@@ -4821,6 +4860,36 @@ def test_a_forced_call_has_arguments_that_fit(
         assert call["type"] == "function"
         assert name == "weather" if choice is NAMED else name in PARAMETERS
         assert fits(json.loads(arguments), PARAMETERS[name])
+
+
+@both_ways
+def test_a_named_function_is_called_once(server: Server, stream: bool) -> None:
+    fields = {"messages": turns("The weather in Rome and Paris?"), "tools": TOOLS, "seed": 1}
+    for choice in ask(server, CHAT, stream, **fields, tool_choice=NAMED, temperature=2, n=3):
+        (call,) = choice["message"]["tool_calls"]
+        assert fits(json.loads(call["function"]["arguments"]), PARAMETERS["weather"])
+        assert choice["finish_reason"] == "tool_calls"
+
+
+@both_ways
+def test_a_function_without_parameters_is_called_with_none_and_only_once(
+    server: Server, stream: bool
+) -> None:
+    fields = HELLO | FORCED | {"tools": [function("시계")], "n": 2, "max_tokens": 500, "seed": 1}
+    for choice in ask(server, CHAT, stream, **fields, temperature=2):
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "시계", "arguments": "{}"}
+        assert choice["finish_reason"] == "tool_calls"
+
+
+def test_an_object_has_the_named_properties_alone_and_its_numbers_end(server: Server) -> None:
+    named = {"name": {"type": "string", "maxLength": 9}, "population": {"type": "integer"}}
+    open_schema = {"type": "object", "properties": named, "required": list(named)}
+    fields = {"messages": turns("Paris?"), "response_format": schema_format(open_schema), "n": 4}
+    for choice in ask(server, CHAT, **fields, temperature=2, seed=1):
+        value = json.loads(choice["message"]["content"])
+        assert sorted(value) == ["name", "population"]
+        assert abs(value["population"]) < 10**16
 
 
 def test_several_forced_calls_all_fit_but_one_that_is_cut_off(server: Server) -> None:
