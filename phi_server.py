@@ -2508,20 +2508,12 @@ LEAST_TEMPERATURE = 1e-5  # below it float32 divides by zero, and the draw is gr
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A token's log probability (None for a prompt's first), and the likeliest at its place."""
+class Pick:
+    """A token, its log probability where known, and the likeliest at its place with theirs."""
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A sampled token, and its log probability when that was asked for."""
-
-    token: int
-    scored: Scored | None = None
 
 
 class Sampler:
@@ -2572,17 +2564,17 @@ class Sampler:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.remembers:
             self.seen.add(token)
-        return Pick(token, self.score(logits, token) if self.top_logprobs is not None else None)
+        return Pick(token) if self.top_logprobs is None else self.score(logits, token)
 
-    def score(self, logits: npt.NDArray[Any], token: int) -> Scored:
-        """The token's log probability by the model's own logits [vocab]."""
+    def score(self, logits: npt.NDArray[Any], token: int) -> Pick:
+        """The token with its log probability by the model's own logits [vocab]."""
         row: Floats = logits.astype(np.float32, copy=False)
         whole = float(row.max()) + math.log(float(np.exp(row - row.max()).sum(dtype=np.float64)))
         count = self.top_logprobs or 0
         likeliest = np.argpartition(row, -count)[-count:] if count else np.empty(0, np.int64)
         top = [(int(other), float(row[other]) - whole) for other in likeliest]
         top.sort(key=lambda pair: -pair[1])
-        return Scored(token, float(row[token]) - whole, tuple(top))
+        return Pick(token, float(row[token]) - whole, tuple(top))
 
     def adjusted(self, row: Floats) -> Floats:
         """The row [vocab], changed in place by OpenAI's penalties and bias, and CTRL's penalty."""
@@ -2658,38 +2650,41 @@ ECHOED_TOGETHER = (
 
 @dataclass(frozen=True)
 class Piece:
-    """Text to send, and the scored tokens it comes from, each with its text's offset in the reply."""
+    """Text to send, and the picks to report with it, each with its text's offset in the reply."""
 
     text: str
-    tokens: tuple[tuple[Scored, int], ...] = ()
+    picks: tuple[tuple[Pick, int], ...] = ()
 
 
 class TextStream:
     """Turns the tokens of one sequence into pieces of text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], drops_space: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], drops_space: bool, reports: bool = False
+    ) -> None:
         self.decoder = tokenizer.codec.create_stream()  # gives '' until a character is whole
         self.control_texts = tokenizer.control_texts
         self.stop = stop
         self.drops_space = drops_space  # that SentencePiece puts before a text
+        self.reports = reports  # whether pieces come with their picks
         self.held = ""
         self.stopped = False
         self.decoded = 0  # characters
         self.sent = 0
-        self.scored: deque[tuple[Scored, int]] = deque()  # whose text has not been sent yet
+        self.unsent: deque[tuple[Pick, int]] = deque()  # to be reported, with their texts' offsets
 
-    def push(self, token: int, scored: Scored | None = None) -> Piece:
+    def push(self, pick: Pick) -> Piece:
         """What a token adds, maybe nothing yet; sets `stopped` when a stop string is complete."""
-        text = self.decode(token, scored)
+        text = self.decode(pick)
         return self.piece(self.before_stop(text) if self.stop else text)
 
-    def echo(self, prompt: list[Scored]) -> Iterator[Piece]:
+    def echo(self, prompt: list[Pick]) -> Iterator[Piece]:
         """The text of a prompt, in which control tokens show and no stop string counts."""
         for start in range(0, len(prompt), ECHOED_TOGETHER):
             texts = []
-            for scored in prompt[start : start + ECHOED_TOGETHER]:
-                text = self.decode(scored.token, scored)
-                control = "" if text else self.control_texts.get(scored.token, "")
+            for pick in prompt[start : start + ECHOED_TOGETHER]:
+                text = self.decode(pick)
+                control = "" if text else self.control_texts.get(pick.token, "")
                 self.decoded += len(control)
                 texts.append(text + control)
             yield self.piece("".join(texts))
@@ -2698,22 +2693,22 @@ class TextStream:
         """The text that was held back for a stop string that did not come."""
         return self.piece(self.held)
 
-    def decode(self, token: int, scored: Scored | None) -> str:
+    def decode(self, pick: Pick) -> str:
         """The text of one token, '' until a character is whole."""
-        text = str(self.decoder.decode(token))
+        text = str(self.decoder.decode(pick.token))
         if self.drops_space and text:
             text, self.drops_space = text.removeprefix(" "), False
-        if scored:
-            self.scored.append((scored, self.decoded))
+        if self.reports:
+            self.unsent.append((pick, self.decoded))
         self.decoded += len(text)
         return text
 
     def piece(self, text: str) -> Piece:
-        """Text to send, with the tokens of which it is at least a part."""
+        """Text to send, with the picks of whose texts it holds at least the beginning."""
         self.sent += len(text)
         begun = []
-        while self.scored and self.scored[0][1] < self.sent:
-            begun.append(self.scored.popleft())
+        while self.unsent and self.unsent[0][1] < self.sent:
+            begun.append(self.unsent.popleft())
         return Piece(text, tuple(begun))
 
     def before_stop(self, text: str) -> str:
@@ -2977,12 +2972,9 @@ class Sequence:
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
         self.is_seeded = self.sampler.sampling.seed is not None
-        is_scored = self.echoes and self.sampler.top_logprobs is not None
-        self.scores_prompt = is_scored and self.leader is None
-        if self.leader is None:
-            self.prompt_scores = [Scored(token) for token in prompt if self.echoes]
-        else:
-            self.prompt_scores = self.leader.prompt_scores
+        self.scores_prompt = self.echoes and self.text.reports and not self.leader
+        # To be echoed, by all choices of the same prompt.
+        self.prompt_picks = [Pick(token) for token in prompt if self.echoes and not self.leader]
         # A seed, a stop string or a grammar must be kept to at every token.
         is_bound = self.is_seeded or self.text.stop or self.sampler.grammar
         self.lookup = None if is_bound else PromptLookup(self.tokens)
@@ -2999,7 +2991,7 @@ class Sequence:
     def score_prompt(self, start: int, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens from place `start` on by their logits [count, vocab]."""
         for place, row in zip(range(start, self.prompt_tokens), logits, strict=False):
-            self.prompt_scores[place] = self.sampler.score(row, self.tokens[place])
+            self.prompt_picks[place] = self.sampler.score(row, self.tokens[place])
 
     def sample(self, logits: npt.NDArray[Any], draft: list[int]) -> list[Pick]:
         """Samples from logits [1 + draft, vocab] until the first token that the draft got wrong.
@@ -3419,7 +3411,8 @@ class Engine:
             logits = logits[-1:]
         if sequence.echoes and not sequence.completion_tokens:
             # Here and not in deliver: 4,000 tokens take 9 ms.
-            sequence.echo = [*sequence.text.echo(sequence.prompt_scores)]
+            leader = sequence.leader or sequence
+            sequence.echo = [*sequence.text.echo(leader.prompt_picks)]
         return sequence.sample(logits, plan.draft)
 
     def absorb(self, plan: Plan, picks: list[list[Pick] | None], seconds: float) -> None:
@@ -3486,7 +3479,7 @@ class Engine:
         """Hands the text of one token to its reader; returns why the sequence ends, if it does."""
         pieces, sequence.echo = sequence.echo, []
         if pick:
-            pieces.append(sequence.text.push(pick.token, pick.scored))
+            pieces.append(sequence.text.push(pick))
         if sequence.text.stopped:
             reason = "stop"
         elif reason:
@@ -4089,6 +4082,7 @@ class Api:
         # A grammar allows nothing behind its end.
         ignores_eos = generation.ignore_eos and not grammar
         eos_tokens = frozenset[int]() if ignores_eos else self.config.eos_tokens
+        reports = generation.top_logprobs is not None
         outlet: Outlet = asyncio.Queue()
         choices: list[Sequence] = []
         for given in prepared.prompts:
@@ -4102,7 +4096,7 @@ class Api:
                 await asyncio.sleep(0)  # of a long prompt, 128 take a while
                 sampling = seeded(generation.sampling, i)
                 sampler = Sampler(sampling, prompt, grammar, generation.top_logprobs)
-                text = TextStream(self.tokenizer, generation.stop, drops_space)
+                text = TextStream(self.tokenizer, generation.stop, drops_space, reports)
                 echoes = prepared.echo and bool(given)
                 choices.append(
                     Sequence(
@@ -4217,7 +4211,7 @@ async def chunk_choices(
         await asyncio.sleep(0)
 
 
-Scores = Iterable[tuple[Scored, int]]  # tokens with the places of their text, see Piece
+Scores = Iterable[tuple[Pick, int]]  # tokens with the offsets of their texts, see Piece
 
 
 class Writer:
@@ -4292,7 +4286,7 @@ class ChatWriter(Writer):
         names, is_forced = prepared.tool_names, prepared.is_call_forced
         self.readers = [ToolCallReader(names, is_forced) if names else None for _ in reply.choices]
         # Tokens whose text a reader holds back.
-        self.unsent: list[list[tuple[Scored, int]]] = [[] for _ in reply.choices]
+        self.unsent: list[list[tuple[Pick, int]]] = [[] for _ in reply.choices]
 
     def is_over(self, sequence: Sequence) -> bool:
         """Whether a call has repeated an earlier one."""
@@ -4307,7 +4301,7 @@ class ChatWriter(Writer):
     def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
         """A chunk choice for each delta, none while it may be the beginning of a tool call."""
         reader = self.readers[sequence.index]
-        self.unsent[sequence.index] += piece.tokens
+        self.unsent[sequence.index] += piece.picks
         deltas = reader.push(piece.text) if reader else [piece.text]
         return [self.delta(sequence, delta_object(delta)) for delta in deltas]
 
@@ -4347,9 +4341,9 @@ class ChatWriter(Writer):
     def logprobs(self, scores: Scores) -> dict[str, Any]:
         """The logprobs object of a chat."""
         content = []
-        for scored, _ in scores:
-            likeliest = [self.token_object(token, logprob) for token, logprob in scored.top]
-            entry = self.token_object(scored.token, scored.logprob or 0.0)
+        for pick, _ in scores:
+            likeliest = [self.token_object(token, logprob) for token, logprob in pick.top]
+            entry = self.token_object(pick.token, pick.logprob or 0.0)
             content.append(entry | {"top_logprobs": likeliest})
         return {"content": content, "refusal": None}
 
@@ -4376,7 +4370,7 @@ class CompletionWriter(Writer):
 
     def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
         """The text of a piece."""
-        return [self.choice(sequence, {"text": piece.text}, piece.tokens)]
+        return [self.choice(sequence, {"text": piece.text}, piece.picks)]
 
     def finish(self, sequence: Sequence) -> list[Choice]:
         """The reason."""
@@ -4399,9 +4393,9 @@ class CompletionWriter(Writer):
             "top_logprobs": [],
             "text_offset": [],
         }
-        for scored, place in scores:
-            text, logprob = self.token_text(scored.token), scored.logprob
-            likeliest = {self.token_text(token): score for token, score in scored.top}
+        for pick, place in scores:
+            text, logprob = self.token_text(pick.token), pick.logprob
+            likeliest = {self.token_text(token): score for token, score in pick.top}
             lists["tokens"].append(text)
             lists["token_logprobs"].append(logprob)
             lists["top_logprobs"].append(None if logprob is None else {text: logprob} | likeliest)
