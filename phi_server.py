@@ -1141,8 +1141,7 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
-# Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's
-# vocabulary.
+# Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 
 # LongRoPE: from this width of the attention mask on the graph takes the long factors, for all rows.
@@ -1191,15 +1190,10 @@ class ModelConfig:
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
                 is_long_rope=model.get("type", "").startswith("phi3"),
             )
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-        ) as error:  # a key is missing, or of another kind
+        except (AttributeError, KeyError, TypeError) as error:  # a key missing, or of another kind
             path = folder / "genai_config.json"
-            raise ModelLoadingFailed(
-                f"{path} does not describe a text decoder: {error!r}"
-            ) from None
+            fault = f"{path} does not describe a text decoder: {error!r}"
+            raise ModelLoadingFailed(fault) from None
 
     @property
     def start_token(self) -> int:
@@ -1222,7 +1216,6 @@ DEFAULT_OUTPUTS = {
     "present_key_names": "present.%d.key",
     "present_value_names": "present.%d.value",
 }
-
 
 SEARCHED_FOLDERS = 1000  # below a folder without a model; somebody may have given "/"
 
@@ -1253,16 +1246,13 @@ def find_model_below(folder: Path) -> Path | None:
         if (current / "genai_config.json").is_file():
             return current
         with contextlib.suppress(OSError):  # what may not be read
-            folders += (
-                Path(entry) for entry in os.scandir(current) if entry.is_dir(follow_symlinks=False)
-            )
+            entries = os.scandir(current)
+            folders += (Path(each) for each in entries if each.is_dir(follow_symlinks=False))
     return None
 
 
 class KvCache:
-    """KV of every row: arrays [rows, kv_heads, capacity, head_size] in memory that is virtual until
-    written.
-    """
+    """KV of all rows: arrays [rows, kv_heads, capacity, head_size], virtual until written."""
 
     def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
         self.rows = rows
@@ -1271,11 +1261,9 @@ class KvCache:
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
         shape = (rows, config.kv_heads, capacity, config.head_size)
-        self.memory = [
-            virtual_memory(math.prod(shape) * np.dtype(dtype).itemsize)
-            for _ in range(2 * config.layers)
-        ]
-        self.arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self.memory]
+        size = rows * config.kv_heads * capacity * self.head_bytes
+        self.memory = [virtual_memory(size) for _ in range(2 * config.layers)]
+        self.arrays = [np.ndarray(shape, dtype, memory) for memory in self.memory]
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copies the KV of tokens start..stop from one row to another."""
@@ -1285,14 +1273,10 @@ class KvCache:
     def swap(self, a: int, b: int, tokens: int) -> None:
         """Exchanges the KV of the first `tokens` tokens of two rows."""
         for array in self.arrays:
-            kept = array[a, :, :tokens].copy()
-            array[a, :, :tokens] = array[b, :, :tokens]
-            array[b, :, :tokens] = kept
+            array[[a, b], :, :tokens] = array[[b, a], :, :tokens]
 
     def release(self, row: int, start: int, stop: int) -> None:
-        """Gives the memory of tokens start..stop of a row back to the system, as far as it makes
-        whole pages.
-        """
+        """Gives the whole pages of tokens start..stop of a row back to the system."""
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
             first = round_up((head * self.capacity + start) * self.head_bytes, mmap.PAGESIZE)
@@ -1311,9 +1295,8 @@ def virtual_memory(size: int) -> mmap.mmap:
     """Anonymous memory that takes RAM page by page as it is written."""
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
-    memory = mmap.mmap(
-        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    )
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, size, flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one token of a head could take 2 MiB
@@ -1339,43 +1322,33 @@ class Model:
         self.has_position_ids = config.inputs["position_ids"] in inputs
         # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
         capacity = round_up(self.context_length, 64)
+        kv_dtype = port_dtype(inputs[config.inputs["past_key_names"] % 0])
         try:
-            self.kv = KvCache(
-                config, port_dtype(inputs[config.inputs["past_key_names"] % 0]), rows, capacity
-            )
+            self.kv = KvCache(config, kv_dtype, rows, capacity)
         except (OSError, ValueError, OverflowError) as error:
-            raise ModelLoadingFailed(
-                f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
-            ) from None
-        # + 1: the last chunk may take one token more, rather than leave it alone.
-        positions = max(LONGEST_CHUNK + 1, rows)
+            fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
+            raise ModelLoadingFailed(fault) from None
+        self.mask_memory = virtual_memory(8 * rows * max(capacity, LONG_ROPE_WIDTH))  # int64
         self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
-        self.mask_memory = virtual_memory(
-            rows * max(capacity, LONG_ROPE_WIDTH) * np.dtype(np.int64).itemsize
-        )
-        self.logits_memory = virtual_memory(
-            positions * config.vocab_size * self.logits_dtype.itemsize
-        )
+        # + 1: the last chunk may take one token more, rather than leave it alone.
+        logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
+        self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Runs the graph once, so that a folder whose graph does not fit fails now; raises
-        ModelLoadingFailed.
-        """
+        """Runs the graph once, so that a wrong one fails now; raises ModelLoadingFailed."""
         try:
-            self.forward(
-                0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64)
-            )
+            tokens = np.full((1, 2), self.config.start_token, np.int64)
+            self.forward(0, tokens, np.zeros(1, np.int64))
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-            raise ModelLoadingFailed(
-                f"{self.config.graph} cannot be run as a text decoder: {error}"
-            ) from None
+            fault = f"{self.config.graph} cannot be run as a text decoder: {error}"
+            raise ModelLoadingFailed(fault) from None
 
     def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
-        """Runs `tokens` [rows, count] through the graph, in KV rows low..low+rows that hold `lengths` [rows] tokens.
+        """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
 
-        Appends the tokens' KV in place. Returns logits [rows, count, vocab], valid until the next call.
+        Appends KV in place; returns logits [rows, count, vocab], which the next call overwrites.
         """
         rows, count = tokens.shape
         names, width = self.config.inputs, int(lengths.max()) + count
@@ -1383,7 +1356,7 @@ class Model:
             width = max(width, LONG_ROPE_WIDTH)
         columns = np.arange(width)
         # One memory for the masks of all calls, since a binding keeps what was last bound.
-        mask = np.frombuffer(self.mask_memory, np.int64, rows * width).reshape(rows, width)
+        mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
         np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
         inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
         if self.has_position_ids:
@@ -1392,12 +1365,9 @@ class Model:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, count, self.config.vocab_size)
-        logits = np.frombuffer(self.logits_memory, self.logits_dtype, math.prod(shape)).reshape(
-            shape
-        )
-        binding.bind_ortvalue_output(
-            self.config.outputs["logits"], onnxruntime.OrtValue.ortvalue_from_numpy(logits)
-        )
+        logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
+        binding.bind_ortvalue_output(self.config.outputs["logits"], value)
         self.session.run_with_iobinding(binding)
         return logits
 
@@ -1406,23 +1376,15 @@ class Model:
         release_pages(self.logits_memory, 0, len(self.logits_memory))
 
     def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
-        """The binding of KV rows low..high as past and as present; kept, since a batch uses the
-        same rows for long.
-        """
+        """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
         if (low, high) not in self.bindings:
             binding = self.session.io_binding()
-            names = [
-                (
-                    self.config.inputs[f"past_{part}_names"],
-                    self.config.outputs[f"present_{part}_names"],
-                )
-                for part in ("key", "value")
-            ]
+            inputs, outputs = self.config.inputs, self.config.outputs
             for i, array in enumerate(self.kv.arrays):
-                past, present = names[i % 2]
+                layer, part = i // 2, ("key", "value")[i % 2]
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array[low:high])
-                binding.bind_ortvalue_input(past % (i // 2), value)
-                binding.bind_ortvalue_output(present % (i // 2), value)
+                binding.bind_ortvalue_input(inputs[f"past_{part}_names"] % layer, value)
+                binding.bind_ortvalue_output(outputs[f"present_{part}_names"] % layer, value)
             self.bindings[low, high] = binding
         return self.bindings[low, high]
 
@@ -1440,43 +1402,35 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(
-            config.graph, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(config.graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
         raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
-    cache = layer_names(config, config.inputs, "past")
-    known = cache | {
-        config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")
+    inputs = {port.name for port in session.get_inputs()}
+    outputs = {port.name for port in session.get_outputs()}
+    known = {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    known |= layer_names(config, config.inputs, "past")
+    wanted = {config.outputs["logits"]} | layer_names(config, config.outputs, "present")
+    missing = known - inputs - {config.inputs["position_ids"]}  # that one is optional
+    faults = {
+        "a plain text decoder: unexpected inputs": inputs - known,
+        "a decoder with a KV cache: missing inputs": missing,
+        "a text decoder: missing outputs": wanted - outputs,
     }
-    names = {value.name for value in session.get_inputs()}
-    if extra := sorted(names - known):
-        raise ModelLoadingFailed(
-            f"{config.graph} is not a plain text decoder: unexpected inputs {', '.join(extra[:4])}"
-        )
-    if lacking := sorted(known - names - {config.inputs["position_ids"]}):
-        raise ModelLoadingFailed(
-            f"{config.graph} is not a decoder with a KV cache: missing inputs {', '.join(lacking[:4])}"
-        )
-    wanted = layer_names(config, config.outputs, "present") | {config.outputs["logits"]}
-    if lacking := sorted(wanted - {value.name for value in session.get_outputs()}):
-        raise ModelLoadingFailed(
-            f"{config.graph} is not a text decoder: missing outputs {', '.join(lacking[:4])}"
-        )
+    for fault, names in faults.items():
+        if names:
+            listed = ", ".join(sorted(names)[:4])
+            raise ModelLoadingFailed(f"{config.graph} is not {fault} {listed}")
     return session
 
 
 def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
-    """The names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without
-    the layer.
-    """
+    """Names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without %d."""
     patterns = [names[f"{when}_key_names"], names[f"{when}_value_names"]]
     try:
         return {pattern % layer for pattern in patterns for layer in range(config.layers)}
     except TypeError:  # no %d
-        raise ModelLoadingFailed(
-            f"{config.folder}: expected %d in {' and '.join(patterns)}"
-        ) from None
+        fault = f"{config.folder}: expected %d in {' and '.join(patterns)}"
+        raise ModelLoadingFailed(fault) from None
 
 
 # ---- Prompt --------------------------------------------------------------------------------------
@@ -2529,7 +2483,7 @@ class Sampler:
         self.sampling = sampling
         self.grammar = grammar
         self.guide: Guide | None = None  # to the grammar, while the sequence has a slot
-        self.top_logprobs = top_logprobs
+        self.top_logprobs = top_logprobs  # how many to report; None for no log probabilities
         self.is_greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
         seed = None if sampling.seed is None else sampling.seed % (1 << 64)
         self.generator = np.random.Generator(np.random.PCG64(seed))
@@ -2594,21 +2548,16 @@ class Sampler:
 
     def draw(self, row: Floats) -> int:
         """Draws a token from the truncated distribution of row [vocab]."""
-        weights = np.exp(self.tempered(row))
+        temperature = np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE))
+        weights: Floats = np.exp((row - row.max()) / temperature)
         tokens = truncated(weights, self.sampling)
         place = at_share(weights if tokens is None else weights[tokens], self.generator.random())
         return place if tokens is None else int(tokens[place])
 
-    def tempered(self, row: Floats) -> Floats:
-        """The row [vocab] over the temperature, its largest value 0."""
-        temperature = np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE))
-        scores: Floats = (row - row.max()) / temperature
-        return scores
-
 
 def at_share(weights: Floats, share: float) -> int:
     """The index in weights [n] up to which `share` (0 to 1) of their sum lies."""
-    # By blocks: a running sum of a vocabulary takes 0.5 ms. [:-1] because rounding may exceed the sum.
+    # By blocks: a running sum of a vocabulary takes 0.5 ms. [:-1] as rounding may exceed the sum.
     starts = np.arange(0, len(weights), SUM_BLOCK)
     sums = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
     block = int(np.searchsorted(sums[:-1], share * sums[-1], side="right"))
@@ -2624,8 +2573,8 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
     if 0 < sampling.top_k < len(weights):
         least = np.partition(weights, -sampling.top_k)[-sampling.top_k]
     else:
-        # Tokens below (1 - top_p) / vocab of the whole weigh less than 1 - top_p together: none of
-        # them is in the nucleus.
+        # Tokens below (1 - top_p) / vocab of the whole together weigh less than 1 - top_p, so none
+        # of them is in the nucleus.
         least = (1 - sampling.top_p) * weights.mean()
     tokens = np.flatnonzero(weights >= least)
     if sampling.top_k or sampling.top_p < 1:
@@ -2643,9 +2592,7 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
 # Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a
 # stop string, nothing after one. Calls of tools are told from text as they come.
 
-ECHOED_TOGETHER = (
-    256  # tokens of an echoed prompt in one piece, so that no piece takes long to write
-)
+ECHOED_TOGETHER = 256  # tokens of an echoed prompt in one piece; so none takes long to write
 
 
 @dataclass(frozen=True)
@@ -2741,8 +2688,8 @@ class CallDelta:
 class ToolCallReader:
     """Separates text from tool calls while a reply streams; none of their markup becomes text.
 
-    A small model may repeat a call until its tokens are used up. One that repeats an earlier call of
-    the reply is dropped, and the reply is over; it is held back as long as it may turn out to be one.
+    A small model may repeat a call until its tokens are used up. One that repeats an earlier call
+    is dropped, and the reply is over; it is held back as long as it may turn out to be one.
     """
 
     HEAD = re.compile(
@@ -2778,7 +2725,7 @@ class ToolCallReader:
     def finish(self) -> list[str | CallDelta]:
         """What was held back, for a call that did not come or was cut off."""
         if self.read == self.read_arguments and not self.is_over:
-            return [self.begin_call(), *self.rest_of_call()] if self.sent is None else []
+            return [self.begin_call(), self.rest_of_call()] if self.sent is None else []
         if self.is_forced:  # it can only be the beginning of a call that max_tokens has cut
             return []
         if self.read == self.read_head:
@@ -2787,15 +2734,14 @@ class ToolCallReader:
         return [self.held] if is_text and self.held else []
 
     def read_text(self) -> str | CallDelta | None:
-        """Text up to the next call; white space waits, since before a call it belongs to the markup."""
+        """Text up to the next call; white space waits, since before a call it is markup."""
         text, begin, rest = self.held.partition(CALL_BEGIN)
-        if not begin:
-            text = text[: len(text) - overlap(text, CALL_BEGIN)]
-        sent = text.rstrip()
         if begin:
+            sent = text.rstrip()
             self.gap, self.held, self.read = text[len(sent) :], rest, self.read_head
             return sent
-        self.held = self.held[len(sent) :]
+        sent = text[: len(text) - overlap(text, CALL_BEGIN)].rstrip()
+        self.held = text[len(sent) :]
         return sent or None
 
     def read_head(self) -> str | CallDelta | None:
@@ -2812,44 +2758,34 @@ class ToolCallReader:
 
     def read_arguments(self) -> str | CallDelta | None:
         """Arguments as far as they have come, to the bracket that closes them."""
-        is_complete = bool(self.arguments) and self.depth == 0
-        if not is_complete:
+        if self.depth or not self.arguments:  # not complete yet
             ends = (i for i, character in enumerate(self.held, 1) if self.ends_with(character))
-            end = next(ends, 0)
-            is_complete = end > 0
-            self.arguments += self.held[: end or None]
-            self.held = self.held[end:] if end else ""
+            end = next(ends, len(self.held))
+            self.arguments, self.held = self.arguments + self.held[:end], self.held[end:]
+        is_complete = self.depth == 0
         if self.sent is None:
-            if self.may_repeat(is_complete):
+            # Is it, or may it become, one that the reply has already? Complete arguments do not
+            # begin longer ones, which would have ended at the same bracket.
+            earlier = [arguments for name, arguments in self.calls if name == self.name]
+            if any(arguments.startswith(self.arguments) for arguments in earlier):
                 self.is_over = is_complete
                 return None
-            return self.begin_call() if self.arguments else None
+            return self.begin_call()
         if is_complete:
             self.calls.append((self.name, self.arguments))
             self.read = self.read_tail
-        deltas = self.rest_of_call()
-        return deltas[0] if deltas else "" if is_complete else None
-
-    def may_repeat(self, is_complete: bool) -> bool:
-        """Whether the call being read is, or may become, one that the reply has already."""
-        return any(
-            name == self.name
-            and (arguments == self.arguments or not is_complete)
-            and arguments.startswith(self.arguments)
-            for name, arguments in self.calls
-        )
+        return self.rest_of_call() or ("" if is_complete else None)
 
     def begin_call(self) -> CallDelta:
         """The first piece of a call."""
-        self.sent = 0
-        self.count += 1
+        self.sent, self.count = 0, self.count + 1
         return CallDelta(self.count - 1, new_id("call_"), self.name)
 
-    def rest_of_call(self) -> list[CallDelta]:
-        """The arguments that have come and not been sent."""
+    def rest_of_call(self) -> str | CallDelta:
+        """The arguments that have come and not been sent; '' when there are none."""
         arguments = self.arguments[self.sent :]
         self.sent = len(self.arguments)
-        return [CallDelta(self.count - 1, arguments=arguments)] if arguments else []
+        return CallDelta(self.count - 1, arguments=arguments) if arguments else ""
 
     def ends_with(self, character: str) -> bool:
         """Whether this character closes the JSON object that is being read."""
@@ -2873,8 +2809,8 @@ class ToolCallReader:
 # ---- Engine --------------------------------------------------------------------------------------
 # One coroutine repeats three verbs: plan (event loop), forward (executor), absorb (event loop).
 # While a forward runs, deliver hands the text of the step before to its readers. The event loop
-# then changes nothing that the forward reads, and the forward nothing but KV, samplers, prompt scores
-# and echoes: no locks. The words:
+# then changes nothing that the forward reads, and the forward nothing but KV, samplers, prompt
+# picks and echoes: no locks. The words:
 #
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
 #   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
@@ -2911,8 +2847,7 @@ class PromptLookup:
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens  # the sequence's own list, which grows
-        # three tokens -> the index just behind their last occurrence before the tail
-        self.ends: dict[tuple[int, ...], int] = {}
+        self.ends: dict[tuple[int, ...], int] = {}  # where three tokens' last occurrence ends
         self.indexed = 3
         self.guess: list[int] = []
         self.place = 0  # of the guess in tokens
@@ -2994,10 +2929,8 @@ class Sequence:
             self.prompt_picks[place] = self.sampler.score(row, self.tokens[place])
 
     def sample(self, logits: npt.NDArray[Any], draft: list[int]) -> list[Pick]:
-        """Samples from logits [1 + draft, vocab] until the first token that the draft got wrong.
-
-        That is rejection sampling for a draft that is certain: it keeps the model's distribution.
-        """
+        """Samples from logits [1 + draft, vocab] up to the first token that the draft got wrong."""
+        # Rejection sampling for a draft that is certain: it keeps the model's distribution.
         picked: list[Pick] = []
         for row, guess in zip(logits, [*draft, None], strict=True):
             picked.append(self.sampler.pick(row))
@@ -3043,7 +2976,7 @@ class Slot:
 # little of that is written, so that it never stops for want of memory. A slot without one costs
 # what is resident: what its row has written and not given back. A sequence is admitted only when
 # all limits and what the other slots keep fit into KV_MEMORY together. From then on the sum can
-# only fall: no row holds more than its sequence's limit (occupy and tighten trim it to that), so a
+# only fall: no row holds more than its sequence's limit (admit and tighten trim it to that), so a
 # slot that is vacated costs at most what its sequence had reserved. One thing comes on top: a kept
 # row within a span gets a throwaway token behind its own, perhaps in a new page. For that, a page
 # of each row is set aside.
@@ -3082,22 +3015,25 @@ class Slots:
             slot = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
         if not self.make_room(sequence, slot, holder):
             return None
-        self.occupy(slot, sequence, shared if slot is holder else 0)
+        sequence.cached_tokens = shared if slot is holder else 0
+        slot.keep(sequence.cached_tokens)
+        slot.sequence = sequence
+        self.resize(slot, sequence.limit)
+        sequence.sampler.begin()
         return slot
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
         """The slot, idle or busy, with most of a prompt, and how many of its tokens to reuse."""
-        best: Slot | None = None
-        most = 0
+        best: tuple[Slot | None, int] = None, 0
         if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
-            return best, most
+            return best
         for slot in self.all:
             shared = common_prefix(slot.tokens, sequence.tokens)
             shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
             shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
-            if shared > most:
-                best, most = slot, shared
-        return best, most
+            if shared > best[1]:
+                best = slot, shared
+        return best
 
     def make_room(self, sequence: Sequence, chosen: Slot, spared: Slot | None) -> bool:
         """Drops kept KV, least recently used first and `spared` last, until a sequence fits."""
@@ -3113,13 +3049,6 @@ class Slots:
             self.resize(slot, 0)
         return True
 
-    def occupy(self, slot: Slot, sequence: Sequence, kept: int) -> None:
-        """Starts a sequence in a slot, of whose tokens the first `kept` are its own."""
-        slot.keep(kept)
-        slot.sequence, sequence.cached_tokens = sequence, kept
-        self.resize(slot, sequence.limit)
-        sequence.sampler.begin()
-
     def vacate(self, slot: Slot) -> None:
         """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
         slot.running.sampler.close()
@@ -3131,8 +3060,7 @@ class Slots:
         self.chores = []
         for slot in self.all:
             if slot.sequence:
-                slot.sequence.sampler.close()
-                slot.sequence = None
+                self.vacate(slot)
             slot.keep(0)
             self.resize(slot, 0, written=self.kv.capacity)
 
@@ -3296,8 +3224,7 @@ class Engine:
             return
         forward = asyncio.get_running_loop().run_in_executor(self.executor, self.forward, plan)
         self.deliver()  # the last step's text, while this one computes
-        picks, seconds = await forward
-        self.absorb(plan, picks, seconds)
+        self.absorb(plan, *await forward)
 
     async def rest(self) -> None:
         """Waits for a sequence; after a while gives back memory that the next would overwrite."""
@@ -3354,9 +3281,7 @@ class Engine:
         if shared and count <= 0 and self.prefill_seconds:
             return 0
         count = max(count, CHUNK_BORDER)
-        if pending <= count + 1:
-            return pending  # at most LONGEST_CHUNK + 1: no single token is left over
-        return count
+        return pending if pending <= count + 1 else count  # + 1: no single token is left over
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` prompt tokens of one slot."""
@@ -3382,10 +3307,7 @@ class Engine:
         return Plan(is_chunk, slots, low, tokens, lengths, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
-        """Runs a plan, in the executor; returns each slot's next tokens, and the call's seconds.
-
-        None stands for a slot whose sampling has failed, which is its sequence's fault alone.
-        """
+        """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
@@ -3395,7 +3317,7 @@ class Engine:
         for slot in plan.slots:
             try:
                 picks.append(self.sample(plan, slot, logits[slot.row - plan.low]))
-            except Exception:  # a grammar that runs into the engine's limits
+            except Exception:  # this sequence's fault alone: a grammar that ran into its limits
                 logger.exception("a token could not be sampled")
                 picks.append(None)
         return picks, seconds
@@ -3448,18 +3370,17 @@ class Engine:
         if sequence.finish_reason:
             return
         sequence.first_token = sequence.first_token or time.perf_counter()
-        kept: Pick | None = None
-        if len(sequence.tokens) >= sequence.limit:  # max_tokens 0: the prompt alone was wanted
-            sequence.finish_reason = "length"
-        elif pick.token in sequence.eos_tokens:
-            sequence.finish_reason = "stop"
-        else:
-            kept = pick
+        is_end = pick.token in sequence.eos_tokens
+        # With max_tokens 0 the limit is reached before: the prompt alone was wanted.
+        is_kept = not is_end and len(sequence.tokens) < sequence.limit
+        if is_kept:
             sequence.tokens.append(pick.token)
             self.metrics.generated_tokens.add()
-            if len(sequence.tokens) >= sequence.limit:
-                sequence.finish_reason = "length"
-        self.sampled.append((sequence, kept, sequence.finish_reason))
+        if len(sequence.tokens) >= sequence.limit:
+            sequence.finish_reason = "length"
+        elif is_end:
+            sequence.finish_reason = "stop"
+        self.sampled.append((sequence, pick if is_kept else None, sequence.finish_reason))
 
     def deliver(self) -> None:
         """Hands the last step's text to the readers, and closes the sequences that have ended."""
