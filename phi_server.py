@@ -1161,8 +1161,7 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
-# Prompt tokens of one call: full speed is reached from 64 on, and the logits are 50 MB at SmolLM2's
-# vocabulary.
+# Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 
 # LongRoPE: from this width of the attention mask on the graph takes the long factors, for all rows.
@@ -1211,15 +1210,10 @@ class ModelConfig:
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
                 is_long_rope=model.get("type", "").startswith("phi3"),
             )
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-        ) as error:  # a key is missing, or of another kind
+        except (AttributeError, KeyError, TypeError) as error:  # a key missing, or of another kind
             path = folder / "genai_config.json"
-            raise ModelLoadingFailed(
-                f"{path} does not describe a text decoder: {error!r}"
-            ) from None
+            fault = f"{path} does not describe a text decoder: {error!r}"
+            raise ModelLoadingFailed(fault) from None
 
     @property
     def start_token(self) -> int:
@@ -1242,7 +1236,6 @@ DEFAULT_OUTPUTS = {
     "present_key_names": "present.%d.key",
     "present_value_names": "present.%d.value",
 }
-
 
 SEARCHED_FOLDERS = 1000  # below a folder without a model; somebody may have given "/"
 
@@ -1273,16 +1266,13 @@ def find_model_below(folder: Path) -> Path | None:
         if (current / "genai_config.json").is_file():
             return current
         with contextlib.suppress(OSError):  # what may not be read
-            folders += (
-                Path(entry) for entry in os.scandir(current) if entry.is_dir(follow_symlinks=False)
-            )
+            entries = os.scandir(current)
+            folders += (Path(each) for each in entries if each.is_dir(follow_symlinks=False))
     return None
 
 
 class KvCache:
-    """KV of every row: arrays [rows, kv_heads, capacity, head_size] in memory that is virtual until
-    written.
-    """
+    """KV of all rows: arrays [rows, kv_heads, capacity, head_size], virtual until written."""
 
     def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
         self.rows = rows
@@ -1291,11 +1281,9 @@ class KvCache:
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
         shape = (rows, config.kv_heads, capacity, config.head_size)
-        self.memory = [
-            virtual_memory(math.prod(shape) * np.dtype(dtype).itemsize)
-            for _ in range(2 * config.layers)
-        ]
-        self.arrays = [np.frombuffer(memory, dtype).reshape(shape) for memory in self.memory]
+        size = rows * config.kv_heads * capacity * self.head_bytes
+        self.memory = [virtual_memory(size) for _ in range(2 * config.layers)]
+        self.arrays = [np.ndarray(shape, dtype, memory) for memory in self.memory]
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copies the KV of tokens start..stop from one row to another."""
@@ -1305,14 +1293,10 @@ class KvCache:
     def swap(self, a: int, b: int, tokens: int) -> None:
         """Exchanges the KV of the first `tokens` tokens of two rows."""
         for array in self.arrays:
-            kept = array[a, :, :tokens].copy()
-            array[a, :, :tokens] = array[b, :, :tokens]
-            array[b, :, :tokens] = kept
+            array[[a, b], :, :tokens] = array[[b, a], :, :tokens]
 
     def release(self, row: int, start: int, stop: int) -> None:
-        """Gives the memory of tokens start..stop of a row back to the system, as far as it makes
-        whole pages.
-        """
+        """Gives the whole pages of tokens start..stop of a row back to the system."""
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
             first = round_up((head * self.capacity + start) * self.head_bytes, mmap.PAGESIZE)
@@ -1331,9 +1315,8 @@ def virtual_memory(size: int) -> mmap.mmap:
     """Anonymous memory that takes RAM page by page as it is written."""
     if sys.platform == "win32":
         return mmap.mmap(-1, size)
-    memory = mmap.mmap(
-        -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    )
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, size, flags=flags)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)  # else one token of a head could take 2 MiB
@@ -1359,43 +1342,33 @@ class Model:
         self.has_position_ids = config.inputs["position_ids"] in inputs
         # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
         capacity = round_up(self.context_length, 64)
+        kv_dtype = port_dtype(inputs[config.inputs["past_key_names"] % 0])
         try:
-            self.kv = KvCache(
-                config, port_dtype(inputs[config.inputs["past_key_names"] % 0]), rows, capacity
-            )
+            self.kv = KvCache(config, kv_dtype, rows, capacity)
         except (OSError, ValueError, OverflowError) as error:
-            raise ModelLoadingFailed(
-                f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
-            ) from None
-        # + 1: the last chunk may take one token more, rather than leave it alone.
-        positions = max(LONGEST_CHUNK + 1, rows)
+            fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
+            raise ModelLoadingFailed(fault) from None
+        self.mask_memory = virtual_memory(8 * rows * max(capacity, LONG_ROPE_WIDTH))  # int64
         self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
-        self.mask_memory = virtual_memory(
-            rows * max(capacity, LONG_ROPE_WIDTH) * np.dtype(np.int64).itemsize
-        )
-        self.logits_memory = virtual_memory(
-            positions * config.vocab_size * self.logits_dtype.itemsize
-        )
+        # + 1: the last chunk may take one token more, rather than leave it alone.
+        logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
+        self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Runs the graph once, so that a folder whose graph does not fit fails now; raises
-        ModelLoadingFailed.
-        """
+        """Runs the graph once, so that a wrong one fails now; raises ModelLoadingFailed."""
         try:
-            self.forward(
-                0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64)
-            )
+            tokens = np.full((1, 2), self.config.start_token, np.int64)
+            self.forward(0, tokens, np.zeros(1, np.int64))
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-            raise ModelLoadingFailed(
-                f"{self.config.graph} cannot be run as a text decoder: {error}"
-            ) from None
+            fault = f"{self.config.graph} cannot be run as a text decoder: {error}"
+            raise ModelLoadingFailed(fault) from None
 
     def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
-        """Runs `tokens` [rows, count] through the graph, in KV rows low..low+rows that hold `lengths` [rows] tokens.
+        """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
 
-        Appends the tokens' KV in place. Returns logits [rows, count, vocab], valid until the next call.
+        Appends KV in place; returns logits [rows, count, vocab], which the next call overwrites.
         """
         rows, count = tokens.shape
         names, width = self.config.inputs, int(lengths.max()) + count
@@ -1403,7 +1376,7 @@ class Model:
             width = max(width, LONG_ROPE_WIDTH)
         columns = np.arange(width)
         # One memory for the masks of all calls, since a binding keeps what was last bound.
-        mask = np.frombuffer(self.mask_memory, np.int64, rows * width).reshape(rows, width)
+        mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
         np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
         inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
         if self.has_position_ids:
@@ -1412,12 +1385,9 @@ class Model:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, count, self.config.vocab_size)
-        logits = np.frombuffer(self.logits_memory, self.logits_dtype, math.prod(shape)).reshape(
-            shape
-        )
-        binding.bind_ortvalue_output(
-            self.config.outputs["logits"], onnxruntime.OrtValue.ortvalue_from_numpy(logits)
-        )
+        logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
+        binding.bind_ortvalue_output(self.config.outputs["logits"], value)
         self.session.run_with_iobinding(binding)
         return logits
 
@@ -1426,23 +1396,15 @@ class Model:
         release_pages(self.logits_memory, 0, len(self.logits_memory))
 
     def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
-        """The binding of KV rows low..high as past and as present; kept, since a batch uses the
-        same rows for long.
-        """
+        """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
         if (low, high) not in self.bindings:
             binding = self.session.io_binding()
-            names = [
-                (
-                    self.config.inputs[f"past_{part}_names"],
-                    self.config.outputs[f"present_{part}_names"],
-                )
-                for part in ("key", "value")
-            ]
+            inputs, outputs = self.config.inputs, self.config.outputs
             for i, array in enumerate(self.kv.arrays):
-                past, present = names[i % 2]
+                layer, part = i // 2, ("key", "value")[i % 2]
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array[low:high])
-                binding.bind_ortvalue_input(past % (i // 2), value)
-                binding.bind_ortvalue_output(present % (i // 2), value)
+                binding.bind_ortvalue_input(inputs[f"past_{part}_names"] % layer, value)
+                binding.bind_ortvalue_output(outputs[f"present_{part}_names"] % layer, value)
             self.bindings[low, high] = binding
         return self.bindings[low, high]
 
@@ -1460,43 +1422,35 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     try:
-        session = onnxruntime.InferenceSession(
-            config.graph, options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(config.graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
         raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
-    cache = layer_names(config, config.inputs, "past")
-    known = cache | {
-        config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")
+    inputs = {port.name for port in session.get_inputs()}
+    outputs = {port.name for port in session.get_outputs()}
+    known = {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    known |= layer_names(config, config.inputs, "past")
+    wanted = {config.outputs["logits"]} | layer_names(config, config.outputs, "present")
+    missing = known - inputs - {config.inputs["position_ids"]}  # that one is optional
+    faults = {
+        "a plain text decoder: unexpected inputs": inputs - known,
+        "a decoder with a KV cache: missing inputs": missing,
+        "a text decoder: missing outputs": wanted - outputs,
     }
-    names = {value.name for value in session.get_inputs()}
-    if extra := sorted(names - known):
-        raise ModelLoadingFailed(
-            f"{config.graph} is not a plain text decoder: unexpected inputs {', '.join(extra[:4])}"
-        )
-    if lacking := sorted(known - names - {config.inputs["position_ids"]}):
-        raise ModelLoadingFailed(
-            f"{config.graph} is not a decoder with a KV cache: missing inputs {', '.join(lacking[:4])}"
-        )
-    wanted = layer_names(config, config.outputs, "present") | {config.outputs["logits"]}
-    if lacking := sorted(wanted - {value.name for value in session.get_outputs()}):
-        raise ModelLoadingFailed(
-            f"{config.graph} is not a text decoder: missing outputs {', '.join(lacking[:4])}"
-        )
+    for fault, names in faults.items():
+        if names:
+            listed = ", ".join(sorted(names)[:4])
+            raise ModelLoadingFailed(f"{config.graph} is not {fault} {listed}")
     return session
 
 
 def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
-    """The names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without
-    the layer.
-    """
+    """Names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without %d."""
     patterns = [names[f"{when}_key_names"], names[f"{when}_value_names"]]
     try:
         return {pattern % layer for pattern in patterns for layer in range(config.layers)}
     except TypeError:  # no %d
-        raise ModelLoadingFailed(
-            f"{config.folder}: expected %d in {' and '.join(patterns)}"
-        ) from None
+        fault = f"{config.folder}: expected %d in {' and '.join(patterns)}"
+        raise ModelLoadingFailed(fault) from None
 
 
 # ---- Prompt --------------------------------------------------------------------------------------
@@ -2509,20 +2463,12 @@ LEAST_TEMPERATURE = 1e-5  # below it float32 divides by zero, and the draw is gr
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A token's log probability (None for a prompt's first), and the likeliest at its place."""
+class Pick:
+    """A token, its log probability where known, and the likeliest at its place with theirs."""
 
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A sampled token, and its log probability when that was asked for."""
-
-    token: int
-    scored: Scored | None = None
 
 
 class Sampler:
@@ -2538,7 +2484,7 @@ class Sampler:
         self.sampling = sampling
         self.grammar = grammar
         self.guide: Guide | None = None  # to the grammar, while the sequence has a slot
-        self.top_logprobs = top_logprobs
+        self.top_logprobs = top_logprobs  # how many to report; None for no log probabilities
         self.is_greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
         seed = None if sampling.seed is None else sampling.seed % (1 << 64)
         self.generator = np.random.Generator(np.random.PCG64(seed))
@@ -2573,17 +2519,17 @@ class Sampler:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.remembers:
             self.seen.add(token)
-        return Pick(token, self.score(logits, token) if self.top_logprobs is not None else None)
+        return Pick(token) if self.top_logprobs is None else self.score(logits, token)
 
-    def score(self, logits: npt.NDArray[Any], token: int) -> Scored:
-        """The token's log probability by the model's own logits [vocab]."""
+    def score(self, logits: npt.NDArray[Any], token: int) -> Pick:
+        """The token with its log probability by the model's own logits [vocab]."""
         row: Floats = logits.astype(np.float32, copy=False)
         whole = float(row.max()) + math.log(float(np.exp(row - row.max()).sum(dtype=np.float64)))
         count = self.top_logprobs or 0
         likeliest = np.argpartition(row, -count)[-count:] if count else np.empty(0, np.int64)
         top = [(int(other), float(row[other]) - whole) for other in likeliest]
         top.sort(key=lambda pair: -pair[1])
-        return Scored(token, float(row[token]) - whole, tuple(top))
+        return Pick(token, float(row[token]) - whole, tuple(top))
 
     def adjusted(self, row: Floats) -> Floats:
         """The row [vocab], changed in place by OpenAI's penalties and bias, and CTRL's penalty."""
@@ -2603,21 +2549,16 @@ class Sampler:
 
     def draw(self, row: Floats) -> int:
         """Draws a token from the truncated distribution of row [vocab]."""
-        weights = np.exp(self.tempered(row))
+        temperature = np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE))
+        weights: Floats = np.exp((row - row.max()) / temperature)
         tokens = truncated(weights, self.sampling)
         place = at_share(weights if tokens is None else weights[tokens], self.generator.random())
         return place if tokens is None else int(tokens[place])
 
-    def tempered(self, row: Floats) -> Floats:
-        """The row [vocab] over the temperature, its largest value 0."""
-        temperature = np.float32(max(self.sampling.temperature, LEAST_TEMPERATURE))
-        scores: Floats = (row - row.max()) / temperature
-        return scores
-
 
 def at_share(weights: Floats, share: float) -> int:
     """The index in weights [n] up to which `share` (0 to 1) of their sum lies."""
-    # By blocks: a running sum of a vocabulary takes 0.5 ms. [:-1] because rounding may exceed the sum.
+    # By blocks: a running sum of a vocabulary takes 0.5 ms. [:-1] as rounding may exceed the sum.
     starts = np.arange(0, len(weights), SUM_BLOCK)
     sums = np.add.reduceat(weights, starts, dtype=np.float64).cumsum()
     block = int(np.searchsorted(sums[:-1], share * sums[-1], side="right"))
@@ -2633,8 +2574,8 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
     if 0 < sampling.top_k < len(weights):
         least = np.partition(weights, -sampling.top_k)[-sampling.top_k]
     else:
-        # Tokens below (1 - top_p) / vocab of the whole weigh less than 1 - top_p together: none of
-        # them is in the nucleus.
+        # Tokens below (1 - top_p) / vocab of the whole together weigh less than 1 - top_p, so none
+        # of them is in the nucleus.
         least = (1 - sampling.top_p) * weights.mean()
     tokens = np.flatnonzero(weights >= least)
     if sampling.top_k or sampling.top_p < 1:
@@ -2652,45 +2593,46 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
 # Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a
 # stop string, nothing after one. Calls of tools are told from text as they come.
 
-ECHOED_TOGETHER = (
-    256  # tokens of an echoed prompt in one piece, so that no piece takes long to write
-)
+ECHOED_TOGETHER = 256  # tokens of an echoed prompt in one piece; so none takes long to write
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text to send, and the scored tokens it comes from, each with its text's offset in the reply."""
+    """Text to send, and the picks to report with it, each with its text's offset in the reply."""
 
     text: str
-    tokens: tuple[tuple[Scored, int], ...] = ()
+    picks: tuple[tuple[Pick, int], ...] = ()
 
 
 class TextStream:
     """Turns the tokens of one sequence into pieces of text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], drops_space: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], drops_space: bool, reports: bool = False
+    ) -> None:
         self.decoder = tokenizer.codec.create_stream()  # gives '' until a character is whole
         self.control_texts = tokenizer.control_texts
         self.stop = stop
         self.drops_space = drops_space  # that SentencePiece puts before a text
+        self.reports = reports  # whether pieces come with their picks
         self.held = ""
         self.stopped = False
         self.decoded = 0  # characters
         self.sent = 0
-        self.scored: deque[tuple[Scored, int]] = deque()  # whose text has not been sent yet
+        self.unsent: deque[tuple[Pick, int]] = deque()  # to be reported, with their texts' offsets
 
-    def push(self, token: int, scored: Scored | None = None) -> Piece:
+    def push(self, pick: Pick) -> Piece:
         """What a token adds, maybe nothing yet; sets `stopped` when a stop string is complete."""
-        text = self.decode(token, scored)
+        text = self.decode(pick)
         return self.piece(self.before_stop(text) if self.stop else text)
 
-    def echo(self, prompt: list[Scored]) -> Iterator[Piece]:
+    def echo(self, prompt: list[Pick]) -> Iterator[Piece]:
         """The text of a prompt, in which control tokens show and no stop string counts."""
         for start in range(0, len(prompt), ECHOED_TOGETHER):
             texts = []
-            for scored in prompt[start : start + ECHOED_TOGETHER]:
-                text = self.decode(scored.token, scored)
-                control = "" if text else self.control_texts.get(scored.token, "")
+            for pick in prompt[start : start + ECHOED_TOGETHER]:
+                text = self.decode(pick)
+                control = "" if text else self.control_texts.get(pick.token, "")
                 self.decoded += len(control)
                 texts.append(text + control)
             yield self.piece("".join(texts))
@@ -2699,22 +2641,22 @@ class TextStream:
         """The text that was held back for a stop string that did not come."""
         return self.piece(self.held)
 
-    def decode(self, token: int, scored: Scored | None) -> str:
+    def decode(self, pick: Pick) -> str:
         """The text of one token, '' until a character is whole."""
-        text = str(self.decoder.decode(token))
+        text = str(self.decoder.decode(pick.token))
         if self.drops_space and text:
             text, self.drops_space = text.removeprefix(" "), False
-        if scored:
-            self.scored.append((scored, self.decoded))
+        if self.reports:
+            self.unsent.append((pick, self.decoded))
         self.decoded += len(text)
         return text
 
     def piece(self, text: str) -> Piece:
-        """Text to send, with the tokens of which it is at least a part."""
+        """Text to send, with the picks of whose texts it holds at least the beginning."""
         self.sent += len(text)
         begun = []
-        while self.scored and self.scored[0][1] < self.sent:
-            begun.append(self.scored.popleft())
+        while self.unsent and self.unsent[0][1] < self.sent:
+            begun.append(self.unsent.popleft())
         return Piece(text, tuple(begun))
 
     def before_stop(self, text: str) -> str:
@@ -2747,8 +2689,8 @@ class CallDelta:
 class ToolCallReader:
     """Separates text from tool calls while a reply streams; none of their markup becomes text.
 
-    A small model may repeat a call until its tokens are used up. One that repeats an earlier call of
-    the reply is dropped, and the reply is over; it is held back as long as it may turn out to be one.
+    A small model may repeat a call until its tokens are used up. One that repeats an earlier call
+    is dropped, and the reply is over; it is held back as long as it may turn out to be one.
     """
 
     HEAD = re.compile(
@@ -2784,7 +2726,7 @@ class ToolCallReader:
     def finish(self) -> list[str | CallDelta]:
         """What was held back, for a call that did not come or was cut off."""
         if self.read == self.read_arguments and not self.is_over:
-            return [self.begin_call(), *self.rest_of_call()] if self.sent is None else []
+            return [self.begin_call(), self.rest_of_call()] if self.sent is None else []
         if self.is_forced:  # it can only be the beginning of a call that max_tokens has cut
             return []
         if self.read == self.read_head:
@@ -2793,15 +2735,14 @@ class ToolCallReader:
         return [self.held] if is_text and self.held else []
 
     def read_text(self) -> str | CallDelta | None:
-        """Text up to the next call; white space waits, since before a call it belongs to the markup."""
+        """Text up to the next call; white space waits, since before a call it is markup."""
         text, begin, rest = self.held.partition(CALL_BEGIN)
-        if not begin:
-            text = text[: len(text) - overlap(text, CALL_BEGIN)]
-        sent = text.rstrip()
         if begin:
+            sent = text.rstrip()
             self.gap, self.held, self.read = text[len(sent) :], rest, self.read_head
             return sent
-        self.held = self.held[len(sent) :]
+        sent = text[: len(text) - overlap(text, CALL_BEGIN)].rstrip()
+        self.held = text[len(sent) :]
         return sent or None
 
     def read_head(self) -> str | CallDelta | None:
@@ -2818,44 +2759,34 @@ class ToolCallReader:
 
     def read_arguments(self) -> str | CallDelta | None:
         """Arguments as far as they have come, to the bracket that closes them."""
-        is_complete = bool(self.arguments) and self.depth == 0
-        if not is_complete:
+        if self.depth or not self.arguments:  # not complete yet
             ends = (i for i, character in enumerate(self.held, 1) if self.ends_with(character))
-            end = next(ends, 0)
-            is_complete = end > 0
-            self.arguments += self.held[: end or None]
-            self.held = self.held[end:] if end else ""
+            end = next(ends, len(self.held))
+            self.arguments, self.held = self.arguments + self.held[:end], self.held[end:]
+        is_complete = self.depth == 0
         if self.sent is None:
-            if self.may_repeat(is_complete):
+            # Is it, or may it become, one that the reply has already? Complete arguments do not
+            # begin longer ones, which would have ended at the same bracket.
+            earlier = [arguments for name, arguments in self.calls if name == self.name]
+            if any(arguments.startswith(self.arguments) for arguments in earlier):
                 self.is_over = is_complete
                 return None
-            return self.begin_call() if self.arguments else None
+            return self.begin_call()
         if is_complete:
             self.calls.append((self.name, self.arguments))
             self.read = self.read_tail
-        deltas = self.rest_of_call()
-        return deltas[0] if deltas else "" if is_complete else None
-
-    def may_repeat(self, is_complete: bool) -> bool:
-        """Whether the call being read is, or may become, one that the reply has already."""
-        return any(
-            name == self.name
-            and (arguments == self.arguments or not is_complete)
-            and arguments.startswith(self.arguments)
-            for name, arguments in self.calls
-        )
+        return self.rest_of_call() or ("" if is_complete else None)
 
     def begin_call(self) -> CallDelta:
         """The first piece of a call."""
-        self.sent = 0
-        self.count += 1
+        self.sent, self.count = 0, self.count + 1
         return CallDelta(self.count - 1, new_id("call_"), self.name)
 
-    def rest_of_call(self) -> list[CallDelta]:
-        """The arguments that have come and not been sent."""
+    def rest_of_call(self) -> str | CallDelta:
+        """The arguments that have come and not been sent; '' when there are none."""
         arguments = self.arguments[self.sent :]
         self.sent = len(self.arguments)
-        return [CallDelta(self.count - 1, arguments=arguments)] if arguments else []
+        return CallDelta(self.count - 1, arguments=arguments) if arguments else ""
 
     def ends_with(self, character: str) -> bool:
         """Whether this character closes the JSON object that is being read."""
@@ -2879,8 +2810,8 @@ class ToolCallReader:
 # ---- Engine --------------------------------------------------------------------------------------
 # One coroutine repeats three verbs: plan (event loop), forward (executor), absorb (event loop).
 # While a forward runs, deliver hands the text of the step before to its readers. The event loop
-# then changes nothing that the forward reads, and the forward nothing but KV, samplers, prompt scores
-# and echoes: no locks. The words:
+# then changes nothing that the forward reads, and the forward nothing but KV, samplers, prompt
+# picks and echoes: no locks. The words:
 #
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
 #   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
@@ -2917,8 +2848,7 @@ class PromptLookup:
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens  # the sequence's own list, which grows
-        # three tokens -> the index just behind their last occurrence before the tail
-        self.ends: dict[tuple[int, ...], int] = {}
+        self.ends: dict[tuple[int, ...], int] = {}  # where three tokens' last occurrence ends
         self.indexed = 3
         self.guess: list[int] = []
         self.place = 0  # of the guess in tokens
@@ -2978,12 +2908,9 @@ class Sequence:
         self.tokens = list(prompt)
         self.prompt_tokens = len(prompt)
         self.is_seeded = self.sampler.sampling.seed is not None
-        is_scored = self.echoes and self.sampler.top_logprobs is not None
-        self.scores_prompt = is_scored and self.leader is None
-        if self.leader is None:
-            self.prompt_scores = [Scored(token) for token in prompt if self.echoes]
-        else:
-            self.prompt_scores = self.leader.prompt_scores
+        self.scores_prompt = self.echoes and self.text.reports and not self.leader
+        # To be echoed, by all choices of the same prompt.
+        self.prompt_picks = [Pick(token) for token in prompt if self.echoes and not self.leader]
         # A seed, a stop string or a grammar must be kept to at every token.
         is_bound = self.is_seeded or self.text.stop or self.sampler.grammar
         self.lookup = None if is_bound else PromptLookup(self.tokens)
@@ -3000,13 +2927,11 @@ class Sequence:
     def score_prompt(self, start: int, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens from place `start` on by their logits [count, vocab]."""
         for place, row in zip(range(start, self.prompt_tokens), logits, strict=False):
-            self.prompt_scores[place] = self.sampler.score(row, self.tokens[place])
+            self.prompt_picks[place] = self.sampler.score(row, self.tokens[place])
 
     def sample(self, logits: npt.NDArray[Any], draft: list[int]) -> list[Pick]:
-        """Samples from logits [1 + draft, vocab] until the first token that the draft got wrong.
-
-        That is rejection sampling for a draft that is certain: it keeps the model's distribution.
-        """
+        """Samples from logits [1 + draft, vocab] up to the first token that the draft got wrong."""
+        # Rejection sampling for a draft that is certain: it keeps the model's distribution.
         picked: list[Pick] = []
         for row, guess in zip(logits, [*draft, None], strict=True):
             picked.append(self.sampler.pick(row))
@@ -3052,7 +2977,7 @@ class Slot:
 # little of that is written, so that it never stops for want of memory. A slot without one costs
 # what is resident: what its row has written and not given back. A sequence is admitted only when
 # all limits and what the other slots keep fit into KV_MEMORY together. From then on the sum can
-# only fall: no row holds more than its sequence's limit (occupy and tighten trim it to that), so a
+# only fall: no row holds more than its sequence's limit (admit and tighten trim it to that), so a
 # slot that is vacated costs at most what its sequence had reserved. One thing comes on top: a kept
 # row within a span gets a throwaway token behind its own, perhaps in a new page. For that, a page
 # of each row is set aside.
@@ -3091,22 +3016,25 @@ class Slots:
             slot = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
         if not self.make_room(sequence, slot, holder):
             return None
-        self.occupy(slot, sequence, shared if slot is holder else 0)
+        sequence.cached_tokens = shared if slot is holder else 0
+        slot.keep(sequence.cached_tokens)
+        slot.sequence = sequence
+        self.resize(slot, sequence.limit)
+        sequence.sampler.begin()
         return slot
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
         """The slot, idle or busy, with most of a prompt, and how many of its tokens to reuse."""
-        best: Slot | None = None
-        most = 0
+        best: tuple[Slot | None, int] = None, 0
         if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
-            return best, most
+            return best
         for slot in self.all:
             shared = common_prefix(slot.tokens, sequence.tokens)
             shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
             shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
-            if shared > most:
-                best, most = slot, shared
-        return best, most
+            if shared > best[1]:
+                best = slot, shared
+        return best
 
     def make_room(self, sequence: Sequence, chosen: Slot, spared: Slot | None) -> bool:
         """Drops kept KV, least recently used first and `spared` last, until a sequence fits."""
@@ -3122,13 +3050,6 @@ class Slots:
             self.resize(slot, 0)
         return True
 
-    def occupy(self, slot: Slot, sequence: Sequence, kept: int) -> None:
-        """Starts a sequence in a slot, of whose tokens the first `kept` are its own."""
-        slot.keep(kept)
-        slot.sequence, sequence.cached_tokens = sequence, kept
-        self.resize(slot, sequence.limit)
-        sequence.sampler.begin()
-
     def vacate(self, slot: Slot) -> None:
         """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
         slot.running.sampler.close()
@@ -3140,8 +3061,7 @@ class Slots:
         self.chores = []
         for slot in self.all:
             if slot.sequence:
-                slot.sequence.sampler.close()
-                slot.sequence = None
+                self.vacate(slot)
             slot.keep(0)
             self.resize(slot, 0, written=self.kv.capacity)
 
@@ -3305,8 +3225,7 @@ class Engine:
             return
         forward = asyncio.get_running_loop().run_in_executor(self.executor, self.forward, plan)
         self.deliver()  # the last step's text, while this one computes
-        picks, seconds = await forward
-        self.absorb(plan, picks, seconds)
+        self.absorb(plan, *await forward)
 
     async def rest(self) -> None:
         """Waits for a sequence; after a while gives back memory that the next would overwrite."""
@@ -3363,9 +3282,7 @@ class Engine:
         if shared and count <= 0 and self.prefill_seconds:
             return 0
         count = max(count, CHUNK_BORDER)
-        if pending <= count + 1:
-            return pending  # at most LONGEST_CHUNK + 1: no single token is left over
-        return count
+        return pending if pending <= count + 1 else count  # + 1: no single token is left over
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` prompt tokens of one slot."""
@@ -3391,10 +3308,7 @@ class Engine:
         return Plan(is_chunk, slots, low, tokens, lengths, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
-        """Runs a plan, in the executor; returns each slot's next tokens, and the call's seconds.
-
-        None stands for a slot whose sampling has failed, which is its sequence's fault alone.
-        """
+        """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
@@ -3404,7 +3318,7 @@ class Engine:
         for slot in plan.slots:
             try:
                 picks.append(self.sample(plan, slot, logits[slot.row - plan.low]))
-            except Exception:  # a grammar that runs into the engine's limits
+            except Exception:  # this sequence's fault alone: a grammar that ran into its limits
                 logger.exception("a token could not be sampled")
                 picks.append(None)
         return picks, seconds
@@ -3420,7 +3334,8 @@ class Engine:
             logits = logits[-1:]
         if sequence.echoes and not sequence.completion_tokens:
             # Here and not in deliver: 4,000 tokens take 9 ms.
-            sequence.echo = [*sequence.text.echo(sequence.prompt_scores)]
+            leader = sequence.leader or sequence
+            sequence.echo = [*sequence.text.echo(leader.prompt_picks)]
         return sequence.sample(logits, plan.draft)
 
     def absorb(self, plan: Plan, picks: list[list[Pick] | None], seconds: float) -> None:
@@ -3456,18 +3371,17 @@ class Engine:
         if sequence.finish_reason:
             return
         sequence.first_token = sequence.first_token or time.perf_counter()
-        kept: Pick | None = None
-        if len(sequence.tokens) >= sequence.limit:  # max_tokens 0: the prompt alone was wanted
-            sequence.finish_reason = "length"
-        elif pick.token in sequence.eos_tokens:
-            sequence.finish_reason = "stop"
-        else:
-            kept = pick
+        is_end = pick.token in sequence.eos_tokens
+        # With max_tokens 0 the limit is reached before: the prompt alone was wanted.
+        is_kept = not is_end and len(sequence.tokens) < sequence.limit
+        if is_kept:
             sequence.tokens.append(pick.token)
             self.metrics.generated_tokens.add()
-            if len(sequence.tokens) >= sequence.limit:
-                sequence.finish_reason = "length"
-        self.sampled.append((sequence, kept, sequence.finish_reason))
+        if len(sequence.tokens) >= sequence.limit:
+            sequence.finish_reason = "length"
+        elif is_end:
+            sequence.finish_reason = "stop"
+        self.sampled.append((sequence, pick if is_kept else None, sequence.finish_reason))
 
     def deliver(self) -> None:
         """Hands the last step's text to the readers, and closes the sequences that have ended."""
@@ -3487,7 +3401,7 @@ class Engine:
         """Hands the text of one token to its reader; returns why the sequence ends, if it does."""
         pieces, sequence.echo = sequence.echo, []
         if pick:
-            pieces.append(sequence.text.push(pick.token, pick.scored))
+            pieces.append(sequence.text.push(pick))
         if sequence.text.stopped:
             reason = "stop"
         elif reason:
@@ -4074,6 +3988,7 @@ class Api:
         eos_tokens = self.config.eos_tokens if grammar or not generation.ignore_eos else frozenset()
         most = self.served.context_length
         wanted = most if generation.max_tokens is None else generation.max_tokens
+        reports = generation.top_logprobs is not None
         choices: list[Sequence] = []
         outlet: Outlet = asyncio.Queue()
         for given in prepared.prompts:
@@ -4083,7 +3998,7 @@ class Api:
                 await asyncio.sleep(0)  # of a long prompt, 128 take a while
                 sampling, place = seeded(generation.sampling, i), len(choices)
                 sampler = Sampler(sampling, prompt, grammar, generation.top_logprobs)
-                text = TextStream(self.tokenizer, generation.stop, drops_space)
+                text = TextStream(self.tokenizer, generation.stop, drops_space, reports)
                 fixed = (place, prompt, limit, eos_tokens)
                 choices.append(Sequence(*fixed, sampler, text, outlet, echoes, leader))
                 leader = leader or choices[-1]
@@ -4184,7 +4099,7 @@ async def chunk_choices(
         await asyncio.sleep(0)
 
 
-Scores = Iterable[tuple[Scored, int]]  # tokens with the places of their text, see Piece
+Scores = Iterable[tuple[Pick, int]]  # tokens with the offsets of their texts, see Piece
 
 
 class Writer:
@@ -4259,7 +4174,7 @@ class ChatWriter(Writer):
         names, is_forced = prepared.tool_names, prepared.is_call_forced
         self.readers = [ToolCallReader(names, is_forced) if names else None for _ in reply.choices]
         # Tokens whose text a reader holds back.
-        self.unsent: list[list[tuple[Scored, int]]] = [[] for _ in reply.choices]
+        self.unsent: list[list[tuple[Pick, int]]] = [[] for _ in reply.choices]
 
     def is_over(self, sequence: Sequence) -> bool:
         """Whether a call has repeated an earlier one."""
@@ -4274,7 +4189,7 @@ class ChatWriter(Writer):
     def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
         """A chunk choice for each delta, none while it may be the beginning of a tool call."""
         reader = self.readers[sequence.index]
-        self.unsent[sequence.index] += piece.tokens
+        self.unsent[sequence.index] += piece.picks
         deltas = reader.push(piece.text) if reader else [piece.text]
         return [self.delta(sequence, delta_object(delta)) for delta in deltas]
 
@@ -4314,9 +4229,9 @@ class ChatWriter(Writer):
     def logprobs(self, scores: Scores) -> dict[str, Any]:
         """The logprobs object of a chat."""
         content = []
-        for scored, _ in scores:
-            likeliest = [self.token_object(token, logprob) for token, logprob in scored.top]
-            entry = self.token_object(scored.token, scored.logprob or 0.0)
+        for pick, _ in scores:
+            likeliest = [self.token_object(token, logprob) for token, logprob in pick.top]
+            entry = self.token_object(pick.token, pick.logprob or 0.0)
             content.append(entry | {"top_logprobs": likeliest})
         return {"content": content, "refusal": None}
 
@@ -4343,7 +4258,7 @@ class CompletionWriter(Writer):
 
     def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
         """The text of a piece."""
-        return [self.choice(sequence, {"text": piece.text}, piece.tokens)]
+        return [self.choice(sequence, {"text": piece.text}, piece.picks)]
 
     def finish(self, sequence: Sequence) -> list[Choice]:
         """The reason."""
@@ -4366,9 +4281,9 @@ class CompletionWriter(Writer):
             "top_logprobs": [],
             "text_offset": [],
         }
-        for scored, place in scores:
-            text, logprob = self.token_text(scored.token), scored.logprob
-            likeliest = {self.token_text(token): score for token, score in scored.top}
+        for pick, place in scores:
+            text, logprob = self.token_text(pick.token), pick.logprob
+            likeliest = {self.token_text(token): score for token, score in pick.top}
             lists["tokens"].append(text)
             lists["token_logprobs"].append(logprob)
             lists["top_logprobs"].append(None if logprob is None else {text: logprob} | likeliest)

@@ -2923,15 +2923,16 @@ def test_a_grammar_that_allows_only_unlikely_tokens_wins_over_truncation(
 @cases("top", [0, 1, 3, 8])
 def test_a_score_is_the_log_softmax_whatever_sampling_does(top: int) -> None:
     bias = {"temperature": 0.3, "logit_bias": {6: 50.0}, "presence_penalty": 1.0}
-    scored = sampler_of(top=top, seed=1, top_k=2, **bias).pick(ROW).scored
+    pick = sampler_of(top=top, seed=1, top_k=2, **bias).pick(ROW)
     expected = log_softmax(ROW)
-    assert (scored.token, scored.logprob) == (6, pytest.approx(expected[6]))
-    assert [token for token, _ in scored.top] == list(range(top))
-    assert [logprob for _, logprob in scored.top] == pytest.approx(expected[:top])
+    assert (pick.token, pick.logprob) == (6, pytest.approx(expected[6]))
+    assert [token for token, _ in pick.top] == list(range(top))
+    assert [logprob for _, logprob in pick.top] == pytest.approx(expected[:top])
 
 
 def test_no_score_is_computed_unless_it_is_asked_for() -> None:
-    assert sampler_of().pick(ROW).scored is None
+    pick = sampler_of().pick(ROW)
+    assert pick == phi_server.Pick(pick.token)
 
 
 def test_logit_bias_steers_a_reply(server: Server, tokenizer: Any) -> None:
@@ -2999,7 +3000,7 @@ def test_text_that_cannot_begin_a_stop_string_is_not_held_back() -> None:
 def test_the_leading_space_of_a_sentencepiece_reply_is_dropped_once(tokenizer: Any) -> None:
     stream = phi_server.TextStream(tokenizer, (), True)
     tokens = [int(token) for token in tokenizer.encode(" one two")]
-    assert "".join(stream.push(token).text for token in tokens) == "one two"
+    assert "".join(stream.push(phi_server.Pick(token)).text for token in tokens) == "one two"
 
 
 @cases(
@@ -3014,18 +3015,18 @@ def test_the_leading_space_of_a_sentencepiece_reply_is_dropped_once(tokenizer: A
 def test_a_token_comes_with_the_first_text_that_it_is_part_of(
     tokenizer: Any, text: str, stop: list[str], kept: list[str] | None
 ) -> None:
-    stream = phi_server.TextStream(tokenizer, tuple(stop), False)
+    stream = phi_server.TextStream(tokenizer, tuple(stop), False, reports=True)
     tokens = [int(token) for token in tokenizer.encode(text)]
     sent, places = "", []
     for token in tokens:
-        piece = stream.push(token, phi_server.Scored(token))
-        assert all(place < len(sent + piece.text) for _, place in piece.tokens)
+        piece = stream.push(phi_server.Pick(token))
+        assert all(place < len(sent + piece.text) for _, place in piece.picks)
         sent += piece.text
-        places += piece.tokens
+        places += piece.picks
         if stream.stopped:
             break
     expected = tokens if kept is None else [int(tokenizer.encode(part)[0]) for part in kept]
-    assert [scored.token for scored, _ in places] == expected
+    assert [pick.token for pick, _ in places] == expected
     starts = [len(tokenizer.codec.decode(tokens[:i]).rstrip("\ufffd")) for i in range(len(places))]
     assert [place for _, place in places] == starts
 
@@ -3514,7 +3515,7 @@ def sequence(
     return phi_server.Sequence(
         prompt=prompt,
         sampler=SlotBound(phi_server.Sampling(seed=seed, temperature=0), [], None, top_logprobs),
-        text=phi_server.TextStream(tokenizer, (), False),
+        text=phi_server.TextStream(tokenizer, (), False, top_logprobs is not None),
         **fields | others,
     )
 
@@ -3702,23 +3703,23 @@ def check_slots(engine: Any, kv_tokens: int) -> None:
 def check_replies(choices: list[Any]) -> None:
     """Each choice of a request that has come to its end has the reply that it would have alone."""
     texts: list[str] = ["" for _ in choices]
-    scores: list[list[Any]] = [[] for _ in choices]
+    picks: list[list[Any]] = [[] for _ in choices]
     while not choices[0].outlet.empty():
         choice, piece = choices[0].outlet.get_nowait()
         if piece:
             texts[choice.index] += piece.text
-            scores[choice.index] += [scored for scored, _ in piece.tokens]
-    for choice, text, scored in zip(choices, texts, scores, strict=True):
+            picks[choice.index] += [pick for pick, _ in piece.picks]
+    for choice, text, reported in zip(choices, texts, picks, strict=True):
         tokens, prompt = choice.tokens, choice.prompt_tokens
         likeliest = Ledger.likeliest(list(itertools.accumulate(token + 1 for token in tokens)))
         assert tokens[prompt:] == likeliest[prompt - 1 : -1, 0].tolist()
         assert choice.finish_reason == ("length" if len(tokens) == choice.limit else "stop")
         assert choice.finish_reason == "length" or likeliest[-1, 0] in choice.eos_tokens
-        returned = tokens if choice.prompt_scores else tokens[prompt:]
+        returned = tokens if choice.echoes else tokens[prompt:]
         assert text == "".join(f"{token} " for token in returned)
-        if choice.sampler.top_logprobs is not None:
-            assert [each.token for each in scored] == returned
-            assert all(each.logprob is not None for each in scored[bool(choice.prompt_scores) :])
+        is_asked = choice.sampler.top_logprobs is not None
+        assert [pick.token for pick in reported] == (returned if is_asked else [])
+        assert all(pick.logprob is not None for pick in reported[choice.echoes :])
 
 
 @pytest.mark.parametrize("kv_tokens", [128, 256, 384, 768])
@@ -4657,12 +4658,12 @@ def test_log_probabilities_are_reported_before_anything_changes_them(
 def test_the_bytes_of_reported_tokens_join_to_the_text_however_far_it_has_come(
     tokenizer: Any, text: str
 ) -> None:
-    stream = phi_server.TextStream(tokenizer, (), False)
+    stream = phi_server.TextStream(tokenizer, (), False, reports=True)
     sent, reported = "", b""
     for token in tokenizer.encode(text):
-        piece = stream.push(token, phi_server.Scored(token, -1.0))
+        piece = stream.push(phi_server.Pick(token, -1.0))
         sent += piece.text
-        reported += b"".join(tokenizer.token_bytes(scored.token) for scored, _ in piece.tokens)
+        reported += b"".join(tokenizer.token_bytes(pick.token) for pick, _ in piece.picks)
         assert reported.startswith(sent.encode())  # the last token may begin another character
     assert (sent, reported) == (text, text.encode())
 
