@@ -291,57 +291,37 @@ def memory_bound(text: str, free: int) -> int:
 # errors by their text.
 
 
+@dataclass(eq=False)  # not frozen either: Python hashes exceptions, and sets their traceback
 class ApiError(Exception):
     """An error that the client gets, as OpenAI's error object with an HTTP status."""
 
-    def __init__(
-        self, status: int, code: str | None, message: str, param: str | None = None, **headers: str
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.param = param
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    @property
-    def type(self) -> str:
-        """OpenAI's error type, which follows from the status."""
-        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
-            return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
-    def __reduce__(self) -> tuple[Any, ...]:  # as it comes from the worker
-        return ApiError, (self.status, self.code, self.message, self.param)
+    status: int
+    code: str | None
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, object]:
-        """The error object as it goes over the wire."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        """The error object as it goes over the wire; its type follows from the status."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == HTTPStatus.TOO_MANY_REQUESTS else kind
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 class ModelLoadingFailed(Exception):
     """The model folder cannot be served; the message is the reason."""
 
 
+RETRY_SOON = {"Retry-After": "1"}
+
+
 def invalid_json(reason: str) -> ApiError:
     """400: the body is not JSON."""
-    hint = "This likely means you aren't using your HTTP library correctly. The API expects a JSON payload"
-    message = f"We could not parse the JSON body of your request. (HINT: {hint}: {reason}.)"
+    cause = "This likely means you aren't using your HTTP library correctly."
+    hint = f"{cause} The API expects a JSON payload: {reason}."
+    message = f"We could not parse the JSON body of your request. (HINT: {hint})"
     return ApiError(400, "invalid_json", message)
-
-
-def not_an_object(got: str) -> ApiError:
-    """400: the body is JSON, but no object."""
-    return ApiError(
-        400, "invalid_parameter", f"Invalid body: expected an object, but got {got} instead."
-    )
 
 
 def missing(param: str) -> ApiError:
@@ -349,49 +329,49 @@ def missing(param: str) -> ApiError:
     return ApiError(400, "missing_parameter", f"Missing required parameter: '{param}'.", param)
 
 
-def wrong_type(param: str, expected: str, got: str) -> ApiError:
-    """400: a field has another JSON type than it must."""
-    message = f"Invalid type for '{param}': expected {expected}, but got {got} instead."
-    return ApiError(400, "invalid_parameter", message, param)
-
-
-def out_of_range(param: str, kind: str, bound: str, limit: float, got: float) -> ApiError:
-    """400: a number lies beyond a bound (">=", ">", "<=")."""
-    side = "above maximum" if bound == "<=" else "below minimum"
-    message = f"Invalid '{param}': {kind} {side} value. Expected a value {bound} {limit}, but got {got} instead."
+def wrong_type(param: str | None, expected: str, got: str) -> ApiError:
+    """400: a field, or the body (None), has another JSON type than it must."""
+    what = "Invalid body" if param is None else f"Invalid type for '{param}'"
+    message = f"{what}: expected {expected}, but got {got} instead."
     return ApiError(400, "invalid_parameter", message, param)
 
 
 def not_a_choice(param: str, choices: Iterable[str], got: str) -> ApiError:
     """400: a string is none of the supported values."""
     supported = ", ".join(f"'{choice}'" for choice in choices)
-    return ApiError(
-        400,
-        "invalid_parameter",
-        f"Invalid value: '{got}'. Supported values are: {supported}.",
-        param,
-    )
+    message = f"Invalid value: '{got}'. Supported values are: {supported}."
+    return ApiError(400, "invalid_parameter", message, param)
+
+
+def invalid_value(param: str, reason: str) -> ApiError:
+    """400: a value that is out of bounds, or contradicts another field or the model."""
+    return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
+
+
+def out_of_range(param: str, kind: str, bound: str, limit: float, got: float) -> ApiError:
+    """400: a number lies beyond a bound (">=", ">", "<=")."""
+    side = "above maximum" if bound == "<=" else "below minimum"
+    expected = f"Expected a value {bound} {limit}, but got {got} instead."
+    return invalid_value(param, f"{kind} {side} value. {expected}")
 
 
 def empty_array(param: str) -> ApiError:
     """400: an array has no element."""
-    message = f"Invalid '{param}': empty array. Expected an array with minimum length 1, but got an empty array instead."
-    return ApiError(400, "invalid_parameter", message, param)
+    expected = "Expected an array with minimum length 1, but got an empty array instead."
+    return invalid_value(param, f"empty array. {expected}")
 
 
 def array_too_long(param: str, most: int, got: int) -> ApiError:
     """400: an array has more elements than are read."""
-    expected = (
-        f"Expected an array with maximum length {most}, but got an array with length {got} instead."
-    )
-    return ApiError(
-        400, "invalid_parameter", f"Invalid '{param}': array too long. {expected}", param
-    )
+    expected = f"array with maximum length {most}, but got an array with length {got} instead."
+    return invalid_value(param, f"array too long. Expected an {expected}")
 
 
-def invalid_value(param: str, reason: str) -> ApiError:
-    """400: a value that contradicts another field or the model."""
-    return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
+def tool_choice_without_tools() -> ApiError:
+    """400: a call is asked for, but there is nothing to call."""
+    param = "tool_choice"
+    message = f"Invalid value for '{param}': '{param}' is only allowed when 'tools' are specified."
+    return ApiError(400, "invalid_parameter", message, param)
 
 
 def invalid_schema(param: str, reason: str) -> ApiError:
@@ -406,14 +386,6 @@ def too_costly(param: str | None, seconds: float, memory: int) -> ApiError:
     return ApiError(400, "invalid_parameter", f"{what} it takes {bounds}.", param)
 
 
-def tool_choice_without_tools() -> ApiError:
-    """400: a call is asked for, but there is nothing to call."""
-    message = "'tool_choice' is only allowed when 'tools' are specified."
-    return ApiError(
-        400, "invalid_parameter", f"Invalid value for 'tool_choice': {message}", "tool_choice"
-    )
-
-
 def unsupported(param: str, what: str) -> ApiError:
     """400: asks for what this server does not serve."""
     return ApiError(400, "unsupported_value", f"Unsupported value: '{param}': {what}", param)
@@ -422,27 +394,27 @@ def unsupported(param: str, what: str) -> ApiError:
 def context_exceeded(param: str, limit: int, tokens: int) -> ApiError:
     """400: the prompt leaves no room for a reply; `tokens` is how many it has."""
     known = f"This model's maximum context length is {limit} tokens."
-    found = f"However, your {param} resulted in {tokens} tokens. Please reduce the length of the {param}."
-    return ApiError(400, "context_length_exceeded", f"{known} {found}", param)
+    found = f"However, your {param} resulted in {tokens} tokens."
+    message = f"{known} {found} Please reduce the length of the {param}."
+    return ApiError(400, "context_length_exceeded", message, param)
 
 
 def unknown_model(model: str, served: str) -> ApiError:
     """404: the request names a model that is not the served one."""
-    message = f"The model `{model}` does not exist or you do not have access to it. This server serves `{served}`."
-    return ApiError(404, "model_not_found", message, "model")
+    message = f"The model `{model}` does not exist or you do not have access to it."
+    return ApiError(404, "model_not_found", f"{message} This server serves `{served}`.", "model")
 
 
 def unauthorized(key: str) -> ApiError:
     """401: no key was sent, or an unknown one; the message never shows the whole key."""
-    challenge = {"WWW_Authenticate": 'Bearer realm="phi_server"'}
+    challenge = {"WWW-Authenticate": 'Bearer realm="phi_server"'}
     if not key:
-        message = (
-            "You didn't provide an API key. You need to provide your API key in an Authorization"
-        )
-        how = "header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
-        return ApiError(401, None, f"{message} {how}", **challenge)
+        how = "in an Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+        message = f"You didn't provide an API key. You need to provide your API key {how}"
+        return ApiError(401, None, message, headers=challenge)
     shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else "..."
-    return ApiError(401, "invalid_api_key", f"Incorrect API key provided: {shown}.", **challenge)
+    message = f"Incorrect API key provided: {shown}."
+    return ApiError(401, "invalid_api_key", message, headers=challenge)
 
 
 def host_not_allowed(host: str) -> ApiError:
@@ -461,7 +433,7 @@ def wrong_method(allowed: list[str]) -> ApiError:
     """405: the path exists, but not for this method."""
     methods = [method for method in allowed if method not in ("HEAD", "OPTIONS")]
     message = f"Only {' and '.join(methods)} requests are accepted."
-    return ApiError(405, "method_not_supported", message, Allow=", ".join(allowed))
+    return ApiError(405, "method_not_supported", message, headers={"Allow": ", ".join(allowed)})
 
 
 def malformed(reason: str, status: int = 400) -> ApiError:
@@ -476,36 +448,31 @@ def too_large(message: str, status: int = 413) -> ApiError:
 
 def encoded_body(coding: str) -> ApiError:
     """415: the body is compressed."""
-    message = (
-        f"Compressed bodies are not accepted, but the request has Content-Encoding '{coding}'."
-    )
-    return ApiError(415, "unsupported_media_type", message)
+    message = "Compressed bodies are not accepted, but the request has Content-Encoding"
+    return ApiError(415, "unsupported_media_type", f"{message} '{coding}'.")
 
 
-def too_slow(seconds: float) -> ApiError:
-    """408: the client did not send its request in time."""
-    message = f"The request did not arrive within {seconds:g} seconds."
-    return ApiError(408, "request_timeout", message)
+def too_slow(limit: float) -> ApiError:
+    """408: the client did not send its request within `limit` seconds."""
+    return ApiError(408, "request_timeout", f"The request did not arrive within {limit:g} seconds.")
 
 
 def overloaded(limit: int) -> ApiError:
     """429: as many requests as allowed are already generating."""
-    message = (
-        f"Rate limit reached: this server generates {limit} requests at once. Please try again."
-    )
-    return ApiError(429, "rate_limit_exceeded", message, Retry_After="1")
+    message = f"Rate limit reached: this server generates {limit} requests at once."
+    return ApiError(429, "rate_limit_exceeded", f"{message} Please try again.", headers=RETRY_SOON)
 
 
 def draining() -> ApiError:
     """503: the server is shutting down."""
     message = "The server is shutting down. Please retry."
-    return ApiError(503, "shutting_down", message, Retry_After="1")
+    return ApiError(503, "shutting_down", message, headers=RETRY_SOON)
 
 
 def too_many_connections(limit: int) -> ApiError:
     """503: as many connections as allowed are open."""
     message = f"This server has {limit} connections open."
-    return ApiError(503, "too_many_connections", message, Retry_After="1")
+    return ApiError(503, "too_many_connections", message, headers=RETRY_SOON)
 
 
 def internal(request_id: str) -> ApiError:
@@ -868,7 +835,7 @@ def parse_json(body: bytes) -> Fields:
         reason = re.split(r" \(char|; use", str(error))[0]  # without Python's position and hints
         raise invalid_json(reason) from None
     if not isinstance(value, dict):
-        raise not_an_object(JSON_NAMES[type(value)])
+        raise wrong_type(None, "an object", JSON_NAMES[type(value)])
     return Fields(value)
 
 
