@@ -308,57 +308,37 @@ def memory_bound(text: str, free: int) -> int:
 # errors by their text.
 
 
+@dataclass(eq=False)  # not frozen either: Python hashes exceptions, and sets their traceback
 class ApiError(Exception):
     """An error that the client gets, as OpenAI's error object with an HTTP status."""
 
-    def __init__(
-        self, status: int, code: str | None, message: str, param: str | None = None, **headers: str
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.param = param
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-
-    @property
-    def type(self) -> str:
-        """OpenAI's error type, which follows from the status."""
-        if self.status == HTTPStatus.TOO_MANY_REQUESTS:
-            return "rate_limit_error"
-        return "server_error" if self.status >= 500 else "invalid_request_error"
-
-    def __reduce__(self) -> tuple[Any, ...]:  # as it comes from the worker
-        return ApiError, (self.status, self.code, self.message, self.param)
+    status: int
+    code: str | None
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, object]:
-        """The error object as it goes over the wire."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        """The error object as it goes over the wire; its type follows from the status."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == HTTPStatus.TOO_MANY_REQUESTS else kind
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 class ModelLoadingFailed(Exception):
     """The model folder cannot be served; the message is the reason."""
 
 
+RETRY_SOON = {"Retry-After": "1"}
+
+
 def invalid_json(reason: str) -> ApiError:
     """400: the body is not JSON."""
-    hint = "This likely means you aren't using your HTTP library correctly. The API expects a JSON payload"
-    message = f"We could not parse the JSON body of your request. (HINT: {hint}: {reason}.)"
+    cause = "This likely means you aren't using your HTTP library correctly."
+    hint = f"{cause} The API expects a JSON payload: {reason}."
+    message = f"We could not parse the JSON body of your request. (HINT: {hint})"
     return ApiError(400, "invalid_json", message)
-
-
-def not_an_object(got: str) -> ApiError:
-    """400: the body is JSON, but no object."""
-    return ApiError(
-        400, "invalid_parameter", f"Invalid body: expected an object, but got {got} instead."
-    )
 
 
 def missing(param: str) -> ApiError:
@@ -366,49 +346,49 @@ def missing(param: str) -> ApiError:
     return ApiError(400, "missing_parameter", f"Missing required parameter: '{param}'.", param)
 
 
-def wrong_type(param: str, expected: str, got: str) -> ApiError:
-    """400: a field has another JSON type than it must."""
-    message = f"Invalid type for '{param}': expected {expected}, but got {got} instead."
-    return ApiError(400, "invalid_parameter", message, param)
-
-
-def out_of_range(param: str, kind: str, bound: str, limit: float, got: float) -> ApiError:
-    """400: a number lies beyond a bound (">=", ">", "<=")."""
-    side = "above maximum" if bound == "<=" else "below minimum"
-    message = f"Invalid '{param}': {kind} {side} value. Expected a value {bound} {limit}, but got {got} instead."
+def wrong_type(param: str | None, expected: str, got: str) -> ApiError:
+    """400: a field, or the body (None), has another JSON type than it must."""
+    what = "Invalid body" if param is None else f"Invalid type for '{param}'"
+    message = f"{what}: expected {expected}, but got {got} instead."
     return ApiError(400, "invalid_parameter", message, param)
 
 
 def not_a_choice(param: str, choices: Iterable[str], got: str) -> ApiError:
     """400: a string is none of the supported values."""
     supported = ", ".join(f"'{choice}'" for choice in choices)
-    return ApiError(
-        400,
-        "invalid_parameter",
-        f"Invalid value: '{got}'. Supported values are: {supported}.",
-        param,
-    )
+    message = f"Invalid value: '{got}'. Supported values are: {supported}."
+    return ApiError(400, "invalid_parameter", message, param)
+
+
+def invalid_value(param: str, reason: str) -> ApiError:
+    """400: a value that is out of bounds, or contradicts another field or the model."""
+    return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
+
+
+def out_of_range(param: str, kind: str, bound: str, limit: float, got: float) -> ApiError:
+    """400: a number lies beyond a bound (">=", ">", "<=")."""
+    side = "above maximum" if bound == "<=" else "below minimum"
+    expected = f"Expected a value {bound} {limit}, but got {got} instead."
+    return invalid_value(param, f"{kind} {side} value. {expected}")
 
 
 def empty_array(param: str) -> ApiError:
     """400: an array has no element."""
-    message = f"Invalid '{param}': empty array. Expected an array with minimum length 1, but got an empty array instead."
-    return ApiError(400, "invalid_parameter", message, param)
+    expected = "Expected an array with minimum length 1, but got an empty array instead."
+    return invalid_value(param, f"empty array. {expected}")
 
 
 def array_too_long(param: str, most: int, got: int) -> ApiError:
     """400: an array has more elements than are read."""
-    expected = (
-        f"Expected an array with maximum length {most}, but got an array with length {got} instead."
-    )
-    return ApiError(
-        400, "invalid_parameter", f"Invalid '{param}': array too long. {expected}", param
-    )
+    expected = f"array with maximum length {most}, but got an array with length {got} instead."
+    return invalid_value(param, f"array too long. Expected an {expected}")
 
 
-def invalid_value(param: str, reason: str) -> ApiError:
-    """400: a value that contradicts another field or the model."""
-    return ApiError(400, "invalid_parameter", f"Invalid '{param}': {reason}", param)
+def tool_choice_without_tools() -> ApiError:
+    """400: a call is asked for, but there is nothing to call."""
+    param = "tool_choice"
+    message = f"Invalid value for '{param}': '{param}' is only allowed when 'tools' are specified."
+    return ApiError(400, "invalid_parameter", message, param)
 
 
 def invalid_schema(param: str, reason: str) -> ApiError:
@@ -423,14 +403,6 @@ def too_costly(param: str | None, seconds: float, memory: int) -> ApiError:
     return ApiError(400, "invalid_parameter", f"{what} it takes {bounds}.", param)
 
 
-def tool_choice_without_tools() -> ApiError:
-    """400: a call is asked for, but there is nothing to call."""
-    message = "'tool_choice' is only allowed when 'tools' are specified."
-    return ApiError(
-        400, "invalid_parameter", f"Invalid value for 'tool_choice': {message}", "tool_choice"
-    )
-
-
 def unsupported(param: str, what: str) -> ApiError:
     """400: asks for what this server does not serve."""
     return ApiError(400, "unsupported_value", f"Unsupported value: '{param}': {what}", param)
@@ -439,27 +411,27 @@ def unsupported(param: str, what: str) -> ApiError:
 def context_exceeded(param: str, limit: int, tokens: int) -> ApiError:
     """400: the prompt leaves no room for a reply; `tokens` is how many it has."""
     known = f"This model's maximum context length is {limit} tokens."
-    found = f"However, your {param} resulted in {tokens} tokens. Please reduce the length of the {param}."
-    return ApiError(400, "context_length_exceeded", f"{known} {found}", param)
+    found = f"However, your {param} resulted in {tokens} tokens."
+    message = f"{known} {found} Please reduce the length of the {param}."
+    return ApiError(400, "context_length_exceeded", message, param)
 
 
 def unknown_model(model: str, served: str) -> ApiError:
     """404: the request names a model that is not the served one."""
-    message = f"The model `{model}` does not exist or you do not have access to it. This server serves `{served}`."
-    return ApiError(404, "model_not_found", message, "model")
+    message = f"The model `{model}` does not exist or you do not have access to it."
+    return ApiError(404, "model_not_found", f"{message} This server serves `{served}`.", "model")
 
 
 def unauthorized(key: str) -> ApiError:
     """401: no key was sent, or an unknown one; the message never shows the whole key."""
-    challenge = {"WWW_Authenticate": 'Bearer realm="phi_server"'}
+    challenge = {"WWW-Authenticate": 'Bearer realm="phi_server"'}
     if not key:
-        message = (
-            "You didn't provide an API key. You need to provide your API key in an Authorization"
-        )
-        how = "header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
-        return ApiError(401, None, f"{message} {how}", **challenge)
+        how = "in an Authorization header using Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+        message = f"You didn't provide an API key. You need to provide your API key {how}"
+        return ApiError(401, None, message, headers=challenge)
     shown = f"{key[:3]}...{key[-4:]}" if len(key) >= 16 else "..."
-    return ApiError(401, "invalid_api_key", f"Incorrect API key provided: {shown}.", **challenge)
+    message = f"Incorrect API key provided: {shown}."
+    return ApiError(401, "invalid_api_key", message, headers=challenge)
 
 
 def host_not_allowed(host: str) -> ApiError:
@@ -478,7 +450,7 @@ def wrong_method(allowed: list[str]) -> ApiError:
     """405: the path exists, but not for this method."""
     methods = [method for method in allowed if method not in ("HEAD", "OPTIONS")]
     message = f"Only {' and '.join(methods)} requests are accepted."
-    return ApiError(405, "method_not_supported", message, Allow=", ".join(allowed))
+    return ApiError(405, "method_not_supported", message, headers={"Allow": ", ".join(allowed)})
 
 
 def malformed(reason: str, status: int = 400) -> ApiError:
@@ -493,36 +465,31 @@ def too_large(message: str, status: int = 413) -> ApiError:
 
 def encoded_body(coding: str) -> ApiError:
     """415: the body is compressed."""
-    message = (
-        f"Compressed bodies are not accepted, but the request has Content-Encoding '{coding}'."
-    )
-    return ApiError(415, "unsupported_media_type", message)
+    message = "Compressed bodies are not accepted, but the request has Content-Encoding"
+    return ApiError(415, "unsupported_media_type", f"{message} '{coding}'.")
 
 
-def too_slow(seconds: float) -> ApiError:
-    """408: the client did not send its request in time."""
-    message = f"The request did not arrive within {seconds:g} seconds."
-    return ApiError(408, "request_timeout", message)
+def too_slow(limit: float) -> ApiError:
+    """408: the client did not send its request within `limit` seconds."""
+    return ApiError(408, "request_timeout", f"The request did not arrive within {limit:g} seconds.")
 
 
 def overloaded(limit: int) -> ApiError:
     """429: as many requests as allowed are already generating."""
-    message = (
-        f"Rate limit reached: this server generates {limit} requests at once. Please try again."
-    )
-    return ApiError(429, "rate_limit_exceeded", message, Retry_After="1")
+    message = f"Rate limit reached: this server generates {limit} requests at once."
+    return ApiError(429, "rate_limit_exceeded", f"{message} Please try again.", headers=RETRY_SOON)
 
 
 def draining() -> ApiError:
     """503: the server is shutting down."""
     message = "The server is shutting down. Please retry."
-    return ApiError(503, "shutting_down", message, Retry_After="1")
+    return ApiError(503, "shutting_down", message, headers=RETRY_SOON)
 
 
 def too_many_connections(limit: int) -> ApiError:
     """503: as many connections as allowed are open."""
     message = f"This server has {limit} connections open."
-    return ApiError(503, "too_many_connections", message, Retry_After="1")
+    return ApiError(503, "too_many_connections", message, headers=RETRY_SOON)
 
 
 def internal(request_id: str) -> ApiError:
@@ -888,7 +855,7 @@ def parse_json(body: bytes) -> Fields:
         reason = re.split(r" \(char|; use", str(error))[0]  # without Python's position and hints
         raise invalid_json(reason) from None
     if not isinstance(value, dict):
-        raise not_an_object(JSON_NAMES[type(value)])
+        raise wrong_type(None, "an object", JSON_NAMES[type(value)])
     return Fields(value)
 
 
@@ -3425,17 +3392,15 @@ class Engine:
 # smuggled past a proxy.
 
 HEAD_LIMIT = 64 * 1024  # bytes of request line and headers; nginx and Node allow 16 to 32 KiB
-HEADER_COUNT_LIMIT = 128  # uvicorn's h11 and Node have 100 to 2,000
-# After an error with an unread body, so that the reset does not overtake the response.
-LINGER_SECONDS = 1.0
+MOST_HEADERS = 128  # header lines; uvicorn's h11 and Node have 100 to 2,000
+LINGER_SECONDS = 1.0  # for the response to be read before an unread body resets the connection
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf"({TOKEN.pattern}) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])")
-# RFC 3986 section 3.2.2: an IPv6 address in brackets, or a name; then a port. A comma, which a name
-# might have too, joins several Host headers.
-HOST = re.compile(
-    r"(?:\[([0-9A-Fa-f:.]+)\]|((?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*))(?::([0-9]*))?"
-)
+# RFC 3986 section 3.2.2, but without the comma, which joins several Host headers.
+HOST_NAME = r"(?:[A-Za-z0-9._~!$&'()*+;=-]|%[0-9A-Fa-f]{2})*"
+# An IPv6 address in brackets, or a name; then a port.
+HOST = re.compile(rf"(?:\[([0-9A-Fa-f:.]+)\]|({HOST_NAME}))(?::([0-9]*))?")
 FIELD_VALUE = re.compile(r"[\t -~\x80-\xff]*")  # RFC 9110 section 5.5: no control characters
 QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'  # RFC 9110 section 5.6.4
 # RFC 9112 section 7.1.1
@@ -3462,9 +3427,7 @@ class HttpRequest:
     @property
     def keeps_alive(self) -> bool:
         """Whether the client wants the connection kept (RFC 9112 section 9.3)."""
-        options = {
-            option.strip().lower() for option in self.headers.get("connection", "").split(",")
-        }
+        options = set(map(str.strip, self.headers.get("connection", "").lower().split(",")))
         return "close" not in options and (self.minor_version >= 1 or "keep-alive" in options)
 
 
@@ -3485,16 +3448,6 @@ class EventStream:
     events: AsyncGenerator[bytes, None]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a client may send, and how slowly."""
-
-    max_body_bytes: int
-    keepalive_seconds: float
-    read_seconds: float
-    write_seconds: float
-
-
 class HttpProtocol(asyncio.StreamReaderProtocol):
     """asyncio's stream protocol, which also notices, without reading, that the client leaves.
 
@@ -3503,12 +3456,8 @@ class HttpProtocol(asyncio.StreamReaderProtocol):
     9.3.2) without end counts as well: asyncio stops reading then, and would not see it go.
     """
 
-    def __init__(
-        self, reader: asyncio.StreamReader, connected: Callable[..., Awaitable[None]]
-    ) -> None:
-        super().__init__(reader, connected)
-        self.has_left = False
-        self.presence: asyncio.Timeout | None = None  # around what only a client present needs
+    has_left = False
+    presence: asyncio.Timeout | None = None  # around what only a client present needs
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keeps the transport, which knows whether asyncio reads."""
@@ -3541,27 +3490,19 @@ class HttpProtocol(asyncio.StreamReaderProtocol):
 
     @contextlib.asynccontextmanager
     async def present(self) -> AsyncIterator[None]:
-        """Cancels what runs within once the client has left; raises ConnectionResetError then.
-
-        Only what waits can be cancelled: the rest is answered even if the client has half-closed.
-        """
+        """Cancels what runs within once the client has left; raises ConnectionResetError then."""
         try:
             async with asyncio.timeout(None) as self.presence:
                 if self.has_left or not self.transport.is_reading():
                     self.leave()
-                yield
+                yield  # what does not wait here is answered even if the client has half-closed
         except TimeoutError:
             raise ConnectionResetError from None
         finally:
             self.presence = None
 
 
-class Phase(enum.Enum):
-    """How far the response to a request has come."""
-
-    UNSENT = enum.auto()
-    STREAMING = enum.auto()
-    ENDED = enum.auto()
+Phase = enum.Enum("Phase", "UNSENT STREAMING ENDED")  # how far the response to a request has come
 
 
 class Connection:
@@ -3575,12 +3516,10 @@ class Connection:
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limits: Limits
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, settings: Settings
     ) -> None:
         # for the connection
-        self.reader = reader
-        self.writer = writer
-        self.limits = limits
+        self.reader, self.writer, self.settings = reader, writer, settings
         protocol = writer.transport.get_protocol()
         assert isinstance(protocol, HttpProtocol)
         self.protocol = protocol
@@ -3591,14 +3530,12 @@ class Connection:
         self.deadline = 0.0  # by the event loop's clock, for reading it
         # for the response
         self.phase = Phase.UNSENT
-        self.is_chunked = False  # in a stream: HTTP/1.0 knows no chunks
+        self.is_chunked = True  # in a stream: HTTP/1.0 knows no chunks
 
     async def first_byte(self) -> bytes:
-        """Waits for the first byte of a request; b"" when the client closes or stays idle; raises
-        ConnectionError.
-        """
+        """A request's first byte, b"" if the client closes or idles; raises ConnectionError."""
         try:
-            async with asyncio.timeout(self.limits.keepalive_seconds):
+            async with asyncio.timeout(self.settings.keepalive_seconds):
                 return await self.reader.read(1)
         except TimeoutError:
             return b""
@@ -3607,7 +3544,7 @@ class Connection:
         """Reads a request's head behind its first byte; raises ApiError."""
         self.phase = Phase.UNSENT
         self.has_unread_body = True  # until the head says that there is none
-        self.deadline = asyncio.get_running_loop().time() + self.limits.read_seconds
+        self.deadline = asyncio.get_running_loop().time() + self.settings.read_seconds
         async with self.in_time("in the middle of the head"):
             request_line = await self.read_line("target", 414, first)
             # RFC 9112 section 2.2: empty lines before a request are skipped. A flood of them, all
@@ -3617,6 +3554,7 @@ class Connection:
                 request_line = await self.read_line("target", 414)
             request = parse_head(request_line, await self.read_headers())
         self.has_unread_body = request.length != 0
+        self.is_chunked = request.minor_version > 0
         return request
 
     async def read_headers(self) -> list[bytes]:
@@ -3624,10 +3562,8 @@ class Connection:
         lines: list[bytes] = []
         while line := await self.read_line("header", 431):
             lines.append(line)
-            if len(lines) > HEADER_COUNT_LIMIT:
-                raise too_large(
-                    f"The request has more than {HEADER_COUNT_LIMIT} header lines.", 431
-                )
+            if len(lines) > MOST_HEADERS:
+                raise too_large(f"The request has more than {MOST_HEADERS} header lines.", 431)
             if sum(map(len, lines)) > HEAD_LIMIT:
                 raise too_large(f"The request's header exceeds {HEAD_LIMIT} bytes.", 431)
         return lines
@@ -3676,8 +3612,8 @@ class Connection:
 
     def check_size(self, size: int) -> None:
         """Raises ApiError if a body is too large."""
-        if size > self.limits.max_body_bytes:
-            raise too_large(f"The request's body exceeds {self.limits.max_body_bytes} bytes.")
+        if size > self.settings.max_body_bytes:
+            raise too_large(f"The request's body exceeds {self.settings.max_body_bytes} bytes.")
 
     @contextlib.asynccontextmanager
     async def in_time(self, closed: str) -> AsyncIterator[None]:
@@ -3686,34 +3622,24 @@ class Connection:
             async with asyncio.timeout_at(self.deadline):
                 yield
         except TimeoutError:
-            raise too_slow(self.limits.read_seconds) from None
+            raise too_slow(self.settings.read_seconds) from None
         except asyncio.IncompleteReadError:
             raise malformed(f"the connection closed {closed}") from None
 
-    async def send(
-        self, response: HttpResponse, headers: Mapping[str, str], is_head: bool = False
-    ) -> None:
+    async def send(self, response: HttpResponse, headers: dict[str, str], is_head: bool) -> None:
         """Writes a whole response; to HEAD its head alone."""
         self.phase = Phase.ENDED
-        fields = {
-            "Content-Type": response.content_type,
-            "Content-Length": str(len(response.body)),
-            **headers,
-            **response.headers,
-        }
+        fields = {"Content-Type": response.content_type, "Content-Length": str(len(response.body))}
         if response.status == HTTPStatus.NO_CONTENT:
-            # RFC 9110 section 8.6: no Content-Length, and no body to have a type.
-            del fields["Content-Type"], fields["Content-Length"]
-        head = encode_head(response.status, fields)
+            fields = {}  # RFC 9110 section 8.6: no Content-Length, and no body to have a type
+        head = encode_head(response.status, {**fields, **headers, **response.headers})
         self.writer.write(head if is_head else head + response.body)
         await self.flush()
 
-    async def begin_events(
-        self, headers: Mapping[str, str], is_chunked: bool, first: bytes
-    ) -> None:
+    async def begin_events(self, headers: dict[str, str], first: bytes) -> None:
         """Writes the head of a stream together with its first event, b"" for the head alone."""
-        self.phase, self.is_chunked = Phase.STREAMING, is_chunked
-        coding = {"Transfer-Encoding": "chunked"} if is_chunked else {}
+        self.phase = Phase.STREAMING
+        coding = {"Transfer-Encoding": "chunked"} if self.is_chunked else {}
         head = encode_head(200, {**EVENT_STREAM_HEADERS, **headers, **coding})
         await self.send_event(first, head)
 
@@ -3734,7 +3660,7 @@ class Connection:
     async def flush(self) -> None:
         """Waits until the client has read enough; raises ConnectionResetError if it never does."""
         try:
-            async with asyncio.timeout(self.limits.write_seconds):
+            async with asyncio.timeout(self.settings.write_seconds):
                 await self.writer.drain()
         except TimeoutError:
             self.writer.transport.abort()
@@ -3749,7 +3675,7 @@ class Connection:
                     while await self.reader.read(HEAD_LIMIT):
                         pass
             self.writer.close()
-            async with asyncio.timeout(self.limits.write_seconds):
+            async with asyncio.timeout(self.settings.write_seconds):
                 await self.writer.wait_closed()
         except OSError:  # reset, or closed already, or too slow
             pass
@@ -3826,8 +3752,7 @@ def body_length(headers: Mapping[str, str], minor_version: int) -> int:
     length, coding = headers.get("content-length"), headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or minor_version == 0:
-            combined = "Transfer-Encoding may not be combined with Content-Length or HTTP/1.0"
-            raise malformed(combined)
+            raise malformed("Transfer-Encoding may not be combined with Content-Length or HTTP/1.0")
         if coding.lower() != "chunked":
             raise malformed("the only Transfer-Encoding served is chunked", 501)
         return CHUNKED
@@ -3846,13 +3771,9 @@ def chunk_size(line: bytes) -> int:
 
 def encode_head(status: int, headers: Mapping[str, str]) -> bytes:
     """Status line and headers with the empty line at their end."""
-    lines = [
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
-        *(f"{name}: {value}" for name, value in headers.items()),
-        "",
-        "",
-    ]
-    return "\r\n".join(lines).encode("latin-1")
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 # ---- Routes --------------------------------------------------------------------------------------
@@ -4360,10 +4281,8 @@ def served_name(settings: Settings) -> str:
 
 PREFLIGHT_SECONDS = 86400  # Firefox's longest; Chromium cuts it to 7200
 ACCEPTED_AT_ONCE = 100  # connections, before those too many of them are refused
-# Connections that wait to be accepted; a burst that exceeds it is a second late.
-LISTEN_BACKLOG = 1024
-# Besides the connections: the model's files, and whoever is being refused.
-SPARE_FILES = ACCEPTED_AT_ONCE + 50
+LISTEN_BACKLOG = 1024  # connections that wait to be accepted; a larger burst is a second late
+SPARE_FILES = ACCEPTED_AT_ONCE + 50  # besides connections: who is refused, the model's files
 FAREWELL_SECONDS = 1.0  # granted to streams that did not drain, to send their error event
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
 
@@ -4381,15 +4300,15 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
 }
 
 
+@dataclass
 class Exchange:
     """One request on its way to its response."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.request = HttpRequest()  # until its head has been read
-        self.route = "unknown"
-        self.status = 0
-        self.keeps_alive = False
+    connection: Connection
+    request: HttpRequest = field(default_factory=HttpRequest)  # until its head has been read
+    route: str = "unknown"
+    status: int = 0
+    keeps_alive: bool = False
 
 
 def find_route(path: str) -> tuple[str, dict[str, Handler]]:
@@ -4452,27 +4371,18 @@ def digest(key: bytes) -> bytes:
 
 def is_loopback(name: str) -> bool:
     """Whether a host name or address means this machine."""
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
+    with contextlib.suppress(ValueError):  # a name
         return ipaddress.ip_address(name).is_loopback
-    except ValueError:  # another name
-        return False
+    return name == "localhost" or name.endswith(".localhost")
 
 
 class Server:
     """Listens, and answers every connection's requests."""
 
     def __init__(self, settings: Settings, keys: Keys, api: Api, metrics: Metrics) -> None:
-        self.settings = settings
-        self.keys = keys
-        self.api = api
-        self.metrics = metrics
-        seconds = (settings.keepalive_seconds, settings.read_seconds, settings.write_seconds)
-        self.limits = Limits(settings.max_body_bytes, *seconds)
-        self.most_connections = max(
-            1, min(settings.max_connections, open_file_limit() - SPARE_FILES)
-        )
+        self.settings, self.keys, self.api, self.metrics = settings, keys, api, metrics
+        files = open_file_limit() - SPARE_FILES
+        self.most_connections = max(1, min(settings.max_connections, files))
         self.conversations: set[asyncio.Task[None]] = set()
         self.requests_under_way = 0
         self.idle = asyncio.Event()  # when there are none
@@ -4532,35 +4442,28 @@ class Server:
         """Answers a client's requests in turn, until one side closes."""
         task = asyncio.current_task()
         assert task
-        connection = Connection(reader, writer, self.limits)
+        connection = Connection(reader, writer, self.settings)
         try:
-            if len(self.conversations) >= self.most_connections:
-                await self.refuse(connection)
-                return
-            self.conversations.add(task)
-            while await self.answer_next(connection):
-                pass
+            if len(self.conversations) < self.most_connections:
+                self.conversations.add(task)
+                while await self.answer_next(connection):
+                    pass
+            else:
+                connection.has_unread_body = True  # and it stays unread
+                exchange = Exchange(connection)
+                await self.answer_error(exchange, too_many_connections(self.most_connections))
+                self.finish(exchange)
         except (ConnectionError, asyncio.CancelledError):
-            # The client is gone, or the server stops; asyncio 3.11 would log the cancellation of
-            # this task.
-            pass
+            pass  # the client is gone, or the server stops: asyncio 3.11 would log a cancelled task
         finally:
             # A server that stops waits for no client to read.
             with contextlib.suppress(asyncio.CancelledError):
                 await connection.close()
             self.conversations.discard(task)
 
-    async def refuse(self, connection: Connection) -> None:
-        """Answers a connection too many without reading its request."""
-        connection.has_unread_body = True
-        exchange = Exchange(connection)
-        await self.answer_error(exchange, too_many_connections(self.most_connections))
-        self.finish(exchange)
-
     async def answer_next(self, connection: Connection) -> bool:
         """Reads one request, answers and logs it; False when the connection is to be closed."""
-        first = await connection.first_byte()
-        if not first:
+        if not (first := await connection.first_byte()):
             return False
         exchange = Exchange(connection)
         try:
@@ -4599,8 +4502,7 @@ class Server:
         if exchange.route != "/health":
             self.keys.check(request)
         if request.method == "POST":
-            body = await connection.read_body(request)
-            request = dataclasses.replace(request, body=body)
+            request = dataclasses.replace(request, body=await connection.read_body(request))
         async with connection.protocol.present():
             result = await handlers[request.method](self.api, request)
             if isinstance(result, HttpResponse):
@@ -4614,8 +4516,7 @@ class Server:
             first = await anext(events)
             exchange.status = 200
             headers = self.common_headers(exchange, is_stream=True)
-            is_chunked = exchange.request.minor_version > 0
-            await exchange.connection.begin_events(headers, is_chunked, first)
+            await exchange.connection.begin_events(headers, first)
             async for event in events:
                 await exchange.connection.send_event(event)
         await exchange.connection.end_events()
@@ -4673,9 +4574,8 @@ class Server:
 
     def preflight_headers(self, request: HttpRequest) -> dict[str, str]:
         """What a preflight asks for: methods, and those requested headers that are tokens."""
-        asked = request.headers.get(
-            "access-control-request-headers", "Authorization, Content-Type, OpenAI-Beta"
-        )
+        usual = "Authorization, Content-Type, OpenAI-Beta"
+        asked = request.headers.get("access-control-request-headers", usual)
         names = [name for part in asked.split(",") if TOKEN.fullmatch(name := part.strip())]
         return {
             "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
@@ -4687,14 +4587,10 @@ class Server:
         """Counts a request and writes its log line."""
         request, status = exchange.request, exchange.status
         self.metrics.requests.add(route=exchange.route, status=status)
-        fields: dict[str, object] = {
-            "request_id": request.id,
-            "client": exchange.connection.client,
-        }
+        fields: dict[str, object] = {"request_id": request.id, "client": exchange.connection.client}
         if request.method:
-            # No control characters in a log.
-            path = request.path.encode("ascii", "backslashreplace").decode()
-            fields |= {"method": request.method, "path": path}
+            path = request.path.encode("ascii", "backslashreplace")  # no control codes in a log
+            fields |= {"method": request.method, "path": path.decode()}
         fields |= {"status": status, **request.details}
         fields["duration_ms"] = milliseconds(request.started, time.perf_counter())
         level = logging.ERROR if status >= 500 else logging.INFO
