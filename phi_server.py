@@ -127,21 +127,17 @@ def setting(default: Any, meaning: str, *allowed: float | str) -> Any:
 class Settings:
     """What the operator chose; see settings_table for the meaning of each."""
 
-    model_path: str = setting(
-        "", "ONNX Runtime GenAI model folder; unset: the demo model, SmolLM2-135M-Instruct"
-    )
+    model_path: str = setting("", "ONNX Runtime GenAI model folder; unset: the demo model")
     model_name: str = setting("", "name in the API; unset: phi-3.5-mini (the demo: smollm2-135m)")
     model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
     server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
     max_concurrent_requests: int = setting(4, "requests generating at once; more get 429", 1, 256)
-    context_length: int = setting(
-        4096, "tokens of prompt and reply together; capped at the model's own", 16, 1 << 20
-    )
+    context_length: int = setting(4096, "tokens of a prompt and its reply at most", 16, 1 << 20)
     threads: int = setting(0, "threads of the model; 0: as CPU affinity and quota allow", 0, 1024)
     cache_slots: int = setting(8, "conversations whose KV is kept besides the running ones", 0, 256)
     kv_memory: str = setting(
-        "50%", "bound of the KV cache: bytes (also 4GiB), or a share of what is free after loading"
+        "50%", "bound of the KV cache: bytes (4GiB), or a share of free memory"
     )
     cors_origins: tuple[str, ...] = setting(("*",), "web page origins, comma-separated; * for any")
     max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
@@ -153,7 +149,7 @@ class Settings:
     api_keys: tuple[str, ...] = setting((), "client keys, comma-separated; unset: none is needed")
     api_keys_file: str = setting("", "file with one such key a line, read again when it changes")
     allowed_hosts: tuple[str, ...] = setting(
-        (), "names allowed in the Host header besides loopback ones, comma-separated; * for any"
+        (), "further names in Host, comma-separated; * for any"
     )
     log_level: str = setting(
         "info", "lowest level that is logged", "debug", "info", "warning", "error"
@@ -391,16 +387,14 @@ def tool_choice_without_tools() -> ApiError:
     return ApiError(400, "invalid_parameter", message, param)
 
 
+def invalid_body(reason: str) -> ApiError:
+    """400: a body that is JSON, but cannot be read."""
+    return ApiError(400, "invalid_parameter", f"Invalid body: {reason}")
+
+
 def invalid_schema(param: str, reason: str) -> ApiError:
     """400: a JSON schema that the grammar engine refuses."""
     return ApiError(400, "invalid_parameter", f"Invalid schema for '{param}': {reason}", param)
-
-
-def too_costly(param: str | None, seconds: float, memory: int) -> ApiError:
-    """400: the process that reads a body or compiles a schema was killed at its limits."""
-    bounds = f"more than {seconds:g} s of CPU time or {memory >> 20} MiB of memory"
-    what = "Invalid body: reading" if param is None else f"Invalid schema for '{param}': compiling"
-    return ApiError(400, "invalid_parameter", f"{what} it takes {bounds}.", param)
 
 
 def unsupported(param: str, what: str) -> ApiError:
@@ -508,8 +502,8 @@ class Metric:
     """One metric family of Prometheus' text format 0.0.4, a number per label set."""
 
     def __init__(self, kind: str, name: str, meaning: str) -> None:
-        self.name = name
-        self.head = f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+        self.name = name if name.startswith("process_") else f"phi_server_{name}"
+        self.head = f"# HELP {self.name} {meaning}\n# TYPE {self.name} {kind}\n"
         self.values: dict[str, float] = {"": 0}
 
     def add(self, amount: float = 1, **labels: object) -> None:
@@ -562,57 +556,30 @@ class Metrics:
 
     def __init__(self) -> None:
         counter, gauge = (functools.partial(Metric, kind) for kind in ("counter", "gauge"))
-        self.requests = counter(
-            "phi_server_requests_total", "Requests answered, by route and status."
-        )
+        self.requests = counter("requests_total", "Requests answered, by route and status.")
         self.requests.values.clear()  # it has no number without labels
-        self.rejected = counter(
-            "phi_server_rejected_requests_total", "Requests above MAX_CONCURRENT_REQUESTS."
-        )
-        self.running = gauge(
-            "phi_server_running_sequences", "Sequences being prefilled or decoded."
-        )
-        self.waiting = gauge(
-            "phi_server_waiting_sequences", "Sequences waiting for a slot or for KV memory."
-        )
-        self.prompt_tokens = counter(
-            "phi_server_prompt_tokens_total", "Prompt tokens of admitted sequences."
-        )
-        self.cached_tokens = counter(
-            "phi_server_cached_tokens_total", "Prompt tokens whose KV was reused."
-        )
-        self.generated_tokens = counter("phi_server_generated_tokens_total", "Tokens sampled.")
-        self.prefill_speed = gauge(
-            "phi_server_prefill_tokens_per_second",
-            "Prefill speed, averaged over recent long chunks.",
-        )
+        above = "Requests above MAX_CONCURRENT_REQUESTS."
+        self.rejected = counter("rejected_requests_total", above)
+        self.running = gauge("running_sequences", "Sequences being prefilled or decoded.")
+        waiting = "Sequences waiting for a slot or for KV memory."
+        self.waiting = gauge("waiting_sequences", waiting)
+        self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of admitted sequences.")
+        self.cached_tokens = counter("cached_tokens_total", "Prompt tokens whose KV was reused.")
+        self.generated_tokens = counter("generated_tokens_total", "Tokens sampled.")
+        speed = "Prefill speed, averaged over recent long chunks."
+        self.prefill_speed = gauge("prefill_tokens_per_second", speed)
         self.memory = gauge("process_resident_memory_bytes", "Resident memory of the process.")
-        self.worker_memory = gauge(
-            "phi_server_worker_memory_bytes", "Resident memory of the worker."
-        )
-        self.batch_size = Histogram(
-            "phi_server_batch_size",
-            "Sequences that decode together in a step.",
-            (1, 2, 3, 4, 6, 8, 12, 16, 32),
-        )
-        self.time_to_first_token = Histogram(
-            "phi_server_time_to_first_token_seconds", "From a request to its first token.", SECONDS
-        )
-        self.time_per_output_token = Histogram(
-            "phi_server_time_per_output_token_seconds",
-            "Mean time between the tokens of a reply.",
-            SECONDS,
-        )
-        self.duration = Histogram(
-            "phi_server_generation_duration_seconds", "From a request to its whole reply.", SECONDS
-        )
-        self.kv_resident = gauge(
-            "phi_server_kv_resident_bytes", "KV memory in use, running and kept."
-        )
-        self.kv_reserved = gauge(
-            "phi_server_kv_reserved_bytes", "KV memory promised to running sequences."
-        )
-        self.kv_limit = gauge("phi_server_kv_limit_bytes", "The bound that KV_MEMORY sets.")
+        self.worker_memory = gauge("worker_memory_bytes", "Resident memory of the worker.")
+        together, sizes = "Sequences that decode in a step.", (1, 2, 3, 4, 6, 8, 12, 16, 32)
+        self.batch_size = Histogram("batch_size", together, sizes)
+        first, each = "From a request to its first token.", "Mean time between a reply's tokens."
+        self.time_to_first_token = Histogram("time_to_first_token_seconds", first, SECONDS)
+        self.time_per_output_token = Histogram("time_per_output_token_seconds", each, SECONDS)
+        whole = "From a request to its whole reply."
+        self.duration = Histogram("generation_duration_seconds", whole, SECONDS)
+        self.kv_resident = gauge("kv_resident_bytes", "KV memory in use, running and kept.")
+        self.kv_reserved = gauge("kv_reserved_bytes", "KV memory promised to running sequences.")
+        self.kv_limit = gauge("kv_limit_bytes", "The bound that KV_MEMORY sets.")
 
     def render(self) -> bytes:
         """The whole page in Prometheus' text format."""
@@ -948,17 +915,13 @@ def parse_message(fields: Fields) -> Message:
     """One turn; developer is the new name of system, and function the old one of tool."""
     role = fields.required("role").choice("role", ROLES)
     role = {"developer": "system", "function": "tool"}.get(role, role)
-    calls = fields.objects("tool_calls") if role == "assistant" else []
-    tool_calls = tuple(map(parse_tool_call, calls))
+    calls = []
+    for call in fields.objects("tool_calls") if role == "assistant" else ():
+        made = call.required("function").object("function").required("name").required("arguments")
+        calls.append(ToolCall(call.string("id"), made.string("name"), made.string("arguments")))
     if not calls:
         fields.required("content")
-    return Message(role, parse_content(fields), tool_calls, fields.string("tool_call_id"))
-
-
-def parse_tool_call(fields: Fields) -> ToolCall:
-    """One call of an assistant's turn."""
-    function = fields.required("function").object("function").required("name").required("arguments")
-    return ToolCall(fields.string("id"), function.string("name"), function.string("arguments"))
+    return Message(role, parse_content(fields), tuple(calls), fields.string("tool_call_id"))
 
 
 def parse_content(fields: Fields) -> str:
@@ -1089,12 +1052,12 @@ def new_id(prefix: str) -> str:
 
 
 # ---- Protobuf ------------------------------------------------------------------------------------
-# ONNX files are protobuf messages (protobuf.dev/programming-guides/encoding). Two graphs are written
-# here: the stub of the grammar engine and the demo model; field numbers are onnx.proto's.
+# ONNX files are protobuf messages (protobuf.dev/programming-guides/encoding). Two graphs are
+# written: the stub of the grammar engine and the demo model; field numbers are onnx.proto's.
 
 
 def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
-    """Encodes a message of (field number, value): a message inside is bytes, a repeated field repeats."""
+    """Encodes a message of (field number, value); a message inside is bytes."""
     out = bytearray()
     for number, value in fields:
         if isinstance(value, int):
@@ -1446,8 +1409,8 @@ PHI_TEMPLATE = (
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
 TOOL_PROMPT = """\
-You may call functions. To call one, reply with nothing but a JSON object between tags, on lines of \
-their own:
+You may call functions. To call one, reply with nothing but a JSON object between tags, on lines \
+of their own:
 <tool_call>
 {"name": "the function's name", "arguments": {"an argument": "its value"}}
 </tool_call>
@@ -1501,9 +1464,7 @@ class Tokenizer:
         given = {"template_str": self.template, "add_generation_prompt": True, **offered}
         try:
             return str(self.codec.apply_chat_template(turns, **given))
-        except (
-            RuntimeError
-        ) as error:  # the template's raise_exception, as for a wrong order of roles
+        except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
@@ -1583,9 +1544,8 @@ def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
     texts = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(texts, list):  # of the Unigram model: texts with scores, in the order of the ids
         texts = {text: token for token, (text, _) in enumerate(texts)}
-    known = {
-        i: b"" if token["special"] else token["content"].encode() for i, token in added.items()
-    }
+    texts_of = {token: "" if each["special"] else each["content"] for token, each in added.items()}
+    known = {token: text.encode() for token, text in texts_of.items()}
     return known | {token: spell(text) for text, token in texts.items() if token not in added}
 
 
@@ -1941,12 +1901,12 @@ def stub_graph(vocab_size: int) -> bytes:
 
 
 # ---- Worker --------------------------------------------------------------------------------------
-# What a client can make long runs in processes that may be killed: a large body becomes tokens, and a
-# reply is kept to a grammar, for which onnxruntime-genai holds the GIL as long as the client's text
-# wants. The worker is this same file, started without path or port. It loads tokenizer and grammar
-# engine once, and forks for each job, with limits of CPU time and memory:
+# What a client can make long runs in processes that may be killed: a large body becomes tokens, and
+# a reply is kept to a grammar, for which onnxruntime-genai holds the GIL as long as a client's text
+# wants. The worker is this same file, started without port. It loads tokenizer and grammar engine
+# once, and forks for each job, with limits of CPU time and memory:
 #
-#   Worker.connect ---- a socket ----> work: fork ----> serve_job
+#   Worker.connect ---- a socket ----> work: fork ------> serve_jobs
 #   Worker.prepare ---- the body ------------------------> Prepared, or ApiError
 #   Worker.compile ---- the grammar ---------------------> compiled, or ApiError
 #   CompiledGrammar.guide ---- a socket -----------------> fork ----> serve_guide
@@ -2018,12 +1978,10 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     request = parse_completion(body, served.vocab_size)
     generation = request.generation
     served.check(generation.model)
-    prompts = [
-        tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        for prompt in request.prompts
-    ]
-    for prompt in prompts:
-        served.check_length("prompt", len(prompt), generation.max_tokens)
+    prompts = []
+    for given in request.prompts:
+        prompts.append(tokenizer.encode(given) if isinstance(given, str) else given)
+        served.check_length("prompt", len(prompts[-1]), generation.max_tokens)
     echoed = generation.n * sum(map(len, prompts))
     if request.echo and generation.top_logprobs is not None and echoed > MOST_ECHOED:
         bound = f"echo with logprobs is limited to {MOST_ECHOED} prompt tokens in all"
@@ -2041,7 +1999,7 @@ class Job:
     grammar: Grammar | None = None
 
 
-# What goes between the processes, by name: in the worker this file is __main__, elsewhere maybe not.
+# What goes between the processes, by name: in the worker this file is __main__.
 MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, ApiError, RuntimeError)
 
 
@@ -2062,14 +2020,6 @@ def packed(message: object) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-def unpacked(data: bytes) -> Any:
-    """A message without its length."""
-    return Unpickler(io.BytesIO(data)).load()
-
-
-# In the worker
-
-
 class Workbench:
     """What the worker has loaded when it forks."""
 
@@ -2082,26 +2032,21 @@ class Workbench:
         try:
             engine = GrammarEngine(config)
             search = Search(engine, 'start: "a"')  # reads the vocabulary, 0.3 s, for all forks
-            works = functools.partial(shows_masks, search, config.eos_tokens)
-            if in_fork(works) if forks else works():
-                self.engine = engine
-            else:
-                self.fault = "onnxruntime-genai does not show its masks in the way known"
+            self.engine = engine if shows_masks(search, config.eos_tokens, forks) else None
+            self.fault = "" if self.engine else "onnxruntime-genai shows its masks in another way"
         except (RuntimeError, ValueError) as error:  # a tokenizer that the engine cannot read
             self.fault = refusal_reason(str(error))
 
 
-def shows_masks(search: Search, end_tokens: frozenset[int]) -> bool:
-    """Whether masks can be read: a search for "a" must allow nothing but the end behind it."""
-    search.accept(int(np.flatnonzero(search.mask())[0]))
-    return {*np.flatnonzero(search.mask()).tolist()} <= end_tokens
-
-
-def in_fork(test: Callable[[], bool]) -> bool:
-    """What a test says, made in a fork."""
-    if child := os.fork():
+def shows_masks(search: Search, end_tokens: frozenset[int], forks: bool) -> bool:
+    """Whether a search for "a" allows only the end behind it; in a fork, for it starts threads."""
+    if forks and (child := os.fork()):
         return os.waitpid(child, 0)[1] == 0
-    os._exit(0 if test() else 1)
+    search.accept(int(np.flatnonzero(search.mask())[0]))
+    is_end = {*np.flatnonzero(search.mask()).tolist()} <= end_tokens
+    if forks:
+        os._exit(0 if is_end else 1)
+    return is_end
 
 
 def work(folder: Path, forks: bool) -> None:
@@ -2144,7 +2089,7 @@ def serve_jobs(channel: socket.socket, bench: Workbench, forks: bool) -> None:
         channel.sendall(READY)
         if not (size := int.from_bytes(stream.read(4), "little")):
             return
-        job: Job = unpacked(stream.read(size))
+        job: Job = Unpickler(io.BytesIO(stream.read(size))).load()
         with limited(channel, *(COMPILE_LIMITS if job.grammar else PREPARE_LIMITS), forks):
             result = result_of(job, bench, channel)
         channel.sendall(packed(None if isinstance(result, Search) else result))
@@ -2227,9 +2172,6 @@ def serve_guide(channel: socket.socket, search: Search) -> None:
         search.accept(int.from_bytes(token, "little"))
 
 
-# In the server
-
-
 class Worker:
     """The worker's process, started again when it has died, and what it is asked for."""
 
@@ -2272,8 +2214,11 @@ class Worker:
             try:
                 prepared: Prepared = await message(channel)
             except EOFError:
-                raise too_costly(None, *PREPARE_LIMITS) from None
-            self.release(channel)
+                raise invalid_body(f"reading it takes {killed(*PREPARE_LIMITS)}.") from None
+            if FORKS:
+                channel.close()
+            else:  # it may do the next one
+                self.idle.append(channel)
             return prepared
 
     async def compile(self, grammar: Grammar, choices: int) -> CompiledGrammar:
@@ -2292,7 +2237,8 @@ class Worker:
                 while compiling := await message(channel):
                     field = compiling
             except EOFError:
-                raise too_costly(field, *COMPILE_LIMITS) from None
+                reason = f"compiling it takes {killed(*COMPILE_LIMITS)}"
+                raise invalid_schema(field, reason) from None
             return channel
 
     @contextlib.asynccontextmanager
@@ -2332,13 +2278,6 @@ class Worker:
         ours.setblocking(False)
         return ours
 
-    def release(self, channel: socket.socket) -> None:
-        """Takes back a process that has done its job."""
-        if FORKS:
-            channel.close()
-        else:
-            self.idle.append(channel)
-
 
 def forked(channel: socket.socket) -> socket.socket:
     """A socket to a new fork of a process; if that is dead, one whose other end is closed."""
@@ -2348,13 +2287,18 @@ def forked(channel: socket.socket) -> socket.socket:
     return ours
 
 
+def killed(seconds: float, memory: int) -> str:
+    """What a process has taken that was killed at these limits."""
+    return f"more than {seconds:g} s of CPU time or {memory >> 20} MiB of memory"
+
+
 async def message(channel: socket.socket) -> Any:
     """What a process has sent; raises it if it is an exception, and EOFError when it has died."""
     size = int.from_bytes(await received(channel, 4), "little")
     data = await received(channel, size)
     if not data or len(data) < size:
         raise EOFError
-    sent = unpacked(data)
+    sent = Unpickler(io.BytesIO(data)).load()
     if not isinstance(sent, Exception):
         return sent
     try:
@@ -3832,6 +3776,9 @@ class Reply:
         }
 
 
+Answer = HttpResponse | EventStream
+
+
 class Api:
     """The handlers of all routes."""
 
@@ -3880,18 +3827,18 @@ class Api:
         name, created = self.served.name, self.created
         return {"id": name, "object": "model", "created": created, "owned_by": "phi_server"}
 
-    async def chat(self, request: HttpRequest) -> HttpResponse | EventStream:
+    async def chat(self, request: HttpRequest) -> Answer:
         """POST /v1/chat/completions."""
         prepared = await self.prepared("chat", request.body)
         reply = await self.reply("chatcmpl-", prepared, self.tokenizer.drops_leading_space)
-        return await self.respond(request, reply, ChatWriter(reply, self.tokenizer, prepared))
+        return await self.respond(request, ChatWriter(reply, self.tokenizer, prepared))
 
-    async def completions(self, request: HttpRequest) -> HttpResponse | EventStream:
+    async def completions(self, request: HttpRequest) -> Answer:
         """POST /v1/completions: the prompt as it is, without a template."""
         prepared = await self.prepared("text", request.body)
         drops_space = self.tokenizer.drops_leading_space and prepared.echo
         reply = await self.reply("cmpl-", prepared, drops_space)
-        return await self.respond(request, reply, CompletionWriter(reply, self.tokenizer))
+        return await self.respond(request, CompletionWriter(reply, self.tokenizer))
 
     async def prepared(self, kind: str, body: bytes) -> Prepared:
         """What the engine needs of a body; raises ApiError."""
@@ -3926,27 +3873,25 @@ class Api:
         identity = (new_id(prefix), int(time.time()), self.served.name, self.fingerprint)
         return Reply(*identity, generation, choices, outlet, grammar)
 
-    async def respond(
-        self, request: HttpRequest, reply: Reply, writer: Writer
-    ) -> HttpResponse | EventStream:
+    async def respond(self, request: HttpRequest, writer: Writer) -> Answer:
         """The events of a streamed reply, or the whole one once all its choices have ended."""
+        reply = writer.reply
         if reply.generation.stream:
-            return EventStream(self.events(request, reply, writer))
+            return EventStream(self.events(request, writer))
         choices = [writer.empty(sequence) for sequence in reply.choices]
         with self.generating(request, reply):
-            async for chunk in chunk_choices(request, reply, writer):
+            async for chunk in chunk_choices(request, writer):
                 if chunk:
                     writer.add(choices[chunk["index"]], chunk)
         whole = reply.envelope(writer.whole_kind, choices) | {"usage": reply.usage()}
         return HttpResponse(200, b"".join(json_parts(whole)))
 
-    async def events(
-        self, request: HttpRequest, reply: Reply, writer: Writer
-    ) -> AsyncGenerator[bytes, None]:
+    async def events(self, request: HttpRequest, writer: Writer) -> AsyncGenerator[bytes, None]:
         """The events of a streamed reply; the first ones come on admission, before prefill."""
+        reply = writer.reply
         with self.generating(request, reply):
             yield b"".join(writer.event(choice) for choice in writer.begin())
-            async for choice in chunk_choices(request, reply, writer):
+            async for choice in chunk_choices(request, writer):
                 yield writer.event(choice) if choice else KEEPALIVE_EVENT
             if reply.generation.include_usage:
                 yield sse(reply.envelope(writer.chunk_kind, []) | {"usage": reply.usage()})
@@ -3994,15 +3939,13 @@ def seeded(sampling: Sampling, choice: int) -> Sampling:
     return dataclasses.replace(sampling, seed=sampling.seed + choice)
 
 
-async def chunk_choices(
-    request: HttpRequest, reply: Reply, writer: Writer
-) -> AsyncIterator[Choice | None]:
+async def chunk_choices(request: HttpRequest, writer: Writer) -> AsyncIterator[Choice | None]:
     """Choices of chunks as they come, None after silence; raises ApiError if the engine failed."""
-    running = len(reply.choices)
+    outlet, running = writer.reply.outlet, len(writer.reply.choices)
     while running:
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
-                sequence, piece = await reply.outlet.get()
+                sequence, piece = await outlet.get()
         except TimeoutError:
             yield None
             continue
@@ -4286,7 +4229,7 @@ SPARE_FILES = ACCEPTED_AT_ONCE + 50  # besides connections: who is refused, the 
 FAREWELL_SECONDS = 1.0  # granted to streams that did not drain, to send their error event
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log, when there was nobody left to answer
 
-Handler = Callable[[Api, HttpRequest], Awaitable[HttpResponse | EventStream]]
+Handler = Callable[[Api, HttpRequest], Awaitable[Answer]]
 
 # By path, without /v1, and without a slash at the end.
 ROUTES: Mapping[str, Mapping[str, Handler]] = {
