@@ -1924,7 +1924,7 @@ MOST_SPAWNED_GUIDES = 8  # of one request, where each takes a process of 130 MB
 INLINE_BYTES = 4096
 LARGE_BYTES = 64 * 1024  # which take at most 0.2 s of CPU time, and so do not wait for a place
 PREPARE_LIMITS = (20.0, 1 << 30)  # seconds of CPU time, bytes; 4 MiB of one word take 10 s
-COMPILE_LIMITS = (2.0, 256 << 20)
+COMPILE_LIMITS = (4.0, 256 << 20)
 MASK_SECONDS = 0.25  # of CPU time; llguidance lets no token take more than about 20 ms
 GUIDE_PATIENCE = 10.0  # seconds, for a process that somebody has stopped
 
