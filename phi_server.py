@@ -2066,14 +2066,14 @@ def work(folder: Path, forks: bool) -> None:
         serve_jobs(channel, bench, forks)
 
 
-def fork_for_each(channel: socket.socket, serve: Callable[[socket.socket], None]) -> None:
+def fork_for_each(channel: socket.socket, task: Callable[[socket.socket], None]) -> None:
     """Forks for each socket that comes through a channel, until that is closed."""
     while descriptors := socket.recv_fds(channel, 1, 1)[1]:
         with socket.socket(fileno=descriptors[0]) as accepted:
             if os.fork() == 0:
                 try:
                     channel.close()
-                    serve(accepted)
+                    task(accepted)
                 finally:
                     os._exit(0)
 
@@ -2212,7 +2212,7 @@ class Worker:
         place = self.reading if is_large else contextlib.nullcontext()
         async with place, self.job(Job(kind, body, served)) as channel:
             try:
-                prepared: Prepared = await message(channel)
+                prepared: Prepared = await next_message(channel)
             except EOFError:
                 raise invalid_body(f"reading it takes {killed(*PREPARE_LIMITS)}.") from None
             if FORKS:
@@ -2234,7 +2234,7 @@ class Worker:
         async with self.compiling, self.job(Job(grammar=grammar)) as channel:
             field = ""
             try:
-                while compiling := await message(channel):
+                while compiling := await next_message(channel):
                     field = compiling
             except EOFError:
                 reason = f"compiling it takes {killed(*COMPILE_LIMITS)}"
@@ -2292,7 +2292,7 @@ def killed(seconds: float, memory: int) -> str:
     return f"more than {seconds:g} s of CPU time or {memory >> 20} MiB of memory"
 
 
-async def message(channel: socket.socket) -> Any:
+async def next_message(channel: socket.socket) -> Any:
     """What a process has sent; raises it if it is an exception, and EOFError when it has died."""
     size = int.from_bytes(await received(channel, 4), "little")
     data = await received(channel, size)
