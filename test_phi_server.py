@@ -1276,8 +1276,9 @@ def test_a_value_above_all_bounds_is_counted() -> None:
     histogram = phi_server.Histogram("h", "Help.", (1, 2))
     for value in (1, 1.5, 7):
         histogram.observe(value)
-    buckets = ['h_bucket{le="1"} 1', 'h_bucket{le="2"} 2', 'h_bucket{le="+Inf"} 3']
-    assert histogram.render().splitlines()[2:] == [*buckets, "h_sum 9.5", "h_count 3"]
+    buckets = ['bucket{le="1"} 1', 'bucket{le="2"} 2', 'bucket{le="+Inf"} 3']
+    samples = [f"phi_server_h_{sample}" for sample in (*buckets, "sum 9.5", "count 3")]
+    assert histogram.render().splitlines()[2:] == samples
 
 
 @cases("name", ["batch_size", *TIMES])
