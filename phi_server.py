@@ -1667,6 +1667,12 @@ class Grammar:
     text: str
     parts: tuple[tuple[str, str], ...]  # (field of the request, grammar)
 
+    @property
+    def field(self) -> str:
+        """The field of the request that is named for a fault of the whole."""
+        field, _ = self.parts[-1]
+        return "tools" if len(self.parts) > 1 and field != "response_format" else field
+
 
 def reply_grammar(tools: ToolUse, schema: dict[str, Json] | None) -> Grammar | None:
     """The grammar of a chat's reply, None where nothing is forced."""
@@ -2145,17 +2151,16 @@ def result_of(job: Job, bench: Workbench, channel: socket.socket) -> Search | Pr
 
 def compile_grammar(grammar: Grammar, bench: Workbench, channel: socket.socket) -> Search:
     """Compiles each schema alone, then the whole; says which is next, for that may kill it."""
-    field, _ = grammar.parts[-1]
     if not bench.engine:
-        raise unsupported(field, f"this model's tokenizer cannot force a schema: {bench.fault}.")
-    steps = [*grammar.parts] if len(grammar.parts) > 1 else []
-    steps.append(("tools" if steps and field != "response_format" else field, grammar.text))
-    for field, text in steps:
-        channel.sendall(packed(field))
+        reason = f"this model's tokenizer cannot force a schema: {bench.fault}."
+        raise unsupported(grammar.field, reason)
+    parts = grammar.parts if len(grammar.parts) > 1 else ()
+    for name, text in (*parts, (grammar.field, grammar.text)):
+        channel.sendall(packed(name))
         try:
             search = Search(bench.engine, text)
         except ValueError as error:
-            raise invalid_schema(field, str(error)) from None
+            raise invalid_schema(name, str(error)) from None
     return search
 
 
@@ -2227,7 +2232,7 @@ class Worker:
             expected = f"on this system a schema allows at most {MOST_SPAWNED_GUIDES} choices."
             raise unsupported("n", expected)
         channels = [await self.compile_once(grammar) for _ in range(1 if FORKS else choices)]
-        return CompiledGrammar(channels, self.mask_bytes)
+        return CompiledGrammar(grammar.field, channels, self.mask_bytes)
 
     async def compile_once(self, grammar: Grammar) -> socket.socket:
         """A process that has compiled a grammar; raises ApiError."""
@@ -2322,14 +2327,16 @@ async def received(channel: socket.socket, size: int) -> bytes:
 class CompiledGrammar:
     """A grammar in the process that has compiled it, for all choices of a request."""
 
-    def __init__(self, channels: list[socket.socket], mask_bytes: int) -> None:
+    def __init__(self, field: str, channels: list[socket.socket], mask_bytes: int) -> None:
+        self.field = field  # of the request, at fault if a token takes a guide beyond its limits
+        self.is_at_fault = False
         self.channels = channels  # one, which forks; else one for each choice
         self.mask_bytes = mask_bytes
 
     def guide(self) -> Guide:
         """A guide at the grammar's beginning; if its process has died, it raises when used."""
         channel = forked(self.channels[0]) if FORKS else self.channels.pop()
-        return Guide(channel, self.mask_bytes)
+        return Guide(self, channel)
 
     def close(self) -> None:
         """Ends the process; guides go on without it."""
@@ -2340,16 +2347,17 @@ class CompiledGrammar:
 class Guide:
     """Keeps one reply to a grammar; its process computes the next mask while the model computes."""
 
-    def __init__(self, channel: socket.socket, mask_bytes: int) -> None:
+    def __init__(self, grammar: CompiledGrammar, channel: socket.socket) -> None:
         channel.settimeout(GUIDE_PATIENCE)
+        self.grammar = grammar
         self.channel = channel
         self.stream = channel.makefile("rb")
-        self.mask_bytes = mask_bytes
 
     def mask(self) -> Booleans:
         """Whether each token [vocab and up to 7 more] may come next; raises RuntimeError."""
-        bits = self.stream.read(self.mask_bytes)
-        if len(bits) < self.mask_bytes:
+        bits = self.stream.read(self.grammar.mask_bytes)
+        if len(bits) < self.grammar.mask_bytes:
+            self.grammar.is_at_fault = True
             raise RuntimeError("the grammar's process has ended: a token took it beyond its limits")
         return np.unpackbits(np.frombuffer(bits, np.uint8)).view(np.bool_)
 
@@ -3746,6 +3754,13 @@ class Reply:
     outlet: Outlet
     grammar: CompiledGrammar | None
 
+    def fault(self, request_id: str) -> ApiError:
+        """What the client is told when a choice has ended with an error."""
+        if self.grammar and self.grammar.is_at_fault:
+            reason = "a token of the reply takes it beyond the grammar engine's limits"
+            return invalid_schema(self.grammar.field, reason)
+        return internal(request_id)
+
     def close(self) -> None:
         """Gives back what its choices share."""
         if self.grammar:
@@ -3954,7 +3969,7 @@ async def chunk_choices(request: HttpRequest, writer: Writer) -> AsyncIterator[C
             if sequence.finish_reason == "shutdown":
                 raise draining()
             if sequence.finish_reason == "error":
-                raise internal(request.id)
+                raise writer.reply.fault(request.id)
         for choice in writer.push(sequence, piece) if piece else writer.finish(sequence):
             yield choice
         if piece and writer.is_over(sequence):

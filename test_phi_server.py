@@ -2616,6 +2616,20 @@ def test_a_large_schema_is_served(server: Server, schema: Any) -> None:
     assert longest < 0.5
 
 
+@both_ways
+def test_a_schema_that_a_token_takes_beyond_the_limits_is_refused(
+    server: Server, stream: bool
+) -> None:
+    properties = {f"p{i}": {"type": "integer"} for i in range(3000)}  # all may follow the brace
+    schema = {"type": "object", "properties": properties, "required": ["p2999"]}
+    asked = HELLO | {"response_format": schema_format(schema), "stream": stream}
+    reply = post(server, CHAT, asked)
+    error = json.loads(re.findall(rb"\{\"error.*", reply.body)[-1])["error"]
+    assert (error["code"], error["param"]) == ("invalid_parameter", "response_format")
+    assert "takes it beyond the grammar engine's limits" in error["message"]
+    assert post(server, CHAT, HELLO | FORMAT | {"max_tokens": 1}).status == 200
+
+
 def test_the_tool_whose_schema_takes_too_long_is_named_if_it_may_be_forced(server: Server) -> None:
     tools = [tool("f"), tool("g", a={"type": "array", "minItems": 10**9}), tool("h")]
     asked = HELLO | {"max_tokens": 1, "tools": tools}
