@@ -2048,10 +2048,13 @@ def shows_masks(search: Search, end_tokens: frozenset[int], forks: bool) -> bool
     """Whether a search for "a" allows only the end behind it; in a fork, for it starts threads."""
     if forks and (child := os.fork()):
         return os.waitpid(child, 0)[1] == 0
-    search.accept(int(np.flatnonzero(search.mask())[0]))
-    is_end = {*np.flatnonzero(search.mask()).tolist()} <= end_tokens
-    if forks:
-        os._exit(0 if is_end else 1)
+    is_end = False
+    try:
+        search.accept(int(np.flatnonzero(search.mask())[0]))
+        is_end = {*np.flatnonzero(search.mask()).tolist()} <= end_tokens
+    finally:  # also after a fault: the fork must not go on as a second worker
+        if forks:
+            os._exit(0 if is_end else 1)
     return is_end
 
 
