@@ -1434,6 +1434,8 @@ class Tokenizer:
             described = read_tokenizer(folder)
             self.control_texts = control_texts(described)
             self.control_starts = control_starts(self.control_texts.values())
+            # Control tokens whose text readers of a reply look for, as those around tool calls.
+            self.marks: dict[int, str] = {}
             self.drops_leading_space = strips_leading_space(described)
             spelled = vocabulary(described)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # not as known
@@ -2534,6 +2536,7 @@ class TextStream:
     ) -> None:
         self.decoder = tokenizer.codec.create_stream()  # gives '' until a character is whole
         self.control_texts = tokenizer.control_texts
+        self.marks = tokenizer.marks
         self.stop = stop
         self.drops_space = drops_space  # that SentencePiece puts before a text
         self.reports = reports  # whether pieces come with their picks
@@ -2566,6 +2569,7 @@ class TextStream:
     def decode(self, pick: Pick) -> str:
         """The text of one token, '' until a character is whole."""
         text = str(self.decoder.decode(pick.token))
+        text = text or self.marks.get(pick.token, "")
         if self.drops_space and text:
             text, self.drops_space = text.removeprefix(" "), False
         if self.reports:
