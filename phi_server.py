@@ -139,6 +139,9 @@ class Settings:
     kv_memory: str = setting(
         "50%", "bound of the KV cache: bytes (4GiB), or a share of free memory"
     )
+    sampling_defaults: tuple[str, ...] = setting(
+        (), "for silent requests: temperature=0.7,top_p=0.9; unset: the folder's generation_config"
+    )
     cors_origins: tuple[str, ...] = setting(("*",), "web page origins, comma-separated; * for any")
     max_body_bytes: int = setting(4 << 20, "largest request body, in bytes", 1024, 1 << 30)
     keepalive_seconds: float = setting(75.0, "how long an idle connection stays open", 1, 3600)
@@ -663,6 +666,11 @@ class Sampling:
     seed: int | None = None
 
 
+OPENAI_SAMPLING = Sampling()
+# What vLLM takes from a folder's generation_config.json where a request is silent.
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
 @dataclass(frozen=True)
 class Generation:
     """What chat and text completions have in common."""
@@ -774,7 +782,7 @@ class Fields:
         return Fields(self.value(name, (dict,), "an object") or {}, self.param(name))
 
 
-def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
+def parse_chat(body: bytes, vocab_size: int, defaults: Sampling = OPENAI_SAMPLING) -> ChatRequest:
     """Checks a body of POST /v1/chat/completions; raises ApiError."""
     fields = parse_json(body)
     fields.required("model").required("messages")
@@ -792,11 +800,14 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
         raise empty_array("messages")
     messages, tools = tuple(map(parse_message, turns)), parse_tools(fields)
     schema = parse_response_format(fields)
-    generation = parse_generation(fields, vocab_size, max_tokens, shown_logprobs)
+    sampling = parse_sampling(fields, vocab_size, defaults)
+    generation = parse_generation(fields, sampling, max_tokens, shown_logprobs)
     return ChatRequest(messages, tools, schema, generation)
 
 
-def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
+def parse_completion(
+    body: bytes, vocab_size: int, defaults: Sampling = OPENAI_SAMPLING
+) -> CompletionRequest:
     """Checks a body of POST /v1/completions; raises ApiError."""
     fields = parse_json(body)
     fields.required("model").required("prompt")
@@ -806,7 +817,8 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     max_tokens = fields.integer("max_tokens", 0, MOST_TOKENS)
     max_tokens = 16 if max_tokens is None else max_tokens
     top_logprobs = fields.integer("logprobs", 0, 5)
-    generation = parse_generation(fields, vocab_size, max_tokens, top_logprobs)
+    sampling = parse_sampling(fields, vocab_size, defaults)
+    generation = parse_generation(fields, sampling, max_tokens, top_logprobs)
     if (fields.integer("best_of", 1, MOST_CHOICES) or generation.n) != generation.n:
         raise unsupported("best_of", "it must equal 'n'.")
     if generation.n * len(prompts) > MOST_CHOICES:
@@ -849,7 +861,7 @@ def finite(text: str) -> float:
 
 
 def parse_generation(
-    fields: Fields, vocab_size: int, max_tokens: int | None, top_logprobs: int | None
+    fields: Fields, sampling: Sampling, max_tokens: int | None, top_logprobs: int | None
 ) -> Generation:
     """The fields that chat and text completions share."""
     stream = fields.boolean("stream")
@@ -865,24 +877,38 @@ def parse_generation(
         top_logprobs=top_logprobs,
         stream=stream,
         include_usage=include_usage,
-        sampling=parse_sampling(fields, vocab_size),
+        sampling=sampling,
     )
 
 
-def parse_sampling(fields: Fields, vocab_size: int) -> Sampling:
-    """The fields that shape the draw; those beyond OpenAI's are named as in llama.cpp and vLLM."""
-    top_k = fields.integer("top_k", -1, MOST_TOKENS) or 0
+def parse_sampling(fields: Fields, vocab_size: int, silent: Sampling) -> Sampling:
+    """The fields that shape the draw, as in `silent` where they are absent.
+
+    Those beyond OpenAI's are named as in llama.cpp and vLLM.
+    """
+    top_k = fields.integer("top_k", -1, MOST_TOKENS)
+    top_k = silent.top_k if top_k is None else top_k
+
+    def number(name: str, low: float, high: float, low_bound: str = ">=") -> float:
+        return fields.number(name, low, high, getattr(silent, name), low_bound)
+
     return Sampling(
-        temperature=fields.number("temperature", 0, 2, default=1),
-        top_p=fields.number("top_p", 0, 1, default=1),
+        temperature=number("temperature", 0, 2),
+        top_p=number("top_p", 0, 1),
         top_k=top_k if 0 < top_k < vocab_size else 0,
-        min_p=fields.number("min_p", 0, 1, default=0),
-        presence_penalty=fields.number("presence_penalty", -2, 2, default=0),
-        frequency_penalty=fields.number("frequency_penalty", -2, 2, default=0),
-        repetition_penalty=fields.number("repetition_penalty", 0, 2, default=1, low_bound=">"),
+        min_p=number("min_p", 0, 1),
+        presence_penalty=number("presence_penalty", -2, 2),
+        frequency_penalty=number("frequency_penalty", -2, 2),
+        repetition_penalty=number("repetition_penalty", 0, 2, low_bound=">"),
         logit_bias=parse_logit_bias(fields.object("logit_bias"), vocab_size),
         seed=fields.integer("seed", -(1 << 63), (1 << 63) - 1),
     )
+
+
+def parse_defaults(values: Mapping[str, Json], silent: Sampling) -> Sampling:
+    """Sampling by those SAMPLING_DEFAULTS that are given, else as `silent`; raises ApiError."""
+    known = {name: values[name] for name in SAMPLING_DEFAULTS if name in values}
+    return parse_sampling(Fields(known), MOST_TOKENS, silent)
 
 
 def parse_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
@@ -1183,6 +1209,22 @@ def read_genai_config(folder: Path) -> dict[str, Json]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, or of another layout
+        raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
+
+
+def own_sampling(folder: Path) -> Sampling:
+    """What generation_config.json says of silent requests, else OpenAI; raises ModelLoadingFailed.
+
+    The file is the model's own (huggingface.co/docs/transformers, GenerationConfig).
+    """
+    path = folder / "generation_config.json"
+    try:
+        return parse_defaults(dict(json.loads(path.read_bytes())), OPENAI_SAMPLING)
+    except FileNotFoundError:
+        return OPENAI_SAMPLING
+    except ApiError as error:
+        raise ModelLoadingFailed(f"{path}: {error.message}") from None
+    except (OSError, ValueError, TypeError) as error:  # unreadable, or not an object
         raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
 
 
@@ -1945,6 +1987,7 @@ class Served:
     aliases: tuple[str, ...]
     vocab_size: int
     context_length: int
+    sampling: Sampling  # where a request is silent
 
     def check(self, name: str) -> None:
         """Raises ApiError unless a name is the served model's or an alias."""
@@ -1971,7 +2014,7 @@ class Prepared:
 
 def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     """Reads a body of POST /v1/chat/completions; raises ApiError."""
-    request = parse_chat(body, served.vocab_size)
+    request = parse_chat(body, served.vocab_size, served.sampling)
     served.check(request.generation.model)
     tools = request.tools
     prompt = tokenizer.encode_chat(request.messages, tools.offered)
@@ -1983,7 +2026,7 @@ def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
 
 def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     """Reads a body of POST /v1/completions; raises ApiError."""
-    request = parse_completion(body, served.vocab_size)
+    request = parse_completion(body, served.vocab_size, served.sampling)
     generation = request.generation
     served.check(generation.model)
     prompts = []
@@ -3805,10 +3848,15 @@ class Api:
     """The handlers of all routes."""
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, worker: Worker, engine: Engine
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        worker: Worker,
+        engine: Engine,
+        sampling: Sampling,
     ) -> None:
         name, aliases, config = served_name(settings), settings.model_aliases, engine.model.config
-        self.served = Served(name, aliases, config.vocab_size, engine.context_length)
+        self.served = Served(name, aliases, config.vocab_size, engine.context_length, sampling)
         self.config = config
         self.tokenizer = tokenizer
         self.worker = worker
@@ -3922,7 +3970,7 @@ class Api:
     @contextlib.contextmanager
     def generating(self, request: HttpRequest, reply: Reply) -> Iterator[None]:
         """Runs a reply's choices for as long as the with-block lasts; raises ApiError when full."""
-        request.details.update(logged_parameters(reply))
+        request.details.update(logged_parameters(reply, self.served.sampling))
         with contextlib.closing(reply):
             self.engine.submit(reply.choices)
             submitted = time.perf_counter()
@@ -4182,10 +4230,10 @@ class CompletionWriter(Writer):
         return control or self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
-def logged_parameters(reply: Reply) -> dict[str, object]:
+def logged_parameters(reply: Reply, silent: Sampling) -> dict[str, object]:
     """What the log shows of a request's parameters: what is not the default, and no text."""
     sampling = dataclasses.asdict(reply.generation.sampling)
-    defaults = dataclasses.asdict(Sampling())
+    defaults = dataclasses.asdict(silent)
     changed = {name: value for name, value in sampling.items() if value != defaults[name]}
     if reply.generation.sampling.logit_bias:
         changed["logit_bias"] = f"{len(reply.generation.sampling.logit_bias)} tokens"
@@ -4974,12 +5022,29 @@ def load_model(settings: Settings, config: ModelConfig) -> Model:
         return Model(config, settings.context_length, rows + rows % 2, threads)
 
 
+def default_sampling(chosen: tuple[str, ...], own: Sampling) -> Sampling:
+    """The model's own sampling, and over it what SAMPLING_DEFAULTS says; raises SettingsError."""
+    given = {}
+    for text in chosen:
+        name, _, number = map(str.strip, text.partition("="))
+        with contextlib.suppress(ValueError):
+            given[name] = read_json(number)
+        if given.get(name) is None or name not in SAMPLING_DEFAULTS:
+            expected = f"expected NAME=number of {', '.join(SAMPLING_DEFAULTS)}"
+            raise SettingsError(f"SAMPLING_DEFAULTS: {expected}, but got {text!r}")
+    try:
+        return parse_defaults(given, own)
+    except ApiError as error:
+        raise SettingsError(f"SAMPLING_DEFAULTS: {error.message}") from None
+
+
 def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
+    sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
     tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
     engine = Engine(model, metrics, settings.max_concurrent_requests, kv_bytes)
-    return Api(settings, tokenizer, worker, engine)
+    return Api(settings, tokenizer, worker, engine, sampling)
 
 
 async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Api) -> None:
@@ -4992,6 +5057,8 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Ap
     host, port = listener.getsockname()[:2]
     fields: dict[str, object] = {"model": served_name(settings)}
     fields["context_length"] = api.engine.context_length
+    sampling = dataclasses.asdict(api.served.sampling)
+    fields["sampling_defaults"] = {name: sampling[name] for name in SAMPLING_DEFAULTS}
     fields["address"] = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     logger.info("serving", extra={"fields": fields})
     if not keys.are_set and not is_loopback(settings.server_host):

@@ -862,7 +862,33 @@ def test_a_bad_value_is_refused_with_a_line_that_names_the_variable(
     assert str(caught.value).startswith(f"{variable}: expected {expected}")
 
 
-@cases("variable text", [("SERVER_PORT", "http"), ("KV_MEMORY", "lots"), ("SERVER_HOST", "256.1")])
+@cases(
+    "text reason",
+    [
+        ("temperature", "expected NAME=number of temperature, .*, but got 'temperature'"),
+        ("temperature=hot", "expected NAME=number"),
+        ("temperature=null", "expected NAME=number"),
+        ("temperature=NaN", "expected NAME=number"),
+        ("warmth=1", "expected NAME=number of .*, but got 'warmth=1'"),
+        ("temperature=0.7,top_p=2", "Invalid 'top_p': decimal above maximum value"),
+        ("top_k=1.5", "Invalid type for 'top_k': expected an integer"),
+    ],
+)
+def test_bad_sampling_defaults_are_refused(text: str, reason: str) -> None:
+    settings = phi_server.read_settings({"SAMPLING_DEFAULTS": text})
+    with pytest.raises(phi_server.SettingsError, match=f"^SAMPLING_DEFAULTS: {reason}"):
+        phi_server.default_sampling(settings.sampling_defaults, phi_server.Sampling())
+
+
+@cases(
+    "variable text",
+    [
+        ("SERVER_PORT", "http"),
+        ("KV_MEMORY", "lots"),
+        ("SERVER_HOST", "256.1"),
+        ("SAMPLING_DEFAULTS", "hot"),
+    ],
+)
 def test_a_bad_setting_ends_the_start_with_one_line_and_exit_code_2(
     tmp_path: Path, variable: str, text: str
 ) -> None:
@@ -965,7 +991,7 @@ def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
 def test_every_variable_that_the_issue_names_is_there() -> None:
     names = """
     MODEL_PATH MODEL_NAME MODEL_ALIASES SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS
-    CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY CORS_ORIGINS MAX_BODY_BYTES
+    CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY SAMPLING_DEFAULTS CORS_ORIGINS MAX_BODY_BYTES
     KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
     API_KEYS API_KEYS_FILE ALLOWED_HOSTS LOG_LEVEL LOG_FORMAT
     """
@@ -1702,6 +1728,18 @@ def test_sampling_fields_arrive_in_the_sampler() -> None:
     assert sampling == fields | {"logit_bias": {7: -3}}
 
 
+def test_a_silent_request_is_drawn_by_the_defaults_and_another_by_its_own_fields() -> None:
+    defaults = phi_server.Sampling(temperature=0.6, top_k=20, repetition_penalty=1.1)
+
+    def sampling(**fields: object) -> Any:
+        body = json.dumps({"model": "m", **HELLO, **fields}).encode()
+        return phi_server.parse_chat(body, VOCABULARY, defaults).generation.sampling
+
+    assert sampling(temperature=None) == defaults
+    assert sampling(seed=5) == dataclasses.replace(defaults, seed=5)
+    assert sampling(temperature=1, top_k=0) == phi_server.Sampling(repetition_penalty=1.1)
+
+
 @cases("top_k", [VOCABULARY, VOCABULARY + 1, (1 << 63) - 1])
 def test_top_k_at_or_above_the_vocabulary_is_as_if_absent(top_k: int) -> None:
     assert parse(CHAT, top_k=top_k) == parse(CHAT)
@@ -1998,6 +2036,59 @@ def test_a_folder_above_the_model_gets_a_hint(model_folder: Path, tmp_path: Path
     hint = f"did you mean {re.escape(str(inner))}"
     with pytest.raises(phi_server.ModelLoadingFailed, match=hint):
         phi_server.ModelConfig.read(tmp_path / "in")
+
+
+@cases(
+    "text changes",
+    {
+        "none": (None, {}),
+        "of sampling": ('{"temperature": 0.6, "top_p": 0.95}', {"temperature": 0.6, "top_p": 0.95}),
+        "all names": (
+            '{"top_k": 64, "min_p": 0.1, "repetition_penalty": 1.05}',
+            {"top_k": 64, "min_p": 0.1, "repetition_penalty": 1.05},
+        ),
+        "other names": ('{"do_sample": true, "eos_token_id": [1], "presence_penalty": 1}', {}),
+        "null": ('{"temperature": null}', {}),
+    },
+)
+def test_a_folders_generation_config_says_how_silent_requests_are_drawn(
+    tmp_path: Path, text: str | None, changes: dict[str, Any]
+) -> None:
+    if text is not None:
+        (tmp_path / "generation_config.json").write_text(text)
+    assert phi_server.own_sampling(tmp_path) == phi_server.Sampling(**changes)
+
+
+@cases(
+    "text reason",
+    [
+        ('{"temperature": 3}', "Invalid 'temperature': decimal above maximum value"),
+        ('{"top_k": "many"}', "Invalid type for 'top_k': expected an integer, but got a string"),
+        ("[1]", "cannot be read"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_used_is_refused(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(phi_server.ModelLoadingFailed, match=f"generation_config.json.*{reason}"):
+        phi_server.own_sampling(tmp_path)
+
+
+def test_sampling_defaults_win_over_the_folders_and_a_request_over_both(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = changed(model_folder, tmp_path)
+    (folder / "generation_config.json").write_text('{"temperature": 0, "top_k": 7}')
+    with running(MODEL_PATH=folder, SAMPLING_DEFAULTS="min_p=0.2, top_k=5") as server:
+        serving = server.logged(message="serving")["sampling_defaults"]
+        assert content(chat(server, QUESTION, temperature=None)) == ANSWER
+        chat(server, QUESTION, temperature=0.5, min_p=0)
+        sent = server.logged(parameters={"temperature": 0.5, "min_p": 0})
+    others = {"top_p": 1.0, "repetition_penalty": 1.0}
+    assert serving == {"temperature": 0, "top_k": 5, "min_p": 0.2} | others
+    assert sent["finish_reason"] == "stop"
 
 
 def test_a_huge_tree_is_not_searched_for_a_hint(tmp_path: Path) -> None:
