@@ -132,7 +132,8 @@ class Settings:
     model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
     server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
-    max_concurrent_requests: int = setting(4, "requests generating at once; more get 429", 1, 256)
+    max_concurrent_requests: int = setting(32, "requests accepted at once; more get 429", 1, 1024)
+    batch_size: int = setting(8, "replies computed at once; the others wait in line", 1, 256)
     context_length: int = setting(4096, "tokens of a prompt and its reply at most", 16, 1 << 20)
     threads: int = setting(0, "threads of the model; 0: as CPU affinity and quota allow", 0, 1024)
     cache_slots: int = setting(8, "conversations whose KV is kept besides the running ones", 0, 256)
@@ -329,7 +330,9 @@ class ModelLoadingFailed(Exception):
     """The model folder cannot be served; the message is the reason."""
 
 
-RETRY_SOON = {"Retry-After": "1"}
+def retry_after(seconds: int) -> dict[str, str]:
+    """The header that tells clients when to try again (RFC 9110 section 10.2.3)."""
+    return {"Retry-After": str(seconds)}
 
 
 def invalid_json(reason: str) -> ApiError:
@@ -471,22 +474,24 @@ def too_slow(limit: float) -> ApiError:
     return ApiError(408, "request_timeout", f"The request did not arrive within {limit:g} seconds.")
 
 
-def overloaded(limit: int) -> ApiError:
-    """429: as many requests as allowed are already generating."""
-    message = f"Rate limit reached: this server generates {limit} requests at once."
-    return ApiError(429, "rate_limit_exceeded", f"{message} Please try again.", headers=RETRY_SOON)
+def overloaded(limit: int, seconds: int) -> ApiError:
+    """429: as many requests as allowed are accepted; one is likely to end within `seconds`."""
+    message = f"Rate limit reached: this server takes {limit} requests at once."
+    hint = f"Please try again in {seconds} s."
+    headers = retry_after(seconds)
+    return ApiError(429, "rate_limit_exceeded", f"{message} {hint}", headers=headers)
 
 
 def draining() -> ApiError:
     """503: the server is shutting down."""
     message = "The server is shutting down. Please retry."
-    return ApiError(503, "shutting_down", message, headers=RETRY_SOON)
+    return ApiError(503, "shutting_down", message, headers=retry_after(1))
 
 
 def too_many_connections(limit: int) -> ApiError:
     """503: as many connections as allowed are open."""
     message = f"This server has {limit} connections open."
-    return ApiError(503, "too_many_connections", message, headers=RETRY_SOON)
+    return ApiError(503, "too_many_connections", message, headers=retry_after(1))
 
 
 def internal(request_id: str) -> ApiError:
@@ -564,7 +569,7 @@ class Metrics:
         above = "Requests above MAX_CONCURRENT_REQUESTS."
         self.rejected = counter("rejected_requests_total", above)
         self.running = gauge("running_sequences", "Sequences being prefilled or decoded.")
-        waiting = "Sequences waiting for a slot or for KV memory."
+        waiting = "Sequences waiting in line for a slot or for KV memory."
         self.waiting = gauge("waiting_sequences", waiting)
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of admitted sequences.")
         self.cached_tokens = counter("cached_tokens_total", "Prompt tokens whose KV was reused.")
@@ -3120,14 +3125,52 @@ class Plan:
         return [] if self.is_chunk else self.tokens[0, 1:].tolist()
 
 
+class Pace:
+    """How long replies take, learned from those before: when the next one is likely to end."""
+
+    LONGEST = 60  # seconds to wait; OpenAI's clients do not keep to more
+
+    def __init__(self) -> None:
+        self.step_seconds = 0.05  # from one token of a sequence to its next
+        self.reply_tokens = 100.0  # of a whole reply
+        self.promised: list[float] = []  # when those who were refused come again, in order
+
+    def learn_step(self, seconds: float) -> None:
+        """Corrects the time of a token."""
+        self.step_seconds += 0.1 * (seconds - self.step_seconds)
+
+    def learn_reply(self, sequence: Sequence) -> None:
+        """Corrects the length of a reply by one that has come to its end."""
+        if sequence.finish_reason in ("stop", "length"):
+            self.reply_tokens += 0.1 * (sequence.completion_tokens - self.reply_tokens)
+
+    def promise(self, rests: list[float]) -> int:
+        """Whole seconds, 1 to LONGEST, after which a client that is refused may find a place.
+
+        `rests` are the seconds that the running replies still need. A place that was promised to
+        another client is not promised again.
+        """
+        now = time.monotonic()
+        self.promised = [moment for moment in self.promised if moment > now]
+        rests = sorted(rests) or [0.0]
+        rounds, place = divmod(len(self.promised), len(rests))
+        seconds = rests[place] + rounds * rests[-1]
+        whole = max(1, min(math.ceil(seconds), self.LONGEST))
+        self.promised.append(now + whole)
+        return whole
+
+
 class Engine:
     """Generates all sequences by continuous batching."""
 
-    def __init__(self, model: Model, metrics: Metrics, most_requests: int, kv_bytes: int) -> None:
+    def __init__(
+        self, model: Model, metrics: Metrics, most_requests: int, batch_size: int, kv_bytes: int
+    ) -> None:
         """Raises SettingsError for memory of fewer than 16 tokens."""
         self.model = model
         self.metrics = metrics
         self.most_requests = most_requests
+        self.batch_size = batch_size
         self.slots = Slots(model.kv, model.context_length, kv_bytes)
         self.context_length = self.slots.context_length
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
@@ -3141,6 +3184,7 @@ class Engine:
         self.steps = 0
         self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
+        self.pace = Pace()
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Takes a request's sequences in; raises ApiError at most_requests, or when draining."""
@@ -3148,7 +3192,8 @@ class Engine:
             raise draining()
         if self.requests >= self.most_requests:
             self.metrics.rejected.add()
-            raise overloaded(self.most_requests)
+            rests = [self.rest_of(slot) for slot in self.slots.all if slot.sequence]
+            raise overloaded(self.most_requests, self.pace.promise(rests))
         self.requests += 1
         self.waiting += sequences
         self.wake.set()
@@ -3158,6 +3203,13 @@ class Engine:
         self.requests -= 1
         for sequence in sequences:
             sequence.close("cancelled")
+
+    def rest_of(self, slot: Slot) -> float:
+        """Seconds that a slot's sequence is likely to need to its end."""
+        sequence = slot.running
+        usual = max(1.0, self.pace.reply_tokens - sequence.completion_tokens)
+        tokens = min(usual, sequence.limit - len(sequence.tokens))
+        return slot.pending / self.prefill_speed + tokens * self.pace.step_seconds
 
     def end(self, reason: str = "shutdown") -> None:
         """Ends all sequences, those that wait for a slot too."""
@@ -3210,6 +3262,7 @@ class Engine:
         """The next call: a chunk of a prompt, or a token for all that decode; None without work."""
         for slot in self.slots.all:
             if slot.sequence and slot.sequence.finish_reason:
+                self.pace.learn_reply(slot.sequence)
                 self.slots.vacate(slot)
         self.admit()
         decoding = [slot for slot in self.slots.all if slot.pending == 1]
@@ -3226,10 +3279,12 @@ class Engine:
         return self.plan_decode(decoding, decoding[0].running.draft() if is_alone else [])
 
     def admit(self) -> None:
-        """Gives waiting sequences slots, in order, as long as there are slots and KV memory."""
+        """Gives waiting sequences slots, in order, up to batch_size and as KV memory allows."""
         while self.waiting:
             sequence = self.waiting[0]
             if not sequence.is_closed:
+                if len(self.slots.sequences) >= self.batch_size:
+                    return
                 slot = self.slots.admit(sequence)
                 if slot is None:
                     return
@@ -3314,6 +3369,7 @@ class Engine:
             self.prefill_seconds += seconds
             self.learn_speed(plan.count, seconds)
         else:
+            self.pace.learn_step(seconds + self.prefill_seconds)
             self.prefill_seconds = 0.0
             self.metrics.batch_size.observe(len(plan.slots))
         for slot, picked in zip(plan.slots, picks, strict=True):
@@ -5016,7 +5072,7 @@ def bind(settings: Settings) -> socket.socket:
 
 def load_model(settings: Settings, config: ModelConfig) -> Model:
     """Loads a model with a row for each conversation; raises ModelLoadingFailed."""
-    rows = settings.max_concurrent_requests + settings.cache_slots
+    rows = settings.batch_size + settings.cache_slots
     threads = settings.threads or usable_cpus()
     with startup_step(f"Loading {served_name(settings)} from {config.folder}"):
         return Model(config, settings.context_length, rows + rows % 2, threads)
@@ -5043,7 +5099,8 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
     tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
-    engine = Engine(model, metrics, settings.max_concurrent_requests, kv_bytes)
+    limits = (settings.max_concurrent_requests, settings.batch_size)
+    engine = Engine(model, metrics, *limits, kv_bytes)
     return Api(settings, tokenizer, worker, engine, sampling)
 
 

@@ -755,6 +755,7 @@ def strict_server() -> Iterator[Server]:
     """A server with one slot, little patience, and lists where the default is everybody."""
     with running(
         MAX_CONCURRENT_REQUESTS=1,
+        BATCH_SIZE=1,
         CACHE_SLOTS=1,
         READ_SECONDS=0.5,
         KEEPALIVE_SECONDS=1,
@@ -768,8 +769,8 @@ def strict_server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def wide_server() -> Iterator[Server]:
-    """A server that generates eight replies at once."""
-    with running(MAX_CONCURRENT_REQUESTS=8, MODEL_ALIASES="*") as server:
+    """A server that takes any model's name."""
+    with running(MODEL_ALIASES="*") as server:
         yield server
 
 
@@ -813,8 +814,9 @@ def model(model_folder: Path) -> Any:
         "an empty variable is unset": ("SERVER_PORT", "", 8000),
         "lowest port": ("SERVER_PORT", "0", 0),
         "highest port": ("SERVER_PORT", "65535", 65535),
-        "four requests": ("MAX_CONCURRENT_REQUESTS", "", 4),
+        "32 requests": ("MAX_CONCURRENT_REQUESTS", "", 32),
         "one request": ("MAX_CONCURRENT_REQUESTS", "1", 1),
+        "eight at once": ("BATCH_SIZE", "", 8),
         "context length": ("CONTEXT_LENGTH", "", 4096),
         "threads": ("THREADS", "3", 3),
         "no kept conversation": ("CACHE_SLOTS", "0", 0),
@@ -840,7 +842,7 @@ def test_a_variable_sets_its_setting(variable: str, text: str, value: object) ->
         ("SERVER_PORT", "80.0", "an integer, but got '80.0'"),
         ("SERVER_PORT", "-1", "an integer from 0 to 65,535, but got -1"),
         ("SERVER_PORT", "65536", "an integer from 0 to 65,535, but got 65536"),
-        ("MAX_CONCURRENT_REQUESTS", "0", "an integer from 1 to 256"),
+        ("MAX_CONCURRENT_REQUESTS", "0", "an integer from 1 to 1,024"),
         ("CONTEXT_LENGTH", "15", "an integer from 16 to"),
         ("THREADS", "-1", "an integer from 0 to"),
         ("CACHE_SLOTS", "many", "an integer, but got 'many'"),
@@ -991,8 +993,8 @@ def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
 def test_every_variable_that_the_issue_names_is_there() -> None:
     names = """
     MODEL_PATH MODEL_NAME MODEL_ALIASES SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS
-    CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY SAMPLING_DEFAULTS CORS_ORIGINS MAX_BODY_BYTES
-    KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
+    BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY SAMPLING_DEFAULTS CORS_ORIGINS
+    MAX_BODY_BYTES KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
     API_KEYS API_KEYS_FILE ALLOWED_HOSTS LOG_LEVEL LOG_FORMAT
     """
     assert [name for name, _, _ in phi_server.settings_table()] == names.split()
@@ -3526,6 +3528,47 @@ def test_one_request_above_the_limit_is_refused_while_health_answers(strict_serv
         assert get(strict_server, "/health").json == {"status": "ok"}
 
 
+def test_requests_above_the_batch_wait_in_line_with_their_streams_open() -> None:
+    with running(MAX_CONCURRENT_REQUESTS=3, BATCH_SIZE=1, CACHE_SLOTS=3) as server:
+        ids = ["first", "second", "third"]
+        streams = [stream_forever(server, STORY, request_id=id, max_tokens=40) for id in ids]
+        with contextlib.ExitStack() as stack:
+            first, *others = [stack.enter_context(stream) for stream in streams]
+            first.read_until(FIRST_TEXT)
+            for other in others:
+                other.read_until(b'"role"')
+            assert metrics(server, "running_sequences", "waiting_sequences").tolist() == [1, 2]
+            refused = post(server, CHAT, HELLO)
+            assert refused.failure == (429, "rate_limit_exceeded")
+            assert 1 <= int(refused.headers["retry-after"]) <= 60
+            assert not any(other.is_readable(0) for other in others)
+            for wire in (first, *others):
+                wire.read_until(b"[DONE]")
+    assert [entry["request_id"] for entry in server.log if entry.get("request_id") in ids] == ids
+
+
+def test_who_is_refused_is_told_when_a_place_is_likely_to_be_free() -> None:
+    pace = phi_server.Pace()
+    assert [pace.promise([4.2, 1.5]) for _ in range(5)] == [2, 5, 6, 9, 10]
+    assert [phi_server.Pace().promise(rests) for rests in ([], [0.2], [900.0])] == [1, 1, 60]
+
+
+def test_the_rest_of_a_reply_follows_from_its_prompt_its_limit_and_those_before(
+    engine: Any,
+) -> None:
+    engine.prefill_speed, engine.pace.step_seconds, engine.pace.reply_tokens = 50.0, 0.1, 30.0
+    short, long = sequence([1] * 100, limit=110), sequence([2] * 10)
+    engine.submit([short, long])
+    engine.admit()
+    assert [engine.rest_of(slot) for slot in engine.slots.all[:2]] == [3.0, 3.2]
+    ended = sequence([3], limit=2)
+    ended.tokens += [5] * 130
+    ended.finish_reason = "length"
+    engine.pace.learn_reply(ended)
+    engine.pace.learn_step(0.2)
+    assert (engine.pace.reply_tokens, round(engine.pace.step_seconds, 3)) == (40.0, 0.11)
+
+
 def test_a_full_server_still_says_what_is_wrong_with_a_request(strict_server: Server) -> None:
     with busy(strict_server, 1):
         assert post(strict_server, CHAT, {}).error["code"] == "missing_parameter"
@@ -3636,7 +3679,7 @@ class SlotBound(phi_server.Sampler):
 def engine() -> Any:
     """An engine that is not running, with six rows and KV memory for all of them."""
     model: Any = Ledger()
-    return phi_server.Engine(model, phi_server.Metrics(), 8, 1 << 30)
+    return phi_server.Engine(model, phi_server.Metrics(), 8, 6, 1 << 30)
 
 
 def sequence(
@@ -3644,7 +3687,7 @@ def sequence(
 ) -> Any:
     decoder = SimpleNamespace(decode=lambda token: f"{token} ")
     codec = SimpleNamespace(create_stream=lambda: decoder)
-    tokenizer: Any = SimpleNamespace(codec=codec, control_texts={})
+    tokenizer: Any = SimpleNamespace(codec=codec, control_texts={}, marks={})
     fields = {"index": 0, "limit": 110, "eos_tokens": frozenset(), "outlet": asyncio.Queue()}
     return phi_server.Sequence(
         prompt=prompt,
@@ -3862,7 +3905,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(kv_tok
     model: Any = Ledger()
     pages = kv_tokens // model.kv.tokens_per_page + model.kv.rows
     kv_bytes = pages * model.kv.tokens_per_page * model.kv.bytes_per_token
-    engine = phi_server.Engine(model, phi_server.Metrics(), 8, kv_bytes)
+    engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
     running: list[list[Any]] = []
     ended: list[Any] = []
     known = [chance.choices(range(16), k=60) for _ in range(3)]
@@ -5244,6 +5287,20 @@ def test_the_official_client_recognises_errors(
     strict = client.with_options(base_url=strict_server.url)
     with busy(strict_server, 1), pytest.raises(openai.RateLimitError):
         strict.chat.completions.create(model="strict", **HELLO)
+
+
+def test_the_official_client_waits_for_a_place_as_long_as_it_is_told(openai: Any) -> None:
+    async def ask(client: Any) -> str:
+        asked = {"model": "any", "messages": turns(QUESTION), "temperature": 0, "max_tokens": 20}
+        return str((await client.chat.completions.create(**asked)).choices[0].message.content)
+
+    async def gather(url: str) -> list[str]:
+        async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+            return await asyncio.gather(*[ask(client) for _ in range(12)])
+
+    with running(MAX_CONCURRENT_REQUESTS=3, MODEL_ALIASES="any") as server:
+        assert asyncio.run(gather(server.url)) == [ANSWER] * 12
+        assert metric(server, "rejected_requests_total") >= 9
 
 
 def near(strategies: Any, required: dict[str, Any], fields: dict[str, Any]) -> Any:
