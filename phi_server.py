@@ -70,7 +70,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -1084,7 +1084,8 @@ def new_id(prefix: str) -> str:
 
 # ---- Protobuf ------------------------------------------------------------------------------------
 # ONNX files are protobuf messages (protobuf.dev/programming-guides/encoding). Two graphs are
-# written: the stub of the grammar engine and the demo model; field numbers are onnx.proto's.
+# written: the stub of the grammar engine and the demo model; of a model's graph is read what its
+# nodes compute. Field numbers are onnx.proto's.
 
 
 def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
@@ -1106,6 +1107,61 @@ def varint(value: int) -> bytes:
     return bytes([value & 127 | 128]) + varint(value >> 7) if value >> 7 else bytes([value])
 
 
+def read_protobuf(data: memoryview) -> dict[int, list[Any]]:
+    """A message's values by field number: integers as such, all else as views of the data."""
+    fields: dict[int, list[Any]] = defaultdict(list)
+    sizes, place = {1: 8, 5: 4}, 0  # bytes, by wire type
+    while place < len(data):
+        key, place = read_varint(data, place)
+        wire_type = key & 7
+        if wire_type in sizes:
+            size = sizes[wire_type]
+        else:
+            size, place = read_varint(data, place)
+        fields[key >> 3].append(data[place : place + size] if wire_type else size)
+        place += size if wire_type else 0
+    return fields
+
+
+def read_varint(data: memoryview, place: int) -> tuple[int, int]:
+    """A number in seven bits a byte, lowest first, and the place behind it."""
+    value = shift = 0
+    while data[place] & 128:
+        value |= (data[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+    return value | data[place] << shift, place + 1
+
+
+class OnnxGraph:
+    """The nodes and constants of an ONNX file, which stays where it is: only views are made."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        graph = read_protobuf(read_protobuf(data)[7][0])
+        self.nodes = [read_protobuf(node) for node in graph[1]]
+        self.tensors = {bytes(tensor[8][0]): tensor for tensor in map(read_protobuf, graph[5])}
+        for node in self.nodes:
+            if node[4] == [b"Constant"]:
+                value = read_protobuf(node[5][0])[5]  # empty if it is a list of numbers
+                self.tensors |= {bytes(node[2][0]): read_protobuf(tensor) for tensor in value}
+
+    @property
+    def operators(self) -> set[str]:
+        """What its nodes compute, those of inner graphs apart."""
+        return {str(node[4][0], "utf-8") for node in self.nodes}
+
+    def fed(self, operator: bytes, names: Iterable[bytes]) -> list[dict[int, list[Any]]]:
+        """The nodes of an operator whose first input has one of the names."""
+        return [node for node in self.nodes if node[4] == [operator] and node[1][0] in names]
+
+    def integer(self, name: bytes) -> int:
+        """A constant that is one integer, not negative."""
+        tensor = self.tensors[name]
+        raw = tensor[9]
+        return int.from_bytes(raw[0], "little") if raw else read_varint(tensor[7][0], 0)[0]
+
+
 def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
     """An input or output of an ONNX graph; the kind is onnx.proto's (1 float32, 7 int64)."""
     sizes = [(1, protobuf((1, size) if isinstance(size, int) else (2, size))) for size in shape]
@@ -1117,6 +1173,10 @@ def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
 # onnxruntime-genai's generator holds the GIL while it computes, fills its whole KV cache with
 # zeros, and cannot join a running batch. The KV cache is ours: rows [row, kv_heads, token,
 # head_size] bound both as past and as present, so that the attention kernel appends in place.
+#
+# A graph with LongRoPE rotates by its long factors when the attention mask is wider than the length
+# that the model was first trained for, in all rows of a call, and what is cached keeps its
+# rotation. If the context is longer than that, there are two KV caches: a call is of one of them.
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -1124,9 +1184,6 @@ Booleans = npt.NDArray[np.bool_]
 
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
-
-# LongRoPE: from this width of the attention mask on the graph takes the long factors, for all rows.
-LONG_ROPE_WIDTH = 4097
 
 
 @dataclass(frozen=True)
@@ -1144,7 +1201,6 @@ class ModelConfig:
     eos_tokens: frozenset[int]
     inputs: Mapping[str, str]  # names or printf patterns, by their key in genai_config.json
     outputs: Mapping[str, str]
-    is_long_rope: bool
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
@@ -1169,7 +1225,6 @@ class ModelConfig:
                 eos_tokens=frozenset(eos if isinstance(eos, list) else [eos]),
                 inputs=DEFAULT_INPUTS | decoder.get("inputs", {}),
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
-                is_long_rope=model.get("type", "").startswith("phi3"),
             )
         except (AttributeError, KeyError, TypeError) as error:  # a key missing, or of another kind
             path = folder / "genai_config.json"
@@ -1251,14 +1306,20 @@ def find_model_below(folder: Path) -> Path | None:
 class KvCache:
     """KV of all rows: arrays [rows, kv_heads, capacity, head_size], virtual until written."""
 
-    def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, length: int, least_width: int
+    ) -> None:
         self.rows = rows
-        self.capacity = capacity
+        self.length = length  # tokens of a row at most
+        self.least_width = least_width  # of the attention mask in calls on this cache
+        # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
+        self.capacity = round_up(length, 64)
+        self.resident = [0] * rows  # tokens by row whose memory is written and not given back
         self.head_bytes = config.head_size * np.dtype(dtype).itemsize  # of one head in one array
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
-        shape = (rows, config.kv_heads, capacity, config.head_size)
-        size = rows * config.kv_heads * capacity * self.head_bytes
+        shape = (rows, config.kv_heads, self.capacity, config.head_size)
+        size = rows * config.kv_heads * self.capacity * self.head_bytes
         self.memory = [virtual_memory(size) for _ in range(2 * config.layers)]
         self.arrays = [np.ndarray(shape, dtype, memory) for memory in self.memory]
 
@@ -1281,6 +1342,14 @@ class KvCache:
             if first < end:
                 for memory in self.memory:
                     release_pages(memory, first, end - first)
+
+    def note(self, row: int, written: int) -> None:
+        """Notes that a row is written as far as so many tokens, if it was not before."""
+        self.resident[row] = max(self.resident[row], self.whole_pages(written))
+
+    def whole_pages(self, tokens: int) -> int:
+        """The number of tokens rounded up to whole pages, at most a row."""
+        return min(round_up(tokens, self.tokens_per_page), self.capacity)
 
 
 def round_up(number: int, unit: int) -> int:
@@ -1317,40 +1386,44 @@ class Model:
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
         self.has_position_ids = config.inputs["position_ids"] in inputs
-        # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
-        capacity = round_up(self.context_length, 64)
+        graph = OnnxGraph(config.graph)
+        self.operators = graph.operators
+        original = original_length(graph, config.inputs["attention_mask"])
+        bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
+        if original and original < self.context_length:
+            bounds = [(original, 0), (self.context_length, original + 1)]
         kv_dtype = port_dtype(inputs[config.inputs["past_key_names"] % 0])
         try:
-            self.kv = KvCache(config, kv_dtype, rows, capacity)
+            self.caches = [KvCache(config, kv_dtype, rows, *bound) for bound in bounds]
         except (OSError, ValueError, OverflowError) as error:
             fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
             raise ModelLoadingFailed(fault) from None
-        self.mask_memory = virtual_memory(8 * rows * max(capacity, LONG_ROPE_WIDTH))  # int64
+        self.mask_memory = virtual_memory(8 * rows * self.caches[-1].capacity)  # int64
         self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
-        self.bindings: dict[tuple[int, int], onnxruntime.IOBinding] = {}
+        self.bindings: dict[tuple[KvCache, int, int], onnxruntime.IOBinding] = {}
         self.warm_up()
 
     def warm_up(self) -> None:
         """Runs the graph once, so that a wrong one fails now; raises ModelLoadingFailed."""
         try:
             tokens = np.full((1, 2), self.config.start_token, np.int64)
-            self.forward(0, tokens, np.zeros(1, np.int64))
+            self.forward(self.caches[0], 0, tokens, np.zeros(1, np.int64))
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"{self.config.graph} cannot be run as a text decoder: {error}"
             raise ModelLoadingFailed(fault) from None
 
-    def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
+    def forward(
+        self, kv: KvCache, low: int, tokens: Integers, lengths: Integers
+    ) -> npt.NDArray[Any]:
         """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
 
         Appends KV in place; returns logits [rows, count, vocab], which the next call overwrites.
         """
         rows, count = tokens.shape
-        names, width = self.config.inputs, int(lengths.max()) + count
-        if self.config.is_long_rope and self.context_length >= LONG_ROPE_WIDTH:
-            width = max(width, LONG_ROPE_WIDTH)
+        names, width = self.config.inputs, max(int(lengths.max()) + count, kv.least_width)
         columns = np.arange(width)
         # One memory for the masks of all calls, since a binding keeps what was last bound.
         mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
@@ -1358,7 +1431,7 @@ class Model:
         inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
         if self.has_position_ids:
             inputs[names["position_ids"]] = lengths[:, None] + columns[:count]
-        binding = self.binding(low, low + rows)
+        binding = self.binding(kv, low, low + rows)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, count, self.config.vocab_size)
@@ -1372,18 +1445,29 @@ class Model:
         """Gives the memory of the last call's logits back to the system."""
         release_pages(self.logits_memory, 0, len(self.logits_memory))
 
-    def binding(self, low: int, high: int) -> onnxruntime.IOBinding:
+    def binding(self, kv: KvCache, low: int, high: int) -> onnxruntime.IOBinding:
         """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
-        if (low, high) not in self.bindings:
+        if (kv, low, high) not in self.bindings:
             binding = self.session.io_binding()
             inputs, outputs = self.config.inputs, self.config.outputs
-            for i, array in enumerate(self.kv.arrays):
+            for i, array in enumerate(kv.arrays):
                 layer, part = i // 2, ("key", "value")[i % 2]
                 value = onnxruntime.OrtValue.ortvalue_from_numpy(array[low:high])
                 binding.bind_ortvalue_input(inputs[f"past_{part}_names"] % layer, value)
                 binding.bind_ortvalue_output(outputs[f"present_{part}_names"] % layer, value)
-            self.bindings[low, high] = binding
-        return self.bindings[low, high]
+            self.bindings[kv, low, high] = binding
+        return self.bindings[kv, low, high]
+
+
+def original_length(graph: OnnxGraph, mask: str) -> int | None:
+    """The width of the attention mask above which LongRoPE's factors are the long ones, if any."""
+    names = [mask.encode()]
+    for operator in (b"Shape", b"Gather"):
+        names = [bytes(node[2][0]) for node in graph.fed(operator, names)]
+    for node in graph.fed(b"Greater", names):
+        if graph.fed(b"If", [bytes(node[2][0])]):
+            return graph.integer(bytes(node[1][1]))
+    return None
 
 
 def port_dtype(port: onnxruntime.NodeArg) -> np.dtype[Any]:
@@ -2803,7 +2887,7 @@ CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use 
 LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
 # Of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon.
 ALONE_SECONDS = 1.0
-# Of all chunks between two decode steps: running streams get at least two tokens a second.
+# Of all chunks between two decode steps: streams of one cache get at least two tokens a second.
 SHARED_SECONDS = 0.25
 # Without work, before memory is given back; taking it anew costs a chunk 2 or 3 %.
 REST_SECONDS = 3.0
@@ -2894,9 +2978,10 @@ class Sequence:
         """How many tokens have been sampled, the end token apart."""
         return len(self.tokens) - self.prompt_tokens
 
-    def draft(self) -> list[int]:
-        """Guesses its next tokens, short of the limit by one; [] when there is no good guess."""
-        return self.lookup.draft(self.limit - len(self.tokens) - 1) if self.lookup else []
+    def draft(self, most: int) -> list[int]:
+        """Guesses its tokens up to the `most`-th, short of the limit by one; [] without a guess."""
+        room = min(most, self.limit - 1) - len(self.tokens)
+        return self.lookup.draft(room) if self.lookup else []
 
     def score_prompt(self, start: int, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens from place `start` on by their logits [count, vocab]."""
@@ -2925,10 +3010,10 @@ class Slot:
     """Room for the KV of one sequence."""
 
     row: int
+    kv: KvCache  # which has the row
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)  # whose KV the row holds
     prefilled: int = 0  # how many of them, from the first on, were prefilled rather than decoded
-    resident: int = 0  # tokens whose memory has been written and not given back
     used: int = 0  # the step that worked on it last
 
     @property
@@ -2952,18 +3037,18 @@ class Slot:
 # what is resident: what its row has written and not given back. A sequence is admitted only when
 # all limits and what the other slots keep fit into KV_MEMORY together. From then on the sum can
 # only fall: no row holds more than its sequence's limit (admit and tighten trim it to that), so a
-# slot that is vacated costs at most what its sequence had reserved. One thing comes on top: a kept
-# row within a span gets a throwaway token behind its own, perhaps in a new page. For that, a page
-# of each row is set aside.
+# slot that is vacated costs at most what its sequence had reserved. One thing comes on top: a row
+# within a span gets a throwaway token behind its own, or as the first one if its own lie in the
+# other cache, perhaps in a new page. For that, a page of each row of each cache is set aside.
 class Slots:
-    """Owns the rows of the KV cache: which sequence has which, what they hold, their memory."""
+    """Owns the rows of the KV caches: which sequence has which, what they hold, their memory."""
 
-    def __init__(self, kv: KvCache, context_length: int, kv_bytes: int) -> None:
-        """Raises SettingsError for memory of fewer than 16 tokens."""
-        self.kv = kv
-        self.all = [Slot(row) for row in range(kv.rows)]
+    def __init__(self, caches: list[KvCache], context_length: int, kv_bytes: int) -> None:
+        """Takes caches by length; raises SettingsError for memory of fewer than 16 tokens."""
+        self.caches, kv = caches, caches[0]
+        self.all = [Slot(row, kv) for row in range(kv.rows)]
         pages = kv_bytes // (kv.bytes_per_token * kv.tokens_per_page)
-        self.most_tokens = (pages - kv.rows) * kv.tokens_per_page
+        self.most_tokens = (pages - kv.rows * len(caches)) * kv.tokens_per_page
         self.context_length = min(context_length, self.most_tokens)
         if self.context_length < 16:
             size = f"{kv.bytes_per_token:,} bytes each"
@@ -2974,6 +3059,14 @@ class Slots:
     def sequences(self) -> list[Sequence]:
         """The sequences that have a slot."""
         return [slot.sequence for slot in self.all if slot.sequence]
+
+    def resident(self, slots: Iterable[Slot]) -> int:
+        """Tokens of slots whose memory is written and not given back."""
+        return sum(kv.resident[slot.row] for slot in slots for kv in self.caches)
+
+    def cache_for(self, sequence: Sequence) -> KvCache:
+        """The first cache whose rows can hold a sequence's tokens; later ones are longer."""
+        return next(kv for kv in self.caches if len(sequence.tokens) <= kv.length)
 
     def admit(self, sequence: Sequence) -> Slot | None:
         """Gives a sequence a slot and what that holds of its prompt; None when it must wait."""
@@ -2992,7 +3085,7 @@ class Slots:
             return None
         sequence.cached_tokens = shared if slot is holder else 0
         slot.keep(sequence.cached_tokens)
-        slot.sequence = sequence
+        slot.sequence, slot.kv = sequence, self.cache_for(sequence)
         self.resize(slot, sequence.limit)
         sequence.sampler.begin()
         return slot
@@ -3002,7 +3095,8 @@ class Slots:
         best: tuple[Slot | None, int] = None, 0
         if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
             return best
-        for slot in self.all:
+        kv = self.cache_for(sequence)
+        for slot in (slot for slot in self.all if slot.kv is kv):
             shared = common_prefix(slot.tokens, sequence.tokens)
             shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
             shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
@@ -3013,12 +3107,12 @@ class Slots:
     def make_room(self, sequence: Sequence, chosen: Slot, spared: Slot | None) -> bool:
         """Drops kept KV, least recently used first and `spared` last, until a sequence fits."""
         running = [sequence, *self.sequences]
-        needed = sum(self.whole_pages(each.limit) for each in running)
+        needed = sum(self.caches[-1].whole_pages(each.limit) for each in running)
         if needed > self.most_tokens:  # what is kept would be lost for nothing
             return False
         kept = [slot for slot in self.all if not slot.sequence and slot is not chosen]
         for slot in sorted(kept, key=lambda slot: (slot is spared, slot.used)):
-            if needed + sum(slot.resident for slot in kept) <= self.most_tokens:
+            if needed + self.resident(kept) <= self.most_tokens:
                 break
             slot.keep(0)
             self.resize(slot, 0)
@@ -3028,28 +3122,41 @@ class Slots:
         """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
         slot.running.sampler.close()
         slot.sequence = None
-        slot.keep(self.context_length - 1)  # a throwaway token must fit behind them
+        # A throwaway token must fit behind them.
+        slot.keep(min(self.context_length, slot.kv.length) - 1)
+
+    def move_outgrown(self) -> None:
+        """Gives sequences that have outgrown their cache the same row of another, still empty."""
+        for slot in self.all:
+            if slot.sequence and slot.kv is not self.cache_for(slot.sequence):
+                slot.kv = self.cache_for(slot.sequence)
+                slot.keep(0)
+                self.resize(slot, slot.sequence.limit)
 
     def reset(self) -> None:
         """Frees and empties all slots after a fault: which chores were done is unknown."""
         self.chores = []
+        for kv in self.caches:
+            kv.resident = [kv.capacity] * kv.rows
         for slot in self.all:
             if slot.sequence:
                 self.vacate(slot)
             slot.keep(0)
-            self.resize(slot, 0, written=self.kv.capacity)
+            self.resize(slot, 0)
 
     def reuse_prefix(self, slot: Slot) -> int:
-        """Copies prompt KV that another slot has by now; returns how many tokens."""
+        """Copies KV that another slot has by now; returns how many tokens of its prompt."""
         sequence, start = slot.running, len(slot.tokens)
         source, shared = self.find_prefix(sequence)
         if source is None or shared <= start:
             return 0
-        self.chores.append(functools.partial(self.kv.copy, source.row, slot.row, start, shared))
-        self.resize(slot, sequence.limit, written=shared)
+        self.chores.append(functools.partial(slot.kv.copy, source.row, slot.row, start, shared))
+        slot.kv.note(slot.row, shared)
         slot.tokens = sequence.tokens[:shared]
         if slot.prefilled == start:
             slot.prefilled = min(source.prefilled, shared)
+        if sequence.completion_tokens:  # its prompt had been fed before, in another cache
+            return 0
         sequence.cached_tokens += shared - start
         return shared - start
 
@@ -3061,34 +3168,31 @@ class Slots:
             return
         last = next(slot for slot in decoding if slot.row == max(rows))
         other = next(slot for slot in self.all if slot.row == gap)
-        tokens = max(len(last.tokens), len(other.tokens))
-        self.chores.append(functools.partial(self.kv.swap, last.row, other.row, tokens))
+        for kv in {last.kv, other.kv}:
+            tokens = max(len(slot.tokens) for slot in (last, other) if slot.kv is kv)
+            self.chores.append(functools.partial(kv.swap, last.row, other.row, tokens))
+            kv.note(last.row, kv.resident[other.row])
+            kv.note(other.row, kv.resident[last.row])
         last.row, other.row = other.row, last.row
-        written = max(last.resident, other.resident)
         for slot in (last, other):
-            most = slot.sequence.limit if slot.sequence else len(slot.tokens)
-            self.resize(slot, most, written)
+            self.resize(slot, slot.sequence.limit if slot.sequence else len(slot.tokens))
 
-    def extend(self, low: int, rows: int, count: int) -> Integers:
+    def extend(self, kv: KvCache, low: int, rows: int, count: int) -> Integers:
         """Lengths [rows] of the rows from `low` on, before a call writes `count` tokens to each."""
         lengths = np.zeros(rows, np.int64)
         for slot in self.all:
             if low <= slot.row < low + rows:
-                lengths[slot.row - low] = len(slot.tokens)
-                self.resize(slot, self.kv.capacity, written=len(slot.tokens) + count)
+                lengths[slot.row - low] = len(slot.tokens) if slot.kv is kv else 0
+                kv.note(slot.row, int(lengths[slot.row - low]) + count)
         return lengths
 
-    def resize(self, slot: Slot, most: int, written: int = 0) -> None:
-        """Notes how far a slot's row is written, and gives back its memory past `most` tokens."""
-        slot.resident = max(slot.resident, self.whole_pages(written))
-        stop = self.whole_pages(most)
-        if slot.resident > stop:
-            self.chores.append(functools.partial(self.kv.release, slot.row, stop, slot.resident))
-            slot.resident = stop
-
-    def whole_pages(self, tokens: int) -> int:
-        """The number of tokens rounded up to whole pages, at most a row."""
-        return min(round_up(tokens, self.kv.tokens_per_page), self.kv.capacity)
+    def resize(self, slot: Slot, most: int) -> None:
+        """Gives back a slot's memory past `most` tokens, and all in a cache that is not its own."""
+        for kv in self.caches:
+            written, stop = kv.resident[slot.row], kv.whole_pages(most) if kv is slot.kv else 0
+            if written > stop:
+                self.chores.append(functools.partial(kv.release, slot.row, stop, written))
+                kv.resident[slot.row] = stop
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -3108,11 +3212,16 @@ class Plan:
     """One call of the graph: a chunk of one prompt, or the next token of all that decode."""
 
     is_chunk: bool
-    slots: list[Slot]  # whose sequences are fed; the span's other rows are thrown away
-    low: int  # the span's first row
+    slots: list[Slot]  # whose sequences are fed, all in one cache
+    low: int  # the span's first row; what is fed to rows of others is thrown away
     tokens: Integers  # [rows, count]
     lengths: Integers  # [rows]
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
+
+    @property
+    def kv(self) -> KvCache:
+        """The cache that the call works on."""
+        return self.slots[0].kv
 
     @property
     def count(self) -> int:
@@ -3171,7 +3280,7 @@ class Engine:
         self.metrics = metrics
         self.most_requests = most_requests
         self.batch_size = batch_size
-        self.slots = Slots(model.kv, model.context_length, kv_bytes)
+        self.slots = Slots(model.caches, model.context_length, kv_bytes)
         self.context_length = self.slots.context_length
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self.wake = asyncio.Event()
@@ -3219,10 +3328,10 @@ class Engine:
     def observe(self) -> None:
         """Brings the gauges up to date."""
         busy = [sequence for sequence in self.slots.sequences if not sequence.finish_reason]
-        size = self.model.kv.bytes_per_token
+        size = self.slots.caches[0].bytes_per_token
         self.metrics.running.set(len(busy))
         self.metrics.waiting.set(sum(not sequence.is_closed for sequence in self.waiting))
-        self.metrics.kv_resident.set(size * sum(slot.resident for slot in self.slots.all))
+        self.metrics.kv_resident.set(size * self.slots.resident(self.slots.all))
         self.metrics.kv_reserved.set(size * sum(sequence.limit for sequence in busy))
         self.metrics.prefill_speed.set(self.prefill_speed)
         self.metrics.memory.set(resident_memory())
@@ -3264,6 +3373,7 @@ class Engine:
             if slot.sequence and slot.sequence.finish_reason:
                 self.pace.learn_reply(slot.sequence)
                 self.slots.vacate(slot)
+        self.slots.move_outgrown()
         self.admit()
         decoding = [slot for slot in self.slots.all if slot.pending == 1]
         prefilling = [slot for slot in self.slots.all if slot.pending > 1]
@@ -3276,7 +3386,9 @@ class Engine:
         if not decoding:
             return None
         is_alone = len(decoding) == 1 and not prefilling
-        return self.plan_decode(decoding, decoding[0].running.draft() if is_alone else [])
+        first = min(decoding, key=lambda slot: slot.used)
+        decoding = [slot for slot in decoding if slot.kv is first.kv]
+        return self.plan_decode(decoding, first.running.draft(first.kv.length) if is_alone else [])
 
     def admit(self) -> None:
         """Gives waiting sequences slots, in order, up to batch_size and as KV memory allows."""
@@ -3309,7 +3421,7 @@ class Engine:
         return pending if pending <= count + 1 else count  # + 1: no single token is left over
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
-        """A call that prefills the next `count` prompt tokens of one slot."""
+        """A call that prefills the next `count` tokens of one slot."""
         start = len(slot.tokens)
         tokens = np.array([slot.running.tokens[start : start + count]], np.int64)
         return self.call(True, [slot], slot.row, tokens)
@@ -3319,7 +3431,7 @@ class Engine:
         self.slots.tighten(decoding)
         low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
         if (high - low) % 2 and any(slot.running.is_seeded for slot in decoding):
-            low, high = (low, high + 1) if high < self.model.kv.rows else (low - 1, high)
+            low, high = (low, high + 1) if high < len(self.slots.all) else (low - 1, high)
         tokens = np.full((high - low, 1 + len(draft)), THROWAWAY, np.int64)
         for slot in decoding:
             tokens[slot.row - low] = [slot.running.tokens[-1], *draft]
@@ -3327,7 +3439,7 @@ class Engine:
 
     def call(self, is_chunk: bool, slots: list[Slot], low: int, tokens: Integers) -> Plan:
         """Completes a plan with what the span's rows hold, and with the chores so far."""
-        lengths = self.slots.extend(low, *tokens.shape)
+        lengths = self.slots.extend(slots[0].kv, low, *tokens.shape)
         chores, self.slots.chores = self.slots.chores, []
         return Plan(is_chunk, slots, low, tokens, lengths, chores)
 
@@ -3336,7 +3448,7 @@ class Engine:
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
-        logits = self.model.forward(plan.low, plan.tokens, plan.lengths)
+        logits = self.model.forward(plan.kv, plan.low, plan.tokens, plan.lengths)
         seconds = time.perf_counter() - start
         picks: list[list[Pick] | None] = []
         for slot in plan.slots:
@@ -3351,7 +3463,7 @@ class Engine:
         """A slot's next tokens by its logits [count, vocab]; [] while its prompt is unfinished."""
         sequence = slot.running
         if plan.is_chunk:
-            if sequence.scores_prompt:
+            if sequence.scores_prompt and not sequence.completion_tokens:
                 sequence.score_prompt(len(slot.tokens) + 1, logits)
             if plan.count < slot.pending:
                 return []

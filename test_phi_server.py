@@ -567,7 +567,7 @@ def allowed(search: Any, text: str, tokenizer: Any) -> str:
 
 def forward(model: Any, low: int, tokens: Any, *lengths: int) -> Any:
     """The logits [rows, count, vocab] of tokens [rows, count], behind lengths [rows] in the KV."""
-    return model.forward(low, np.array(tokens), np.array(lengths)).copy()
+    return model.forward(model.caches[0], low, np.array(tokens), np.array(lengths)).copy()
 
 
 def log_softmax(logits: Any) -> Any:
@@ -2120,7 +2120,7 @@ def test_rows_of_other_lengths_do_not_change_a_rows_logits(model: Any) -> None:
 def test_a_call_leaves_no_mask_behind(model: Any) -> None:
     def call_all(length: int) -> None:
         for low, rows in [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (2, 2)]:
-            model.forward(low, np.ones((rows, 1), np.int64), np.full(rows, length))
+            forward(model, low, [[1]] * rows, *[length] * rows)
 
     call_all(1)
     tracemalloc.start()
@@ -2135,7 +2135,7 @@ def cache(model_folder: Path) -> Any:
     """Rows of three with 64 tokens of 16 numbers, a page for each head; filled with ones."""
     served = phi_server.ModelConfig.read(model_folder)
     config = dataclasses.replace(served, layers=1, kv_heads=2, head_size=16)
-    cache = phi_server.KvCache(config, np.float32, 3, 64)
+    cache = phi_server.KvCache(config, np.float32, 3, 64, 0)
     for array in cache.arrays:
         array[:] = 1
     return cache
@@ -3634,26 +3634,44 @@ class Ledger:
     """In a model's place: the KV of a token is the sum of all up to it, and by what kernel it came.
 
     The likeliest next token depends on that sum, and mostly repeats, so that drafts come true.
+    Sums count each token by its number and the step of its cache.
     """
 
     context_length = 120
     control_texts: ClassVar[dict[int, str]] = {}
 
-    def __init__(self) -> None:
+    def __init__(self, original: int | None = 61) -> None:
         config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64)
-        self.kv = phi_server.KvCache(config, np.float32, 6, 128)
+        bounds = [(original, 0)] if original else []
+        bounds += [(self.context_length, (original or -1) + 1)]
+        caches = [phi_server.KvCache(config, np.float32, 6, *bound) for bound in bounds]
+        self.caches, self.steps = caches, dict(zip(caches, (1, 2), strict=False))
 
-    def forward(self, low: int, tokens: Any, lengths: Any) -> Any:
+    def forward(self, kv: Any, low: int, tokens: Any, lengths: Any) -> Any:
         rows, count = tokens.shape
-        assert lengths.max() + count <= self.context_length
+        assert lengths.max() + count <= kv.length
         logits = np.zeros((rows, count, 16), np.float32)
         for row, (fed, start) in enumerate(zip(tokens, lengths, strict=True)):
-            sums, kernels = (array[low + row, 0, :, 0] for array in self.kv.arrays)
-            sums[start : start + count] = np.cumsum(fed + 1) + (sums[start - 1] if start else 0)
+            sums, kernels = (array[low + row, 0, :, 0] for array in kv.arrays)
+            steps = np.cumsum(fed + self.steps[kv])
+            sums[start : start + count] = steps + (sums[start - 1] if start else 0)
             is_prefill = count > 1 and start % phi_server.CHUNK_BORDER == 0
             kernels[start : start + count] = 1 if is_prefill else 2 + rows % 2
             np.put_along_axis(logits[row], self.likeliest(sums[start : start + count]), 1, axis=1)
         return logits
+
+    def sums(self, kv: Any, tokens: list[int]) -> list[int]:
+        """What a cache holds of tokens."""
+        return list(itertools.accumulate(token + self.steps[kv] for token in tokens))
+
+    def followers(self, tokens: list[int]) -> list[int]:
+        """The likeliest token behind each, by the first cache that can hold all up to there."""
+        sums = [(kv.length, self.sums(kv, tokens)) for kv in self.caches]
+        kept = [
+            next(each for length, each in sums if place < length)[place]
+            for place in range(len(tokens))
+        ]
+        return list(self.likeliest(kept)[:, 0])
 
     @staticmethod
     def likeliest(sums: Any) -> Any:
@@ -3774,7 +3792,7 @@ def test_after_a_fault_nothing_is_known_of_any_row(engine: Any) -> None:
     step(engine)
     engine.slots.chores.append(lambda: pytest.fail("of the step that has failed"))
     engine.fail()
-    assert [slot.resident for slot in engine.slots.all] == [0] * 6
+    assert engine.slots.resident(engine.slots.all) == 0
     again = sequence([1] * 20)
     row_of(engine, again)
     assert again.cached_tokens == 0
@@ -3851,33 +3869,42 @@ def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
 
 def check_slots(engine: Any, kv_tokens: int) -> None:
     """Rows hold what their slots say, and no more memory than KV_MEMORY allows."""
-    kv, slots = engine.model.kv, engine.slots.all
-    page = kv.tokens_per_page
+    model, slots = engine.model, engine.slots.all
+    page, rows = model.caches[0].tokens_per_page, len(slots)
     reserved = {slot: -(-slot.sequence.limit // page) * page for slot in slots if slot.sequence}
     kept = [slot for slot in slots if not slot.sequence]
-    assert sorted(slot.row for slot in slots) == list(range(kv.rows))
-    assert all(slot.resident <= reserved[slot] for slot in reserved)
-    # a page of each kept row is for throwaway tokens
-    most = kv_tokens + page * len(kept)
-    assert sum(reserved.values()) + sum(slot.resident for slot in kept) <= most
-    for slot in slots:
+    assert sorted(slot.row for slot in slots) == list(range(rows))
+    assert all(slot.kv.resident[slot.row] <= reserved[slot] for slot in reserved)
+    # a page of each row of each cache is for throwaway tokens
+    assert sum(sum(kv.resident) for kv in model.caches) <= kv_tokens + page * rows * len(
+        model.caches
+    )
+    most = kv_tokens + page * len(kept) * len(model.caches)
+    assert sum(reserved.values()) + engine.slots.resident(kept) <= most
+    for kv, slot in itertools.product(model.caches, slots):
         sums, kernels = (array[slot.row, 0, :, 0] for array in kv.arrays)
-        held = len(slot.tokens)
-        assert sums[:held].tolist() == list(itertools.accumulate(t + 1 for t in slot.tokens))
         if sys.platform.startswith("linux"):  # others give memory back in their own time
-            assert not sums[slot.resident :].any()
+            assert not sums[kv.resident[slot.row] :].any()
+        if slot.kv is not kv:
+            assert kv.resident[slot.row] <= page
+            continue
+        held = len(slot.tokens)
+        assert sums[:held].tolist() == model.sums(kv, slot.tokens)
         assert (kernels[: slot.prefilled] == 1).all()
         if slot.sequence:
             assert slot.tokens == slot.sequence.tokens[:held]
             assert slot.sequence.sampler.state == "begun"
         if slot.sequence and slot.sequence.is_seeded:
-            prefilled = min(slot.sequence.prompt_tokens, held)
-            if slot.sequence.prompt_tokens > 1:
+            # Behind the first cache all is prefilled again that has outgrown it.
+            outgrown = model.caches[0].length + 1 if kv is not model.caches[0] else 0
+            fed = max(slot.sequence.prompt_tokens, outgrown)
+            prefilled = min(fed, held)
+            if fed > 1:
                 assert (kernels[:prefilled] == 1).all()
             assert (kernels[max(prefilled, 1) : held] == 2).all()
 
 
-def check_replies(choices: list[Any]) -> None:
+def check_replies(model: Any, choices: list[Any]) -> None:
     """Each choice of a request that has come to its end has the reply that it would have alone."""
     texts: list[str] = ["" for _ in choices]
     picks: list[list[Any]] = [[] for _ in choices]
@@ -3888,10 +3915,10 @@ def check_replies(choices: list[Any]) -> None:
             picks[choice.index] += [pick for pick, _ in piece.picks]
     for choice, text, reported in zip(choices, texts, picks, strict=True):
         tokens, prompt = choice.tokens, choice.prompt_tokens
-        likeliest = Ledger.likeliest(list(itertools.accumulate(token + 1 for token in tokens)))
-        assert tokens[prompt:] == likeliest[prompt - 1 : -1, 0].tolist()
+        likeliest = model.followers(tokens)
+        assert tokens[prompt:] == likeliest[prompt - 1 : -1]
         assert choice.finish_reason == ("length" if len(tokens) == choice.limit else "stop")
-        assert choice.finish_reason == "length" or likeliest[-1, 0] in choice.eos_tokens
+        assert choice.finish_reason == "length" or likeliest[-1] in choice.eos_tokens
         returned = tokens if choice.echoes else tokens[prompt:]
         assert text == "".join(f"{token} " for token in returned)
         is_asked = choice.sampler.top_logprobs is not None
@@ -3899,12 +3926,16 @@ def check_replies(choices: list[Any]) -> None:
         assert all(pick.logprob is not None for pick in reported[choice.echoes :])
 
 
+@cases("original", {"one cache": None, "two caches": 61})
 @cases("kv_tokens", [128, 256, 384, 768])
-def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(kv_tokens: int) -> None:
+def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
+    kv_tokens: int, original: int | None
+) -> None:
     chance, steps = random.Random(kv_tokens), 2000
-    model: Any = Ledger()
-    pages = kv_tokens // model.kv.tokens_per_page + model.kv.rows
-    kv_bytes = pages * model.kv.tokens_per_page * model.kv.bytes_per_token
+    model: Any = Ledger(original)
+    kv = model.caches[0]
+    pages = kv_tokens // kv.tokens_per_page + kv.rows * len(model.caches)
+    kv_bytes = pages * kv.tokens_per_page * kv.bytes_per_token
     engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
     running: list[list[Any]] = []
     ended: list[Any] = []
@@ -3936,7 +3967,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(kv_tok
             ended += request
             known = [*known[-8:], request[0].tokens]
             if all(each.finish_reason in ("stop", "length") for each in request):
-                check_replies(request)
+                check_replies(model, request)
     assert (engine.requests, running) == (0, [])
     assert {each.sampler.state for each in ended} <= {"new", "closed"}
 
@@ -3945,9 +3976,9 @@ TRAP = 13_666  # a token that the forward pass below cannot bear
 RAISING = f"""
 import sys, phi_server
 forward = phi_server.Model.forward
-def raising(model, low, tokens, lengths):
+def raising(model, kv, low, tokens, lengths):
     if {TRAP} in tokens: raise RuntimeError("injected fault")
-    return forward(model, low, tokens, lengths)
+    return forward(model, kv, low, tokens, lengths)
 phi_server.Model.forward = raising
 sys.exit(phi_server.main([]))
 """
@@ -3999,9 +4030,9 @@ def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
 @pytest.fixture(scope="module")
 def tight_server(model: Any) -> Iterator[Server]:
     """A server whose KV memory holds little more than one reply: 96 tokens and a part of a page."""
-    page = model.kv.tokens_per_page
+    page = model.caches[0].tokens_per_page
     tokens = 96 + page // 2 + 4 * page  # a page of each of its four rows is for throwaway tokens
-    with running(KV_MEMORY=tokens * model.kv.bytes_per_token, CACHE_SLOTS=0) as server:
+    with running(KV_MEMORY=tokens * model.caches[0].bytes_per_token, CACHE_SLOTS=0) as server:
         yield server
 
 
@@ -6335,14 +6366,14 @@ prompt = phi_server.Tokenizer(config.folder).encode_chat((said,))
 loops = []
 for _ in range(5):
     start = time.perf_counter()
-    logits = model.forward(0, numpy.array([prompt]), numpy.array([0]))
+    logits = model.forward(model.caches[0], 0, numpy.array([prompt]), numpy.array([0]))
     for length in range(len(prompt), len(prompt) + {TOKENS} - 1):
         token = int(logits[0, -1].argmax())
-        logits = model.forward(0, numpy.array([[token]]), numpy.array([length]))
+        logits = model.forward(model.caches[0], 0, numpy.array([[token]]), numpy.array([length]))
     loops.append(time.perf_counter() - start)
 model.logits_memory = phi_server.virtual_memory({LONG_PROMPT} * model.config.vocab_size * 4)
 start = time.perf_counter()
-model.forward(0, numpy.array([[100] * {LONG_PROMPT}]), numpy.array([0]))
+model.forward(model.caches[0], 0, numpy.array([[100] * {LONG_PROMPT}]), numpy.array([0]))
 print({TOKENS} / min(loops), {LONG_PROMPT} / (time.perf_counter() - start))
 """
 
