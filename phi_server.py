@@ -1447,6 +1447,7 @@ class Tokenizer:
             self.drops_leading_space = strips_leading_space(described)
             self.normal_form = normal_form(described)
             self.text_start = text_start(described)
+            self.gaps = gaps(described)
             spelled = vocabulary(described)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # not as known
             reason = f"the tokenizer files of {folder} cannot be read: {error!r}"
@@ -1458,7 +1459,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; the text of a control token is that token."""
-        return self.encode_parts([self.normalized(text)])
+        return self.encode_parts(self.normalized(text.replace(CUT, "")).split(CUT))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text, behind those that the tokenizer itself puts first, mostly a BOS."""
@@ -1487,11 +1488,10 @@ class Tokenizer:
         return list(self.codec.encode(text).tolist())
 
     def normalized(self, text: str) -> str:
-        """The text in the tokenizer's normal form, which onnxruntime-genai does not see to."""
-        form = self.normal_form
-        if not form:
-            return text
-        return NORMALIZED_TOGETHER.sub(lambda run: unicodedata.normalize(form, run[0]), text)
+        """What onnxruntime-genai does not see to: the tokenizer's normal form, and CUT in gaps."""
+        if form := self.normal_form:
+            text = NORMALIZED_TOGETHER.sub(lambda run: unicodedata.normalize(form, run[0]), text)
+        return self.gaps.sub(rf"\g<0>{CUT}", text)
 
     def render(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
@@ -1669,14 +1669,29 @@ BYTE_OF_CHARACTER |= {chr(256 + i): byte for i, byte in enumerate(OTHER_BYTES)}
 
 
 def steps(tokenizer: Mapping[str, Json], name: str) -> list[dict[str, Json]]:
-    """The steps of a part of tokenizer.json: of a decoder, a normalizer or a post_processor."""
+    """The steps of a part of tokenizer.json, as of its decoder or post_processor."""
     part = tokenizer.get(name) or {}
-    return [part, *part.get(f"{name.removeprefix('post_')}s", [])]
+    return [part, *part.get(f"{name.removeprefix('post_').replace('_', '')}s", [])]
 
 
 def strips_leading_space(tokenizer: Mapping[str, Json]) -> bool:
     """Whether the tokenizer's decoder strips the space that SentencePiece puts before a text."""
     return any(step.get("type") in ("Strip", "Metaspace") for step in steps(tokenizer, "decoder"))
+
+
+def gaps(tokenizer: Mapping[str, Json]) -> re.Pattern[str]:
+    """Matches spaces within a text before a character that no token joins to a space.
+
+    They are a token together; onnxruntime-genai sets the last one apart, as in front of a word.
+    """
+    cutting = [step for step in steps(tokenizer, "pre_tokenizer") if step.get("split", True)]
+    kinds, following = {step.get("type") for step in cutting}, "(?!)"
+    if "Digits" in kinds:
+        following = r"\d"
+    elif kinds <= {None}:  # SentencePiece
+        texts = (text for text in tokenizer["model"]["vocab"] if text[1:] and text[0] == "\u2581")
+        following = rf"[^\s{re.escape(''.join({text[1] for text in texts}))}]"
+    return re.compile(rf"(?<=\S)\s*  (?={following})")
 
 
 def normal_form(tokenizer: Mapping[str, Json]) -> Any:
