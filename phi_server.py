@@ -1448,6 +1448,7 @@ class Tokenizer:
             self.normal_form = normal_form(described)
             self.text_start = text_start(described)
             self.gaps = gaps(described)
+            self.pieces = pieces(described)
             spelled = vocabulary(described)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # not as known
             reason = f"the tokenizer files of {folder} cannot be read: {error!r}"
@@ -1473,7 +1474,7 @@ class Tokenizer:
     def encode_parts(self, parts: Iterable[str]) -> list[int]:
         """Token ids of a text that comes in parts; no token spans two of them."""
         tokens: list[int] = []
-        for part in parts:
+        for part in itertools.chain.from_iterable(map(self.pieces.split, parts)):
             cuts = [word.end() for word in WORD.finditer(part) if len(word[0]) == LONGEST_WORD]
             for i, j in itertools.pairwise([0, *cuts, len(part)]):
                 tokens += self.encode_part(part[i:j], is_first=not tokens)
@@ -1692,6 +1693,20 @@ def gaps(tokenizer: Mapping[str, Json]) -> re.Pattern[str]:
         texts = (text for text in tokenizer["model"]["vocab"] if text[1:] and text[0] == "\u2581")
         following = rf"[^\s{re.escape(''.join({text[1] for text in texts}))}]"
     return re.compile(rf"(?<=\S)\s*  (?={following})")
+
+
+def pieces(tokenizer: Mapping[str, Json]) -> re.Pattern[str]:
+    """Matches added tokens where only the first text gets a space before it, as Mistral's.
+
+    onnxruntime-genai would put one behind each of them as well.
+    """
+    if not any(step.get("prepend_scheme") == "first" for step in steps(tokenizer, "pre_tokenizer")):
+        return re.compile("(?!)")
+    added, stripping = tokenizer["added_tokens"], "(?!)"
+    if texts := [token["content"] for token in added if token["rstrip"]]:
+        stripping = rf"{prefix_tree(texts)}\s*"
+    others = prefix_tree([token["content"] for token in added if not token["rstrip"]])
+    return re.compile(f"({stripping}|{others})")
 
 
 def normal_form(tokenizer: Mapping[str, Json]) -> Any:
