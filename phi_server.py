@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
+import codecs
 import contextlib
 import dataclasses
 import enum
@@ -69,6 +70,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import (
@@ -128,7 +130,7 @@ class Settings:
     """What the operator chose; see settings_table for the meaning of each."""
 
     model_path: str = setting("", "ONNX Runtime GenAI model folder; unset: the demo model")
-    model_name: str = setting("", "name in the API; unset: phi-3.5-mini (the demo: smollm2-135m)")
+    model_name: str = setting("", "name in the API; unset: the folder's own (demo: smollm2-135m)")
     model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
     server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
@@ -1524,6 +1526,10 @@ def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set
 LONGEST_WORD = 2000
 WORD = re.compile(rf"[^\W\d_]{{1,{LONGEST_WORD}}}")
 
+# What normalizes as a whole: no ASCII character combines with what is before it. The time grows
+# with the square of the combining marks in a row: of 60,000 it took 6 s.
+NORMALIZED_TOGETHER = re.compile("[\0-\x7f]*[^\0-\x7f]{0,1000}")
+
 # A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control
 # token can span one.
 CUT = "\ufdd0"
@@ -1561,13 +1567,19 @@ class Tokenizer:
             reason = f"{folder} has no tokenizer that can be loaded: {error}"
             raise ModelLoadingFailed(reason) from None
         try:
-            self.template = read_template(folder)
+            self.template = searching(read_template(folder))
             described = read_tokenizer(folder)
-            self.control_texts = control_texts(described)
+            thinking = thinking_marks(described, read_genai_config(folder))
+            self.control_texts = control_texts(described, self.template, thinking)
             self.control_starts = control_starts(self.control_texts.values())
+            self.reply_starts = control_starts({*self.control_texts.values()} - {*thinking})
             # Control tokens whose text readers of a reply look for, as those around tool calls.
             self.marks: dict[int, str] = {}
             self.drops_leading_space = strips_leading_space(described)
+            self.normal_form = normal_form(described)
+            self.text_start = text_start(described)
+            self.gaps = gaps(described)
+            self.pieces = pieces(described)
             spelled = vocabulary(described)
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # not as known
             reason = f"the tokenizer files of {folder} cannot be read: {error!r}"
@@ -1579,33 +1591,78 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text; the text of a control token is that token."""
-        cuts = [word.end() for word in WORD.finditer(text) if len(word[0]) == LONGEST_WORD]
-        ends = itertools.pairwise([0, *cuts, len(text)])
-        return [token for i, j in ends for token in self.codec.encode(text[i:j]).tolist()]
+        return self.encode_parts(self.normalized(text.replace(CUT, "")).split(CUT))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text, behind those that the tokenizer itself puts first, mostly a BOS."""
+        tokens, start = self.encode(text), self.text_start
+        return tokens if tokens[: len(start)] == start else start + tokens
 
     def encode_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> list[int]:
         """Token ids of a chat; a control token's text in it stays plain text; raises ApiError."""
-        parts = self.render(messages, tools).split(CUT)
-        return [token for part in parts for token in self.encode(part)]
+        return self.encode_parts(self.render(messages, tools).split(CUT))
+
+    def encode_parts(self, parts: Iterable[str]) -> list[int]:
+        """Token ids of a text that comes in parts; no token spans two of them."""
+        tokens: list[int] = []
+        for part in itertools.chain.from_iterable(map(self.pieces.split, parts)):
+            cuts = [word.end() for word in WORD.finditer(part) if len(word[0]) == LONGEST_WORD]
+            for i, j in itertools.pairwise([0, *cuts, len(part)]):
+                tokens += self.encode_part(part[i:j], is_first=not tokens)
+        return tokens
+
+    def encode_part(self, text: str, is_first: bool) -> list[int]:
+        """Token ids of a part; SentencePiece puts a space before the first alone."""
+        if self.drops_leading_space and not is_first:
+            before, tokens = (self.codec.encode(each).tolist() for each in ("\n", "\n" + text))
+            if tokens[: len(before)] == before:
+                return list(tokens[len(before) :])
+        return list(self.codec.encode(text).tolist())
+
+    def normalized(self, text: str) -> str:
+        """What onnxruntime-genai does not see to: the tokenizer's normal form, and CUT in gaps."""
+        if form := self.normal_form:
+            text = NORMALIZED_TOGETHER.sub(lambda run: unicodedata.normalize(form, run[0]), text)
+        return self.gaps.sub(rf"\g<0>{CUT}", text)
 
     def render(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
         if "tools" not in self.template:
             messages, tools = spelled_out(messages, tools), ()
-        turns = self.disarmed([turn_object(message) for message in messages])
-        offered = {"tools": self.disarmed([tool_object(tool) for tool in tools])} if tools else {}
-        given = {"template_str": self.template, "add_generation_prompt": True, **offered}
+        turns = [self.disarmed_turn(message) for message in messages]
+        offered = [self.disarmed(tool_object(tool), self.control_starts) for tool in tools]
+        given = {"template_str": self.template, "add_generation_prompt": True}
+        if offered:
+            given["tools"] = json.dumps(offered, ensure_ascii=False)
         try:
-            return str(self.codec.apply_chat_template(turns, **given))
+            chat = json.dumps(turns, ensure_ascii=False)
+            return str(self.codec.apply_chat_template(chat, **given))
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
 
-    def disarmed(self, value: Json) -> str:
-        """The JSON of a value, with CUT behind the first character of each control text."""
-        text = well_formed(json.dumps(value, ensure_ascii=False)).replace(CUT, "")
-        return self.control_starts.sub(rf"\g<0>{CUT}", text)
+    def disarmed_turn(self, message: Message) -> dict[str, Json]:
+        """A turn as templates expect it; they look for the marks of thinking in earlier replies."""
+        turn = dict(self.disarmed(turn_object(message), self.control_starts))
+        if message.role == "assistant":
+            turn["content"] = self.disarmed(message.content, self.reply_starts)
+        return turn
+
+    def disarmed(self, value: Json, starts: re.Pattern[str]) -> Json:
+        """A value whose strings have CUT behind what `starts` matches, and are normalized before.
+
+        A normal form may turn another character into one of a control text.
+        """
+        if isinstance(value, dict):
+            pairs = [(self.disarmed(name, starts), each) for name, each in value.items()]
+            return {name: self.disarmed(each, starts) for name, each in pairs}
+        if isinstance(value, list):
+            return [self.disarmed(each, starts) for each in value]
+        if isinstance(value, str):
+            text = self.normalized(well_formed(value).replace(CUT, ""))
+            return starts.sub(rf"\g<0>{CUT}", text)
+        return value
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token adds to the text, maybe part of a character; b"" for control tokens."""
@@ -1627,20 +1684,58 @@ def read_template(folder: Path) -> str:
     return PHI_TEMPLATE
 
 
+def searching(template: str) -> str:
+    """The template with "'a' in b" true for texts, where onnxruntime-genai's templates say false.
+
+    With that, templates look for what closes the thinking of earlier replies.
+    """
+
+    def search(match: re.Match[str]) -> str:
+        text, negation, place = match.groups()
+        if not place:
+            return match[0]
+        found = f"{place} is string and {place}.split({text})|length > 1"
+        return f"({negation or ''}({text} in {place} or ({found})))"
+
+    return TEMPLATE_BLOCK.sub(lambda block: MEMBERSHIP.sub(search, block[0]), template)
+
+
+TEMPLATE_BLOCK = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+# A literal, and what it is looked for in: a variable and its parts, not the result of an operation.
+MEMBERSHIP = re.compile(
+    r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
+    r"""(?:\s+(not\s+)?in\s+(\w+(?:\.\w+|\[[^][]*\])*)(?![\w.(\[]|\s*[|+~]))?"""
+)
+
+
 def read_tokenizer(folder: Path) -> dict[str, Json]:
-    """The folder's tokenizer.json, which describes the tokenizer; {} for SentencePiece alone."""
-    with contextlib.suppress(FileNotFoundError):
-        return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
-    return {}
+    """The folder's tokenizer.json."""
+    return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
 
 
-def control_texts(tokenizer: Mapping[str, Json]) -> dict[int, str]:
-    """The texts that the tokenizer takes for control tokens wherever they stand."""
-    return {
-        token["id"]: token["content"]
-        for token in tokenizer.get("added_tokens", [])
-        if token["special"] or token["content"].startswith("<")
-    }
+def thinking_marks(tokenizer: Mapping[str, Json], model: Mapping[str, Json]) -> tuple[str, str]:
+    """What opens and closes a model's thinking: tokens that genai_config.json names, or <think>."""
+    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
+    begin, end = model.get("bor_token_id"), model.get("eor_token_id")
+    return added.get(begin, "<think>"), added.get(end, "</think>")
+
+
+def control_texts(
+    tokenizer: Mapping[str, Json], template: str, thinking: tuple[str, str]
+) -> dict[int, str]:
+    """The texts that the tokenizer takes for control tokens wherever they stand.
+
+    Not all are marked as special: so are those with a bar, <|so|>, and those in brackets that the
+    chat template writes. Other added tokens are text, as Gemma 3's <table>.
+    """
+    written = "\n".join([template, TOOL_PROMPT, *thinking])
+
+    def is_control(text: str) -> bool:
+        return "|" in text or "\uff5c" in text or (text.startswith(("<", "[")) and text in written)
+
+    added = tokenizer.get("added_tokens", [])
+    controls = [token for token in added if token["special"] or is_control(token["content"])]
+    return {token["id"]: token["content"] for token in controls}
 
 
 def control_starts(texts: Iterable[str]) -> re.Pattern[str]:
@@ -1678,7 +1773,9 @@ def vocabulary(tokenizer: Mapping[str, Json]) -> dict[int, bytes]:
     if isinstance(texts, list):  # of the Unigram model: texts with scores, in the order of the ids
         texts = {text: token for token, (text, _) in enumerate(texts)}
     texts_of = {token: "" if each["special"] else each["content"] for token, each in added.items()}
-    known = {token: text.encode() for token, text in texts_of.items()}
+    # Of SentencePiece's, runs of spaces may be added tokens; of a byte-level BPE's, all are text.
+    read = str.encode if spell is bytewise_token else sentencepiece_token
+    known = {token: read(text) for token, text in texts_of.items()}
     return known | {token: spell(text) for text, token in texts.items() if token not in added}
 
 
@@ -1703,13 +1800,60 @@ BYTE_OF_CHARACTER = {chr(byte): byte for byte in PRINTABLE_BYTES}
 BYTE_OF_CHARACTER |= {chr(256 + i): byte for i, byte in enumerate(OTHER_BYTES)}
 
 
+def steps(tokenizer: Mapping[str, Json], name: str) -> list[dict[str, Json]]:
+    """The steps of a part of tokenizer.json, as of its decoder or post_processor."""
+    part = tokenizer.get(name) or {}
+    return [part, *part.get(f"{name.removeprefix('post_').replace('_', '')}s", [])]
+
+
 def strips_leading_space(tokenizer: Mapping[str, Json]) -> bool:
     """Whether the tokenizer's decoder strips the space that SentencePiece puts before a text."""
-    if not tokenizer:  # SentencePiece's own format
-        return True
-    decoder = tokenizer.get("decoder") or {}
-    steps = [decoder, *decoder.get("decoders", [])]
-    return any(step.get("type") in ("Strip", "Metaspace") for step in steps)
+    return any(step.get("type") in ("Strip", "Metaspace") for step in steps(tokenizer, "decoder"))
+
+
+def gaps(tokenizer: Mapping[str, Json]) -> re.Pattern[str]:
+    """Matches spaces within a text before a character that no token joins to a space.
+
+    They are a token together; onnxruntime-genai sets the last one apart, as in front of a word.
+    """
+    cutting = [step for step in steps(tokenizer, "pre_tokenizer") if step.get("split", True)]
+    kinds, following = {step.get("type") for step in cutting}, "(?!)"
+    if "Digits" in kinds:
+        following = r"\d"
+    elif kinds <= {None}:  # SentencePiece
+        texts = (text for text in tokenizer["model"]["vocab"] if text[1:] and text[0] == "\u2581")
+        following = rf"[^\s{re.escape(''.join({text[1] for text in texts}))}]"
+    return re.compile(rf"(?<=\S)\s*  (?={following})")
+
+
+def pieces(tokenizer: Mapping[str, Json]) -> re.Pattern[str]:
+    """Matches added tokens where only the first text gets a space before it, as Mistral's.
+
+    onnxruntime-genai would put one behind each of them as well.
+    """
+    if not any(step.get("prepend_scheme") == "first" for step in steps(tokenizer, "pre_tokenizer")):
+        return re.compile("(?!)")
+    added, stripping = tokenizer["added_tokens"], "(?!)"
+    if texts := [token["content"] for token in added if token["rstrip"]]:
+        stripping = rf"{prefix_tree(texts)}\s*"
+    others = prefix_tree([token["content"] for token in added if not token["rstrip"]])
+    return re.compile(f"({stripping}|{others})")
+
+
+def normal_form(tokenizer: Mapping[str, Json]) -> Any:
+    """The Unicode normal form into which a text is brought, None for most tokenizers."""
+    kinds = [step.get("type") for step in steps(tokenizer, "normalizer")]
+    return next((kind for kind in kinds if kind in ("NFC", "NFD", "NFKC", "NFKD")), None)
+
+
+def text_start(tokenizer: Mapping[str, Json]) -> list[int]:
+    """The control tokens that the tokenizer puts before a text."""
+    for step in steps(tokenizer, "post_processor"):
+        if step.get("type") == "TemplateProcessing":
+            first = itertools.takewhile(lambda piece: "SpecialToken" in piece, step["single"])
+            names = [piece["SpecialToken"]["id"] for piece in first]
+            return [token for name in names for token in step["special_tokens"][name]["ids"]]
+    return []
 
 
 def turn_object(message: Message) -> dict[str, Json]:
@@ -2120,7 +2264,7 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     served.check(generation.model)
     prompts = []
     for given in request.prompts:
-        prompts.append(tokenizer.encode(given) if isinstance(given, str) else given)
+        prompts.append(tokenizer.encode_prompt(given) if isinstance(given, str) else given)
         served.check_length("prompt", len(prompts[-1]), generation.max_tokens)
     echoed = generation.n * sum(map(len, prompts))
     if request.echo and generation.top_logprobs is not None and echoed > MOST_ECHOED:
@@ -2666,9 +2810,8 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, stop: tuple[str, ...], drops_space: bool, reports: bool = False
     ) -> None:
-        self.decoder = tokenizer.codec.create_stream()  # gives '' until a character is whole
-        self.control_texts = tokenizer.control_texts
-        self.marks = tokenizer.marks
+        self.tokenizer = tokenizer
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.stop = stop
         self.drops_space = drops_space  # that SentencePiece puts before a text
         self.reports = reports  # whether pieces come with their picks
@@ -2680,28 +2823,27 @@ class TextStream:
 
     def push(self, pick: Pick) -> Piece:
         """What a token adds, maybe nothing yet; sets `stopped` when a stop string is complete."""
-        text = self.decode(pick)
+        text = self.decode(pick, self.tokenizer.marks)
         return self.piece(self.before_stop(text) if self.stop else text)
 
     def echo(self, prompt: list[Pick]) -> Iterator[Piece]:
         """The text of a prompt, in which control tokens show and no stop string counts."""
-        for start in range(0, len(prompt), ECHOED_TOGETHER):
-            texts = []
-            for pick in prompt[start : start + ECHOED_TOGETHER]:
-                text = self.decode(pick)
-                control = "" if text else self.control_texts.get(pick.token, "")
-                self.decoded += len(control)
-                texts.append(text + control)
-            yield self.piece("".join(texts))
+        start, shown = self.tokenizer.text_start, self.tokenizer.control_texts
+        is_begun = [pick.token for pick in prompt[: len(start)]] == start
+        for pick in prompt[: len(start) * is_begun]:  # which is not of the client's text
+            self.decode(pick, {})
+        for place in range(len(start) * is_begun, len(prompt), ECHOED_TOGETHER):
+            picks = prompt[place : place + ECHOED_TOGETHER]
+            yield self.piece("".join(self.decode(pick, shown) for pick in picks))
 
     def finish(self) -> Piece:
         """The text that was held back for a stop string that did not come."""
         return self.piece(self.held)
 
-    def decode(self, pick: Pick) -> str:
-        """The text of one token, '' until a character is whole."""
-        text = str(self.decoder.decode(pick.token))
-        text = text or self.marks.get(pick.token, "")
+    def decode(self, pick: Pick, shown: Mapping[int, str]) -> str:
+        """The text of one token, '' until a character is whole; `shown` control tokens have one."""
+        data = self.tokenizer.token_bytes(pick.token) or shown.get(pick.token, "").encode()
+        text = self.decoder.decode(data)
         if self.drops_space and text:
             text, self.drops_space = text.removeprefix(" "), False
         if self.reports:
@@ -4023,7 +4165,8 @@ class Api:
         engine: Engine,
         sampling: Sampling,
     ) -> None:
-        name, aliases, config = served_name(settings), settings.model_aliases, engine.model.config
+        config = engine.model.config
+        name, aliases = served_name(settings, config.folder), settings.model_aliases
         self.served = Served(name, aliases, config.vocab_size, engine.context_length, sampling)
         self.config = config
         self.tokenizer = tokenizer
@@ -4451,9 +4594,26 @@ def milliseconds(start: float, end: float) -> float:
     return round(1000 * (end - start), 1)
 
 
-def served_name(settings: Settings) -> str:
+def served_name(settings: Settings, folder: Path) -> str:
     """The model's name in the API."""
-    return settings.model_name or ("phi-3.5-mini" if settings.model_path else "smollm2-135m")
+    return settings.model_name or (own_name(folder) if settings.model_path else "smollm2-135m")
+
+
+PHI_SHAPE = {"num_hidden_layers": 32, "hidden_size": 3072, "num_attention_heads": 32}
+PHI_CONTEXT = 131_072
+
+
+def own_name(folder: Path) -> str:
+    """What a folder's model is called: by its shape, by config.json, else as the folder."""
+    model, name = read_genai_config(folder), ""
+    is_phi = (model.get("type"), model["context_length"]) == ("phi3", PHI_CONTEXT)
+    if is_phi and model["decoder"].items() >= PHI_SHAPE.items():
+        return "phi-3.5-mini"
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # absent, or of another layout
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = str(config.get("_name_or_path") or config.get("name") or "")
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].strip(".")
+    return re.sub(r"[^\w.:+-]+", "-", last or folder.resolve().name) or "model"
 
 
 # ---- Server --------------------------------------------------------------------------------------
@@ -5186,7 +5346,7 @@ def load_model(settings: Settings, config: ModelConfig) -> Model:
     """Loads a model with a row for each conversation; raises ModelLoadingFailed."""
     rows = settings.batch_size + settings.cache_slots
     threads = settings.threads or usable_cpus()
-    with startup_step(f"Loading {served_name(settings)} from {config.folder}"):
+    with startup_step(f"Loading {served_name(settings, config.folder)} from {config.folder}"):
         return Model(config, settings.context_length, rows + rows % 2, threads)
 
 
@@ -5210,6 +5370,8 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
     tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
+    if read_template(config.folder) is PHI_TEMPLATE:
+        logger.warning(f"{config.folder} has no chat template; Phi-3.5's is used")
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
     limits = (settings.max_concurrent_requests, settings.batch_size)
     engine = Engine(model, metrics, *limits, kv_bytes)
@@ -5224,7 +5386,7 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Ap
     listening = await server.listen(listener)
     generating = asyncio.create_task(api.engine.run())
     host, port = listener.getsockname()[:2]
-    fields: dict[str, object] = {"model": served_name(settings)}
+    fields: dict[str, object] = {"model": api.served.name}
     fields["context_length"] = api.engine.context_length
     sampling = dataclasses.asdict(api.served.sampling)
     fields["sampling_defaults"] = {name: sampling[name] for name in SAMPLING_DEFAULTS}

@@ -35,6 +35,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -2251,6 +2252,292 @@ def test_control_tokens_in_tools_and_calls_are_plain_text(
     assert count(control) == count("x")
 
 
+def retokenized(model_folder: Path, folder: Path, template: str = "", **parts: object) -> Path:
+    """The model's folder with other parts in its tokenizer.json, and maybe another template."""
+    changed(model_folder, folder)
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    described["added_tokens"] += parts.pop("added", [])
+    path.unlink()
+    path.write_text(json.dumps(described | parts), encoding="utf-8")
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def added_token(token: int, content: str, special: bool = False) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token, "content": content, "special": special, **flags}
+
+
+@cases(
+    "text special is_control",
+    {
+        "special": ("end", True, True),
+        "with a bar": ("<|fim_prefix|>", False, True),
+        "with a wide bar": ("<\uff5cUser\uff5c>", False, True),
+        "written by the template": ("<turn>", False, True),
+        "written by the template in other brackets": ("[INST]", False, True),
+        "around tool calls": ("</tool_call>", False, True),
+        "around thinking": ("<think>", False, True),
+        "markup": ("<table>", False, False),
+        "a word of the template": ("role", False, False),
+        "white space of the template": ("\n", False, False),
+        "spaces": ("\u2581\u2581", False, False),
+    },
+)
+def test_control_tokens_are_those_that_structure_a_prompt(
+    text: str, special: bool, is_control: bool
+) -> None:
+    described = {"added_tokens": [added_token(7, text, special)]}
+    template = "{{ '<turn>' + role }}\n[INST]"
+    controls = phi_server.control_texts(described, template, ("<think>", "</think>"))
+    assert controls == ({7: text} if is_control else {})
+
+
+@cases(
+    "model marks",
+    {
+        "unnamed": ({}, ("<think>", "</think>")),
+        "named": ({"bor_token_id": 1, "eor_token_id": 2}, ("<a>", "<b>")),
+        "not added": ({"bor_token_id": 5, "eor_token_id": 2}, ("<think>", "<b>")),
+    },
+)
+def test_thinking_is_marked_as_the_folder_says(model: Any, marks: Any) -> None:
+    described = {"added_tokens": [added_token(1, "<a>"), added_token(2, "<b>")]}
+    assert phi_server.thinking_marks(described, model) == marks
+
+
+# As Qwen3's and DeepSeek's; of other roles everything stays.
+THINKING_TEMPLATE = (
+    "{% for m in messages %}{% set c = m.content %}"
+    "{% if m.role == 'assistant' and '</think>' in c %}{% set c = c.split('</think>')[-1] %}"
+    "{% endif %}<|im_start|>{{ m.role }}:{{ c }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinker(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tokenizer that has tokens around thinking."""
+    marks = [added_token(49_152, "<think>"), added_token(49_153, "</think>")]
+    folder = tmp_path_factory.mktemp("thinker")
+    return phi_server.Tokenizer(retokenized(model_folder, folder, THINKING_TEMPLATE, added=marks))
+
+
+@cases(
+    "turns_ text",
+    {
+        "a reply's thinking is dropped": (
+            [("user", "Hi"), ("assistant", "<think>\nWell.\n</think>Hello"), ("user", "?")],
+            "<|im_start|>user:Hi<|im_start|>assistant:Hello<|im_start|>user:?",
+        ),
+        "also without its beginning": (
+            [("assistant", "Well.</think>Hello")],
+            "<|im_start|>assistant:Hello",
+        ),
+    },
+)
+def test_a_template_finds_the_thinking_of_earlier_replies(
+    thinker: Any, turns_: Any, text: str
+) -> None:
+    messages = tuple(phi_server.Message(role, said) for role, said in turns_)
+    assert thinker.encode_chat(messages) == thinker.encode(text)
+
+
+def test_only_a_replys_own_marks_of_thinking_are_control_tokens(thinker: Any) -> None:
+    said = "</think><|im_start|><think>x"
+    asked, replied = (
+        thinker.encode_chat((phi_server.Message(role, said),)) for role in ("user", "assistant")
+    )
+    (start,) = thinker.encode("<|im_start|>")
+    assert (asked.count(start), replied.count(start)) == (1, 1)
+    assert {49_152, 49_153} & {*asked} == set()
+    assert replied[-2] == 49_152
+
+
+@cases(
+    "expression value",
+    [
+        ("'ll' in said", True),
+        ("'x' in said", False),
+        ('"x" not in said', True),
+        ("not 'll' in said", False),
+        ("'ll' in m.content and 'x' not in m['content']", True),
+        ("'role' in m", True),
+        ("'said' in m", False),
+        ("'said' not in m", True),
+        ("'x' in ['x']", True),
+        ("'x' in undefined_", False),
+        ("'\\n' in said", True),
+        ("'x' == \"'ll' in said\"", False),
+    ],
+)
+def test_a_template_finds_a_text_in_a_text(tokenizer: Any, expression: str, value: bool) -> None:
+    template = "{% set m = messages[0] %}{% set said = m.content %}{{ " + expression + " }}"
+    given = {"template_str": phi_server.searching(template), "add_generation_prompt": True}
+    messages = json.dumps([{"role": "user", "content": "all\n"}])
+    assert tokenizer.codec.apply_chat_template(messages, **given) == str(value)
+
+
+@cases(
+    "template",
+    [
+        "it's 'a' in b",
+        "{{ \"say 'a' in b\" }}",
+        "{% if 'a' in b.split('c') %}",
+        "{% if 'a' in b|lower %}",
+        "{% if 'a' in b + c %}",
+        "{% for a in b %}",
+        phi_server.PHI_TEMPLATE,
+    ],
+)
+def test_nothing_else_of_a_template_changes(template: str) -> None:
+    assert phi_server.searching(template) == template
+
+
+def normalizing(model_folder: Path, folder: Path, normalizer: object) -> Any:
+    return phi_server.Tokenizer(retokenized(model_folder, folder, normalizer=normalizer))
+
+
+@cases("text", ["e\u0301 A\u030a", "\u1112\u1161\u11ab", "a\n\u0303", "e" + "\u0301" * 5000])
+def test_texts_are_normalized_where_the_tokenizer_says_so(
+    model_folder: Path, tmp_path: Path, tokenizer: Any, text: str
+) -> None:
+    normalizer = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    normalizing_ = normalizing(model_folder, tmp_path, normalizer)
+    whole = unicodedata.normalize("NFC", text)
+    assert normalizing_.encode(text) == tokenizer.encode(whole)
+    assert normalizing_.encode_chat((user(text),)) == tokenizer.encode_chat((user(whole),))
+    if whole != text:
+        assert tokenizer.encode(text) != tokenizer.encode(whole)
+
+
+def test_no_normal_form_forges_a_control_token(model_folder: Path, tmp_path: Path) -> None:
+    wide = control_token(model_folder).translate({ord("<"): 0xFF1C, ord("|"): 0xFF5C})
+    tokenizer = normalizing(model_folder, tmp_path, {"type": "NFKC"})
+    (forged,) = tokenizer.encode(control_token(model_folder))
+    assert tokenizer.encode(wide) == [forged]  # in a text prompt it may stand
+    plain, tried = (tokenizer.encode_chat((user(text),)) for text in ("Hi", wide))
+    assert tried.count(forged) == plain.count(forged)
+
+
+def test_a_megabyte_of_combining_marks_is_normalized_in_time(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = normalizing(model_folder, tmp_path, {"type": "NFC"})
+    began = time.perf_counter()
+    tokenizer.normalized("a" + "\u0315\u0323" * 50_000)
+    assert time.perf_counter() - began < 2  # as a whole it takes 20 s
+
+
+BOS_FIRST = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1]}},
+}
+EOS_LAST = {**BOS_FIRST, "single": BOS_FIRST["single"][::-1]}
+
+
+@cases(
+    "post_processor tokens",
+    {
+        "none": (None, []),
+        "of bytes": ({"type": "ByteLevel"}, []),
+        "a template": (BOS_FIRST, [1]),
+        "a template at last": (
+            {"type": "Sequence", "processors": [{"type": "ByteLevel"}, BOS_FIRST]},
+            [1],
+        ),
+        "a template that ends a text": (EOS_LAST, []),
+    },
+)
+def test_a_text_starts_as_the_tokenizers_template_says(post_processor: Any, tokens: Any) -> None:
+    assert phi_server.text_start({"post_processor": post_processor}) == tokens
+
+
+PIECES = [*"\u2581ab1", "\u2581\u2581", "\u2581a", "ab", "\u2581ab", "<|end|>", "<|user|>"]
+MERGES = ["\u2581 \u2581", "\u2581 a", "a b", "\u2581a b"]
+
+
+def sentencepiece(model_folder: Path, folder: Path, scheme: str, strips: bool = False) -> Any:
+    """A tokenizer of SentencePiece's kind with a few tokens, and those of all bytes."""
+    vocab = {text: i for i, text in enumerate(["<unk>", *PIECES])}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    unknown = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    model = {"type": "BPE", **unknown, "vocab": vocab, "merges": MERGES}
+    user_ = added_token(vocab["<|user|>"], "<|user|>", special=True) | {"rstrip": strips}
+    added = [added_token(0, "<unk>", True), added_token(vocab["<|end|>"], "<|end|>", True), user_]
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme}
+    swapped = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    steps = [swapped, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
+    decoder = {"type": "Sequence", "decoders": steps}
+    before = {"pre_tokenizer": {**metaspace, "split": False}, "normalizer": None}
+    parts = {"model": model, "decoder": decoder, **before, "post_processor": None}
+    template = "{% for m in messages %}<|user|>\n{{ m.content }}<|end|>{% endfor %}"
+    retokenized(model_folder, folder, template, **parts)
+    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    described["added_tokens"] = added
+    (folder / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    config = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return phi_server.Tokenizer(folder)
+
+
+def spelled(tokenizer: Any, tokens: list[int]) -> list[str]:
+    """The texts of tokens."""
+    controls = tokenizer.control_texts
+    return [controls.get(token) or tokenizer.token_bytes(token).decode() for token in tokens]
+
+
+@cases(
+    "text tokens",
+    {
+        "a word": ("ab", [" ab"]),
+        "spaces before a word": ("ab   ab", [" ab", "  ", " ab"]),
+        "spaces before what no token joins to a space": ("ab  1", [" ab", "  ", "1"]),
+        "bytes": ("ab\n  1", [" ab", "\n", "  ", "1"]),
+        "spaces at the beginning": ("  1", ["  ", " ", "1"]),
+        "spaces at the end": ("ab  ", [" ab", "  "]),
+    },
+)
+def test_spaces_are_tokens_as_sentencepiece_has_them(
+    model_folder: Path, tmp_path: Path, text: str, tokens: list[str]
+) -> None:
+    tokenizer = sentencepiece(model_folder, tmp_path, "always")
+    assert spelled(tokenizer, tokenizer.encode(text)) == tokens
+
+
+def test_spaces_before_a_digit_are_a_token_where_digits_stand_alone(tokenizer: Any) -> None:
+    assert spelled(tokenizer, tokenizer.encode("x   1")) == ["x", "   ", "1"]
+
+
+@cases(
+    "scheme strips tokens",
+    {
+        "before each text": ("always", False, [" ", "\n", "ab", "<|end|>"]),
+        "before the first text": ("first", False, ["\n", "ab", "<|end|>"]),
+        "white space belongs to the control token": ("first", True, ["ab", "<|end|>"]),
+    },
+)
+def test_a_space_comes_where_the_tokenizer_puts_one(
+    model_folder: Path, tmp_path: Path, scheme: str, strips: bool, tokens: list[str]
+) -> None:
+    tokenizer = sentencepiece(model_folder, tmp_path, scheme, strips)
+    assert spelled(tokenizer, tokenizer.encode_chat((user("ab"),))) == ["<|user|>", *tokens]
+    assert spelled(tokenizer, tokenizer.encode("ab<|end|>")) == [" ab", "<|end|>"]
+
+
+@cases("text", ["a<|end|>b", "<|end|>", "ab" * 1500])
+def test_no_space_comes_into_a_text_that_is_cut(
+    model_folder: Path, tmp_path: Path, text: str
+) -> None:
+    tokenizer = sentencepiece(model_folder, tmp_path, "first")
+    tokens = tokenizer.encode_chat((user(text),))
+    assert b"".join(map(tokenizer.token_bytes, tokens)) == b"\n" + text.encode()
+
+
 @cases(
     "text", ["Hi", "a < b | c > d", "<|im_ end|>", "<html>|</html>", "Héllo 🙂 漢字", "<|", "|>"]
 )
@@ -2445,7 +2732,7 @@ STRIPPING = {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip"
         "no decoder": ({"decoder": None}, False),
         "metaspace": ({"decoder": {"type": "Metaspace"}}, True),
         "a sequence that strips": ({"decoder": STRIPPING}, True),
-        "SentencePiece alone": ({}, True),
+        "no description": ({}, False),
     },
 )
 def test_a_sentencepiece_model_drops_the_leading_space(tokenizer_json: Any, strips: bool) -> None:
@@ -2454,6 +2741,7 @@ def test_a_sentencepiece_model_drops_the_leading_space(tokenizer_json: Any, stri
 
 SPECIAL = {"id": 1, "content": "<|end|>", "special": True}
 ADDED = {"id": 2, "content": "né", "special": False}
+SPACES = {"id": 3, "content": "\u2581\u2581", "special": False}
 OF_BYTES = {"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"\u0120a": 0, "<|end|>": 1}}}
 
 
@@ -2469,8 +2757,9 @@ OF_BYTES = {"decoder": {"type": "ByteLevel"}, "model": {"vocab": {"\u0120a": 0, 
 def test_the_vocabulary_has_the_bytes_of_each_token(
     tokenizer_json: Any, tokens: Any, tokenizer: Any
 ) -> None:
-    vocabulary = phi_server.vocabulary(tokenizer_json | {"added_tokens": [SPECIAL, ADDED]})
-    assert vocabulary == tokens | {1: b"", 2: b"n\xc3\xa9"}
+    vocabulary = phi_server.vocabulary(tokenizer_json | {"added_tokens": [SPECIAL, ADDED, SPACES]})
+    spaces = "\u2581\u2581".encode() if tokenizer_json is OF_BYTES else b"  "  # as Gemma 3's
+    assert vocabulary == tokens | {1: b"", 2: b"n\xc3\xa9", 3: spaces}
 
 
 DAMAGED_FILES = {
@@ -3092,7 +3381,7 @@ def splits(text: str) -> Iterator[list[str]]:
 
 
 # for what is not asked to decode
-NO_TOKENIZER: Any = SimpleNamespace(codec=SimpleNamespace(create_stream=list), control_texts={})
+NO_TOKENIZER: Any = SimpleNamespace()
 
 
 def streamed(pieces: list[str], *stop: str) -> tuple[str, bool]:
@@ -3137,6 +3426,25 @@ def test_the_leading_space_of_a_sentencepiece_reply_is_dropped_once(tokenizer: A
     stream = phi_server.TextStream(tokenizer, (), True)
     tokens = [int(token) for token in tokenizer.encode(" one two")]
     assert "".join(stream.push(phi_server.Pick(token)).text for token in tokens) == "one two"
+
+
+@cases(
+    "tokens texts",
+    {
+        "a character of several tokens": (
+            [b"\xf0\x9f", b"\x99", b"\x82 a"],
+            ["", "", "\U0001f642 a"],
+        ),
+        "bytes that are no character": ([b"a\xe2", b"b", b"\x82c"], ["a", "\ufffdb", "\ufffdc"]),
+        "one that is never whole": ([b"a", b"\xe2\x82"], ["a", ""]),
+        "a mark behind half a character": ([b"\xe2", b"", b"b"], ["", "\ufffd<mark>", "b"]),
+    },
+)
+def test_the_bytes_of_tokens_become_whole_characters(tokens: list[bytes], texts: Any) -> None:
+    tokenizer: Any = SimpleNamespace(token_bytes=tokens.__getitem__, marks={1: "<mark>"})
+    stream = phi_server.TextStream(tokenizer, (), False)
+    pushed = [stream.push(phi_server.Pick(token)).text for token in range(len(tokens))]
+    assert [*pushed, ""] == [*texts, stream.finish().text]
 
 
 @cases(
@@ -3703,9 +4011,8 @@ def engine() -> Any:
 def sequence(
     prompt: list[int], seed: int | None = None, top_logprobs: int | None = None, **others: Any
 ) -> Any:
-    decoder = SimpleNamespace(decode=lambda token: f"{token} ")
-    codec = SimpleNamespace(create_stream=lambda: decoder)
-    tokenizer: Any = SimpleNamespace(codec=codec, control_texts={}, marks={})
+    tokenizer: Any = SimpleNamespace(control_texts={}, marks={}, text_start=[])
+    tokenizer.token_bytes = lambda token: f"{token} ".encode()
     fields = {"index": 0, "limit": 110, "eos_tokens": frozenset(), "outlet": asyncio.Queue()}
     return phi_server.Sequence(
         prompt=prompt,
@@ -4032,7 +4339,8 @@ def tight_server(model: Any) -> Iterator[Server]:
     """A server whose KV memory holds little more than one reply: 96 tokens and a part of a page."""
     page = model.caches[0].tokens_per_page
     tokens = 96 + page // 2 + 4 * page  # a page of each of its four rows is for throwaway tokens
-    with running(KV_MEMORY=tokens * model.caches[0].bytes_per_token, CACHE_SLOTS=0) as server:
+    kv_memory = tokens * model.caches[0].bytes_per_token
+    with running(KV_MEMORY=kv_memory, BATCH_SIZE=4, CACHE_SLOTS=0) as server:
         yield server
 
 
@@ -4951,6 +5259,31 @@ def test_echo_returns_the_prompt(
         assert len(choice["logprobs"]["tokens"]) == reply["usage"]["prompt_tokens"]
 
 
+def test_a_text_prompt_starts_with_the_tokenizers_start_token(
+    model_folder: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    (token,) = tokenizer.encode(text := "<|endoftext|>")
+    first = {"single": [{"SpecialToken": {"id": text}}, {"Sequence": {"id": "A"}}]}
+    first |= {"special_tokens": {text: {"id": text, "ids": [token]}}}
+    retokenized(model_folder, tmp_path, post_processor={"type": "TemplateProcessing", **first})
+    tokens = tokenizer.encode("Hi there")
+    fields = {"echo": True, "max_tokens": 1, "logprobs": 0, "temperature": 0}
+    with running(MODEL_PATH=tmp_path) as server:
+        prompts = ["Hi there", f"{text}Hi there", [token, *tokens], tokens]
+        replies = [complete(server, prompt, **fields) for prompt in prompts]
+        chat = post(server, CHAT, {**HELLO, "max_tokens": 1}).json
+    counts = [reply["usage"]["prompt_tokens"] for reply in replies]
+    assert counts == [len(tokens) + 1] * 3 + [len(tokens)]
+    texts = [text_of(reply) for reply in replies]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].startswith("Hi there")
+    scores = replies[0]["choices"][0]["logprobs"]
+    assert scores["tokens"][:2] == [text, "Hi"]
+    assert scores["text_offset"][:3] == [0, 0, 2]
+    parsed = parse(CHAT, **HELLO)
+    assert chat["usage"]["prompt_tokens"] == len(tokenizer.encode_chat(parsed.messages))
+
+
 def test_max_tokens_zero_without_echo_is_an_empty_text(server: Server) -> None:
     (choice,) = ask(server, TEXT, prompt="Hi", max_tokens=0)
     assert (choice["text"], choice["finish_reason"]) == ("", "length")
@@ -5770,6 +6103,19 @@ def ask_as(server: Server, host: str, *headers: str) -> Reply:
     return exchange(server, raw("GET /v1/models HTTP/1.1", f"Host: {host}", *headers), 1)[0]
 
 
+@cases("config count", {"none": ("{}", 1), "its own": ('{"chat_template": "{{ 1 }}"}', 0)})
+def test_a_start_without_a_chat_template_warns_once(
+    model_folder: Path, tmp_path: Path, config: str, count: int
+) -> None:
+    changed(model_folder, tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    with running(MODEL_PATH=tmp_path) as server:
+        assert post(server, CHAT, {**HELLO, "max_tokens": 1}).status == 200
+        told = [line for line in warnings(server) if "chat template" in line]
+    assert len(told) == count
+
+
 def test_a_start_without_keys_on_every_address_warns() -> None:
     with running(SERVER_HOST="0.0.0.0") as server:
         server.url = server.url.replace("0.0.0.0", "127.0.0.1")
@@ -6218,13 +6564,44 @@ def test_a_killed_replica_costs_no_request() -> None:
     "settings name",
     [
         ({}, "smollm2-135m"),
-        ({"MODEL_PATH": "/models/phi"}, "phi-3.5-mini"),
+        ({"MODEL_PATH": "."}, "tiny-model"),
         ({"MODEL_NAME": "mine"}, "mine"),
-        ({"MODEL_PATH": "/models/phi", "MODEL_NAME": "mine"}, "mine"),
+        ({"MODEL_PATH": ".", "MODEL_NAME": "mine"}, "mine"),
     ],
 )
-def test_the_model_is_named_after_what_is_served(settings: Any, name: str) -> None:
-    assert phi_server.served_name(phi_server.read_settings(settings)) == name
+def test_the_model_is_named_after_what_is_served(
+    model_folder: Path, tmp_path: Path, settings: Any, name: str
+) -> None:
+    (folder := tmp_path / "tiny-model").mkdir()
+    changed(model_folder, folder)
+    assert phi_server.served_name(phi_server.read_settings(settings), folder) == name
+
+
+PHI = {"type": "phi3", "context_length": 131_072, **phi_server.PHI_SHAPE}
+
+
+@cases(
+    "folder config changes name",
+    {
+        "the folder": ("tiny-model", None, {}, "tiny-model"),
+        "a folder with spaces": ("My model (1)", None, {}, "My-model-1-"),
+        "config.json": ("x", '{"_name_or_path": "microsoft/Phi-4-mini"}', {}, "Phi-4-mini"),
+        "a path in config.json": ("x", '{"_name_or_path": "C:\\\\m\\\\Qwen3/"}', {}, "Qwen3"),
+        "a name in config.json": ("x", '{"name": "Qwen3-0.6B"}', {}, "Qwen3-0.6B"),
+        "no name in config.json": ("x", '{"_name_or_path": "./"}', {}, "x"),
+        "junk in config.json": ("x", "[]", {}, "x"),
+        "Phi-3.5's shape": ("x", '{"_name_or_path": "y"}', PHI, "phi-3.5-mini"),
+        "nearly Phi-3.5's shape": ("x", None, {**PHI, "hidden_size": 4096}, "x"),
+    },
+)
+def test_a_model_is_named_by_its_shape_its_config_or_its_folder(
+    model_folder: Path, tmp_path: Path, folder: str, config: Any, changes: Any, name: str
+) -> None:
+    (made := tmp_path / folder).mkdir()
+    changed(model_folder, made, **changes)
+    if config:
+        (made / "config.json").write_text(config, encoding="utf-8")
+    assert phi_server.own_name(made) == name
 
 
 def test_a_demo_model_in_the_cache_is_served_as_it_is(model_folder: Path, tmp_path: Path) -> None:
