@@ -1472,8 +1472,8 @@ class Thinking:
     opening_token: int | None  # None where the mark takes several
     begins: str = "before"  # the thinking; or within, or behind it
 
-    def behind(self, prompt: str) -> Thinking:
-        """That of a reply to a prompt, by the end of its text."""
+    def of_reply(self, prompt: str) -> Thinking:
+        """That of a reply to a prompt, by the end of the prompt's text."""
         end = prompt.rstrip()
         begins = "within" if end.endswith(self.opening) else "before"
         begins = "behind" if end.endswith(self.closing) else begins
@@ -1674,10 +1674,10 @@ class Tokenizer:
         lines = [f"{{% set {name} = {self.disarmed(variables[name])} %}}" for name in known]
         return "".join(["{% set null = none %}", *lines]) if lines else ""
 
-    def thinking_behind(self, prompt: list[int]) -> Thinking | None:
+    def reply_thinking(self, prompt: list[int]) -> Thinking | None:
         """The thinking of a reply to a prompt; None for a model without any."""
         end = "".join(self.token_text(token) for token in prompt[-LONGEST_MARK:])
-        return self.thinking.behind(end) if self.thinking else None
+        return self.thinking.of_reply(end) if self.thinking else None
 
     def disarmed(self, value: Json) -> str:
         """The JSON of a value, with CUT behind the first character of each control text."""
@@ -2197,7 +2197,7 @@ def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     prompt = tokenizer.encode_chat(request.messages, tools.offered, request.variables)
     served.check_length("messages", len(prompt), request.generation.max_tokens)
     names = frozenset(tool.name for tool in tools.offered)
-    thinking = tokenizer.thinking_behind(prompt)
+    thinking = tokenizer.reply_thinking(prompt)
     grammar = reply_grammar(tools, request.schema, thinks=thinking is not None)
     forced = (tools.is_forced, grammar)
     return Prepared(request.generation, [prompt], False, names, *forced, thinking)

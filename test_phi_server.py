@@ -2297,7 +2297,7 @@ def test_a_thought_is_sent_as_it_comes() -> None:
     ],
 )
 def test_the_end_of_a_prompt_says_whether_a_reply_thinks(prompt: str, begins: str) -> None:
-    assert THINKING.behind(prompt).begins == begins
+    assert THINKING.of_reply(prompt).begins == begins
 
 
 @cases(
@@ -3280,6 +3280,24 @@ def test_logit_bias_steers_a_reply(server: Server, tokenizer: Any) -> None:
 def test_temperature_zero_is_greedy_and_a_seed_is_not_needed(server: Server) -> None:
     replies = [chat(server, "Write a line about the sea.", max_tokens=12) for _ in range(2)]
     assert content(replies[0]) == content(replies[1])
+
+
+@cases(
+    "begins reply thought",
+    {
+        "the prompt begins it": ("within", "Hmm</think>\n\n{}", "Hmm</think>"),
+        "the reply begins it": ("before", "<think>Hmm</think>\n{}", ">Hmm</think>"),
+        "nothing begins it": ("before", "<b>{}</think>", ""),
+    },
+)
+def test_thinking_is_followed_by_tokens_where_a_mark_takes_several(
+    tokenizer: Any, begins: str, reply: str, thought: str
+) -> None:
+    marks = phi_server.Thinking("<think>", "</think>", None, begins)
+    thoughts = phi_server.Thoughts(marks, tokenizer, frozenset([2]))
+    tokens = [token for token in tokenizer.encode(reply) if thoughts.push(token)]
+    assert "".join(map(tokenizer.token_text, tokens)) == thought
+    assert thoughts.count == len(tokens)
 
 
 # ---- Text ----------------------------------------------------------------------------------------
