@@ -1670,9 +1670,8 @@ class Tokenizer:
     def assignments(self, variables: Mapping[str, Json]) -> str:
         """What sets those of some variables that the template mentions, in its own language."""
         known = [name for name in variables if re.search(rf"\b{name}\b", self.template)]
-        # That language reads JSON, but for null.
-        lines = [f"{{% set {name} = {self.disarmed(variables[name])} %}}" for name in known]
-        return "".join(["{% set null = none %}", *lines]) if lines else ""
+        # It reads JSON: null is no name that it knows, and so its none.
+        return "".join(f"{{% set {name} = {self.disarmed(variables[name])} %}}" for name in known)
 
     def reply_thinking(self, prompt: list[int]) -> Thinking | None:
         """The thinking of a reply to a prompt; None for a model without any."""

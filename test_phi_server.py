@@ -5635,6 +5635,8 @@ SCRIPT = {
     "fits a schema at once": (CLOSED_UP | YES, "<think>\nHmm\n</think>\n\nRome."),
     "fits a schema without thinking": (YES, '"yes"'),
     "may not end before the schema": (OPENED | YES, 'Hmm<|im_end|></think>\n"yes"'),
+    "may not think again before it": (YES, '<think>Hmm</think><think>"no"</think>"yes"'),
+    "begins like a mark": ({}, "\n<thi"),
     "thinks of a call": (MUST_CALL, f"<think>\n{CALL}\n</think>\n\n{CALL}"),
     "thinks and calls": ({"tools": TOOLS}, f"<think>\n{CALL}\n</think>\n\n{CALL}"),
 }
@@ -5711,6 +5713,8 @@ def thinker(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         ("fits a schema at once", None, '"yes"', "stop"),
         ("fits a schema without thinking", None, '"yes"', "stop"),
         ("may not end before the schema", "Hmm", '"yes"', "stop"),
+        ("may not think again before it", "Hmm", '"yes"', "stop"),
+        ("begins like a mark", None, "\n<thi", "stop"),
         ("thinks of a call", CALL, None, "tool_calls"),
         ("thinks and calls", CALL, None, "tool_calls"),
     ],
