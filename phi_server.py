@@ -10,6 +10,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Requests     JSON bodies, checked and made into dataclasses
     Protobuf     what ONNX files are written in
     Model        the ONNX graph, its KV cache, one forward pass
+    Thinking     what a model thinks, told from its answer
     Prompt       tokenizer, control tokens, chat template, tools as text
     Grammar      schemas and tool calls as grammars, and the masks that force them
     Worker       the process that forks for each large body and each grammar
@@ -616,6 +617,10 @@ MOST_STOP_CHARACTERS = 500  # of each
 MOST_ECHOED = 32_768  # scored prompt tokens, times n; each takes about 200 bytes of the reply
 MOST_CHOICES = 128  # OpenAI's bound of n; here also of n times the prompts
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+# Variables of chat templates that are not the client's to set.
+OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
+
 NO_PARAMETERS: dict[str, Json] = {"type": "object", "properties": {}}
 NO_CUSTOM_TOOLS = "custom tools are not supported by this model, only functions are."
 
@@ -637,6 +642,7 @@ class Message:
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
+    reasoning: str = ""  # what the model thought before this text of its own
 
 
 @dataclass(frozen=True)
@@ -700,6 +706,7 @@ class ChatRequest:
     messages: tuple[Message, ...]
     tools: ToolUse
     schema: dict[str, Json] | None  # that the reply must fit
+    variables: dict[str, Json]  # of the chat template
     generation: Generation
 
 
@@ -809,7 +816,7 @@ def parse_chat(body: bytes, vocab_size: int, defaults: Sampling = OPENAI_SAMPLIN
     schema = parse_response_format(fields)
     sampling = parse_sampling(fields, vocab_size, defaults)
     generation = parse_generation(fields, sampling, max_tokens, shown_logprobs)
-    return ChatRequest(messages, tools, schema, generation)
+    return ChatRequest(messages, tools, schema, parse_variables(fields), generation)
 
 
 def parse_completion(
@@ -954,7 +961,9 @@ def parse_message(fields: Fields) -> Message:
         calls.append(ToolCall(call.string("id"), made.string("name"), made.string("arguments")))
     if not calls:
         fields.required("content")
-    return Message(role, parse_content(fields), tuple(calls), fields.string("tool_call_id"))
+    reasoning = fields.string("reasoning_content") or fields.string("reasoning")
+    call_id = fields.string("tool_call_id")
+    return Message(role, parse_content(fields), tuple(calls), call_id, reasoning)
 
 
 def parse_content(fields: Fields) -> str:
@@ -1063,6 +1072,21 @@ def parse_response_format(fields: Fields) -> dict[str, Json] | None:
     named.string("name")
     named.boolean("strict")
     return named.object("schema").values
+
+
+def parse_variables(fields: Fields) -> dict[str, Json]:
+    """What a request sets of the chat template's variables: values by their names."""
+    given = fields.object("chat_template_kwargs")
+    for name in given.values:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            raise invalid_value(given.param(name), "expected letters, digits and underscores.")
+        if name in OWN_VARIABLES:
+            raise invalid_value(given.param(name), "the server sets this variable.")
+    effort = fields.choice("reasoning_effort", EFFORTS)
+    chosen: dict[str, Json] = {"reasoning_effort": effort} if effort else {}
+    if effort == "none":
+        chosen["enable_thinking"] = False
+    return chosen | given.values
 
 
 def check_range(param: str, kind: str, value: float, bound: str, low: float, high: float) -> None:
@@ -1516,6 +1540,114 @@ def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set
         raise ModelLoadingFailed(fault) from None
 
 
+# ---- Thinking ------------------------------------------------------------------------------------
+# Some models think before they answer, in text between two marks. Where a reply begins is known by
+# the end of its prompt: there templates put the opening mark, or both marks for a client that wants
+# no thinking, or none where the model is to choose. The marks and the white space around them
+# become neither thought nor text.
+
+THINKING_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """The marks around a model's thinking, and where a reply begins."""
+
+    opening: str
+    closing: str
+    opening_token: int | None  # None where the mark takes several
+    begins: str = "before"  # the thinking; or within, or behind it
+
+    def of_reply(self, prompt: str) -> Thinking:
+        """That of a reply to a prompt, by the end of the prompt's text."""
+        end = prompt.rstrip()
+        begins = "within" if end.endswith(self.opening) else "before"
+        begins = "behind" if end.endswith(self.closing) else begins
+        return dataclasses.replace(self, begins=begins)
+
+
+def find_thinking(
+    model: Mapping[str, Json], tokenizer: Mapping[str, Json], template: str
+) -> Thinking | None:
+    """The marks that genai_config.json names, else known ones; None for a model without any."""
+    tokens = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    texts = {token: text for text, token in tokens.items()}
+    named = (texts.get(model.get("bor_token_id"), ""), texts.get(model.get("eor_token_id"), ""))
+    for opening, closing in (named, *THINKING_MARKS):
+        if opening and closing and (closing in tokens or closing in template):
+            return Thinking(opening, closing, tokens.get(opening))
+    return None
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A piece of what a model thinks."""
+
+    text: str
+
+
+class ThinkingReader:
+    """Separates a reply's thinking from its text as it streams."""
+
+    def __init__(self, thinking: Thinking) -> None:
+        self.thinking = thinking
+        self.is_thinking = thinking.begins == "within"
+        self.is_begun = False  # whether it is known if the opening mark comes
+        self.is_trimming = self.is_thinking  # white space behind a mark
+        self.held = ""
+
+    def push(self, text: str) -> list[str | Thought]:
+        """What a piece of the reply adds, maybe nothing yet."""
+        self.held += text
+        if not self.is_begun:
+            self.begin()
+        self.trim()
+        parts: list[str | Thought] = []
+        if self.is_begun and self.is_thinking:
+            parts.append(Thought(self.next_thought()))
+        if self.is_begun and not self.is_thinking:
+            parts.append(self.held)
+            self.held = ""
+        return [part for part in parts if part not in ("", Thought(""))]
+
+    def finish(self) -> list[str | Thought]:
+        """What was held back for a mark that did not come."""
+        if self.is_thinking:
+            return [Thought(self.held)] if self.held.strip() else []
+        return [self.held] if self.held else []
+
+    def begin(self) -> None:
+        """Takes the opening mark, unless the reply begins otherwise; short of that it waits."""
+        begun, opening = self.held.lstrip(), self.thinking.opening
+        self.is_begun = len(begun) >= len(opening) or not opening.startswith(begun)
+        if begun.startswith(opening):
+            self.is_thinking = self.is_trimming = True
+            self.held = begun.removeprefix(opening)
+
+    def trim(self) -> None:
+        """Drops the white space behind a mark."""
+        if self.is_trimming:
+            self.held = self.held.lstrip()
+            self.is_trimming = not self.held
+
+    def next_thought(self) -> str:
+        """Thinking up to its end, or as far as it has come but for white space."""
+        text, mark, rest = self.held.partition(self.thinking.closing)
+        if mark:
+            self.held, self.is_thinking, self.is_trimming = rest, False, True
+            self.trim()
+            return text.rstrip()
+        thought = text[: len(text) - overlap(text, self.thinking.closing)].rstrip()
+        self.held = text[len(thought) :]
+        return thought
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
 # ---- Prompt --------------------------------------------------------------------------------------
 # Texts to tokens, chats to prompts. Tokenizer and template renderer are onnxruntime-genai's; both
 # hold the GIL, so what a client can make long is left to the worker. In a chat only the template
@@ -1533,6 +1665,9 @@ NORMALIZED_TOGETHER = re.compile("[\0-\x7f]*[^\0-\x7f]{0,1000}")
 # A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control
 # token can span one.
 CUT = "\ufdd0"
+
+LONGEST_MARK = 16  # tokens, with white space behind it
+NO_VARIABLES: Mapping[str, Json] = {}
 
 # microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders without a template.
 PHI_TEMPLATE = (
@@ -1569,12 +1704,14 @@ class Tokenizer:
         try:
             self.template = searching(read_template(folder))
             described = read_tokenizer(folder)
-            thinking = thinking_marks(described, read_genai_config(folder))
+            self.thinking = find_thinking(read_genai_config(folder), described, self.template)
+            thinking = (self.thinking.opening, self.thinking.closing) if self.thinking else ()
             self.control_texts = control_texts(described, self.template, thinking)
             self.control_starts = control_starts(self.control_texts.values())
             self.reply_starts = control_starts({*self.control_texts.values()} - {*thinking})
             # Control tokens whose text readers of a reply look for, as those around tool calls.
-            self.marks: dict[int, str] = {}
+            texts = self.control_texts.items()
+            self.marks = {token: text for token, text in texts if text in thinking}
             self.drops_leading_space = strips_leading_space(described)
             self.normal_form = normal_form(described)
             self.text_start = text_start(described)
@@ -1598,9 +1735,14 @@ class Tokenizer:
         tokens, start = self.encode(text), self.text_start
         return tokens if tokens[: len(start)] == start else start + tokens
 
-    def encode_chat(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> list[int]:
+    def encode_chat(
+        self,
+        messages: tuple[Message, ...],
+        tools: tuple[Tool, ...] = (),
+        variables: Mapping[str, Json] = NO_VARIABLES,
+    ) -> list[int]:
         """Token ids of a chat; a control token's text in it stays plain text; raises ApiError."""
-        return self.encode_parts(self.render(messages, tools).split(CUT))
+        return self.encode_parts(self.render(messages, tools, variables).split(CUT))
 
     def encode_parts(self, parts: Iterable[str]) -> list[int]:
         """Token ids of a text that comes in parts; no token spans two of them."""
@@ -1625,13 +1767,19 @@ class Tokenizer:
             text = NORMALIZED_TOGETHER.sub(lambda run: unicodedata.normalize(form, run[0]), text)
         return self.gaps.sub(rf"\g<0>{CUT}", text)
 
-    def render(self, messages: tuple[Message, ...], tools: tuple[Tool, ...] = ()) -> str:
+    def render(
+        self,
+        messages: tuple[Message, ...],
+        tools: tuple[Tool, ...] = (),
+        variables: Mapping[str, Json] = NO_VARIABLES,
+    ) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
         if "tools" not in self.template:
             messages, tools = spelled_out(messages, tools), ()
         turns = [self.disarmed_turn(message) for message in messages]
         offered = [self.disarmed(tool_object(tool), self.control_starts) for tool in tools]
-        given = {"template_str": self.template, "add_generation_prompt": True}
+        template = self.assignments(variables) + self.template
+        given = {"template_str": template, "add_generation_prompt": True}
         if offered:
             given["tools"] = json.dumps(offered, ensure_ascii=False)
         try:
@@ -1641,6 +1789,19 @@ class Tokenizer:
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
+
+    def assignments(self, variables: Mapping[str, Json]) -> str:
+        """What sets those of some variables that the template mentions, in its own language."""
+        known = [name for name in variables if re.search(rf"\b{name}\b", self.template)]
+        # It reads JSON: null is no name that it knows, and so its none.
+        plain = {name: self.disarmed(variables[name], self.control_starts) for name in known}
+        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}
+        return "".join(f"{{% set {name} = {text} %}}" for name, text in texts.items())
+
+    def reply_thinking(self, prompt: list[int]) -> Thinking | None:
+        """The thinking of a reply to a prompt; None for a model without any."""
+        end = "".join(self.token_text(token) for token in prompt[-LONGEST_MARK:])
+        return self.thinking.of_reply(end) if self.thinking else None
 
     def disarmed_turn(self, message: Message) -> dict[str, Json]:
         """A turn as templates expect it; they look for the marks of thinking in earlier replies."""
@@ -1669,6 +1830,11 @@ class Tokenizer:
         if token >= len(self.ends):  # a vocabulary may be padded
             return b""
         return self.spelling[self.ends[token - 1] if token else 0 : self.ends[token]]
+
+    def token_text(self, token: int) -> str:
+        """A token's text, U+FFFD for parts of characters."""
+        control = self.control_texts.get(token, "")
+        return control or self.token_bytes(token).decode("utf-8", "replace")
 
 
 def read_template(folder: Path) -> str:
@@ -1713,15 +1879,8 @@ def read_tokenizer(folder: Path) -> dict[str, Json]:
     return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
 
 
-def thinking_marks(tokenizer: Mapping[str, Json], model: Mapping[str, Json]) -> tuple[str, str]:
-    """What opens and closes a model's thinking: tokens that genai_config.json names, or <think>."""
-    added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens", [])}
-    begin, end = model.get("bor_token_id"), model.get("eor_token_id")
-    return added.get(begin, "<think>"), added.get(end, "</think>")
-
-
 def control_texts(
-    tokenizer: Mapping[str, Json], template: str, thinking: tuple[str, str]
+    tokenizer: Mapping[str, Json], template: str, thinking: tuple[str, ...]
 ) -> dict[int, str]:
     """The texts that the tokenizer takes for control tokens wherever they stand.
 
@@ -1864,6 +2023,8 @@ def turn_object(message: Message) -> dict[str, Json]:
         turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
+    if message.reasoning:
+        turn["reasoning_content"] = message.reasoning
     return turn
 
 
@@ -1900,7 +2061,7 @@ def plain_turn(message: Message) -> Message:
     calls = [json.dumps(call_object(call), ensure_ascii=False) for call in message.tool_calls]
     marked = [f"{CALL_BEGIN}\n{call}\n{CALL_END}" for call in calls]
     content = [message.content] if message.content or not marked else []
-    return Message(message.role, "\n".join([*content, *marked]))
+    return Message(message.role, "\n".join([*content, *marked]), reasoning=message.reasoning)
 
 
 # ---- Grammar -------------------------------------------------------------------------------------
@@ -1951,7 +2112,9 @@ class Grammar:
         return "tools" if len(self.parts) > 1 and field != "response_format" else field
 
 
-def reply_grammar(tools: ToolUse, schema: dict[str, Json] | None) -> Grammar | None:
+def reply_grammar(
+    tools: ToolUse, schema: dict[str, Json] | None, thinks: bool = False
+) -> Grammar | None:
     """The grammar of a chat's reply, None where nothing is forced."""
     if schema is None and not tools.is_forced:
         return None
@@ -1974,7 +2137,8 @@ def reply_grammar(tools: ToolUse, schema: dict[str, Json] | None) -> Grammar | N
         lines.append(f"call_{i}: {begin} arguments_{i} {end}")
         lines.append(f"arguments_{i}: {rules[f'{tool.path}.function.parameters']}")
     parts = tuple((field, f"start: {rule}") for field, rule in rules.items())
-    return Grammar("\n".join([f"start: {' | '.join(kinds)}", *lines]), parts)
+    gap = '"\\n"? "\\n"? ' if thinks else ""  # models put an empty line behind their thinking
+    return Grammar("\n".join([f"start: {gap}({' | '.join(kinds)})", *lines]), parts)
 
 
 def closed_schema(schema: dict[str, Json]) -> str:
@@ -2243,6 +2407,7 @@ class Prepared:
     tool_names: frozenset[str] = frozenset()
     is_call_forced: bool = False
     grammar: Grammar | None = None
+    thinking: Thinking | None = None
 
 
 def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
@@ -2250,11 +2415,13 @@ def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     request = parse_chat(body, served.vocab_size, served.sampling)
     served.check(request.generation.model)
     tools = request.tools
-    prompt = tokenizer.encode_chat(request.messages, tools.offered)
+    prompt = tokenizer.encode_chat(request.messages, tools.offered, request.variables)
     served.check_length("messages", len(prompt), request.generation.max_tokens)
     names = frozenset(tool.name for tool in tools.offered)
-    grammar = reply_grammar(tools, request.schema)
-    return Prepared(request.generation, [prompt], False, names, tools.is_forced, grammar)
+    thinking = tokenizer.reply_thinking(prompt)
+    grammar = reply_grammar(tools, request.schema, thinks=thinking is not None)
+    forced = (tools.is_forced, grammar)
+    return Prepared(request.generation, [prompt], False, names, *forced, thinking)
 
 
 def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
@@ -2284,7 +2451,7 @@ class Job:
 
 
 # What goes between the processes, by name: in the worker this file is __main__.
-MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, ApiError, RuntimeError)
+MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, Thinking, ApiError, RuntimeError)
 
 
 class Unpickler(pickle.Unpickler):
@@ -2633,17 +2800,19 @@ class Guide:
         self.grammar = grammar
         self.channel = channel
         self.stream = channel.makefile("rb")
+        self.bits = b""  # of the next token's mask, once it has been read
 
     def mask(self) -> Booleans:
         """Whether each token [vocab and up to 7 more] may come next; raises RuntimeError."""
-        bits = self.stream.read(self.grammar.mask_bytes)
-        if len(bits) < self.grammar.mask_bytes:
+        self.bits = self.bits or self.stream.read(self.grammar.mask_bytes)
+        if len(self.bits) < self.grammar.mask_bytes:
             self.grammar.is_at_fault = True
             raise RuntimeError("the grammar's process has ended: a token took it beyond its limits")
-        return np.unpackbits(np.frombuffer(bits, np.uint8)).view(np.bool_)
+        return np.unpackbits(np.frombuffer(self.bits, np.uint8)).view(np.bool_)
 
     def accept(self, token: int) -> None:
         """Tells the process which token was drawn."""
+        self.bits = b""
         self.channel.sendall(token.to_bytes(4, "little"))
 
     def close(self) -> None:
@@ -2671,6 +2840,29 @@ class Pick:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Thoughts:
+    """Follows a reply's thinking by its tokens, for the grammar that begins behind it."""
+
+    def __init__(
+        self, thinking: Thinking, tokenizer: Tokenizer, end_tokens: frozenset[int]
+    ) -> None:
+        self.reader = ThinkingReader(thinking)
+        self.tokenizer = tokenizer
+        self.end_tokens = [*end_tokens]
+        # What the first token may be besides what the grammar allows.
+        opening = thinking.opening_token if thinking.begins == "before" else None
+        self.openings = [] if opening is None else [opening]
+        self.count = 0  # of tokens, the marks' among them
+
+    def push(self, token: int) -> bool:
+        """Notes a token; whether it belongs to the thinking."""
+        was_thinking = self.reader.is_thinking
+        self.reader.push(self.tokenizer.token_text(token))
+        is_thought = was_thinking or self.reader.is_thinking
+        self.count, self.openings = self.count + is_thought, []
+        return is_thought
+
+
 class Sampler:
     """Draws the tokens of one sequence."""
 
@@ -2680,11 +2872,13 @@ class Sampler:
         prompt: Iterable[int],
         grammar: CompiledGrammar | None = None,
         top_logprobs: int | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
         self.sampling = sampling
         self.grammar = grammar
         self.guide: Guide | None = None  # to the grammar, while the sequence has a slot
         self.top_logprobs = top_logprobs  # how many to report; None for no log probabilities
+        self.thoughts = thoughts  # None for a model without any
         self.is_greedy = sampling.temperature == 0 or sampling.top_p == 0 or sampling.top_k == 1
         seed = None if sampling.seed is None else sampling.seed % (1 << 64)
         self.generator = np.random.Generator(np.random.PCG64(seed))
@@ -2711,15 +2905,27 @@ class Sampler:
         if self.adjusts:
             row = self.adjusted(row)
         if self.guide:
-            row = np.where(self.guide.mask()[: len(row)], row, np.float32(-np.inf))
+            row = self.masked(row, self.guide)
         token = int(row.argmax()) if self.is_greedy else self.draw(row)
-        if self.guide:
+        is_thought = self.thoughts is not None and self.thoughts.push(token)
+        if self.guide and not is_thought:
             self.guide.accept(token)
         if self.penalizes:
             self.counts[token] = self.counts.get(token, 0) + 1
         if self.remembers:
             self.seen.add(token)
         return Pick(token) if self.top_logprobs is None else self.score(logits, token)
+
+    def masked(self, row: Floats, guide: Guide) -> Floats:
+        """The row [vocab], -inf for what may not come; thinking may be anything but the end."""
+        if self.thoughts and self.thoughts.reader.is_thinking:
+            mask = np.ones(len(row), np.bool_)
+            mask[self.thoughts.end_tokens] = False
+        else:
+            mask = guide.mask()[: len(row)]
+            if self.thoughts:
+                mask[self.thoughts.openings] = True
+        return np.where(mask, row, np.float32(-np.inf))
 
     def score(self, logits: npt.NDArray[Any], token: int) -> Pick:
         """The token with its log probability by the model's own logits [vocab]."""
@@ -2868,12 +3074,6 @@ class TextStream:
         sent = len(text) - max(overlap(text, stop) for stop in self.stop)
         self.held = text[sent:]
         return text[:sent]
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(frozen=True)
@@ -3119,6 +3319,12 @@ class Sequence:
     def completion_tokens(self) -> int:
         """How many tokens have been sampled, the end token apart."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of them were spent on thinking."""
+        thoughts = self.sampler.thoughts
+        return min(thoughts.count, self.completion_tokens) if thoughts else 0
 
     def draft(self, most: int) -> list[int]:
         """Guesses its tokens up to the `most`-th, short of the limit by one; [] without a guess."""
@@ -4143,12 +4349,16 @@ class Reply:
         prompt_tokens = sum(sequence.prompt_tokens for sequence in prompts)
         completion_tokens = sum(sequence.completion_tokens for sequence in self.choices)
         cached_tokens = sum(sequence.cached_tokens for sequence in prompts)
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached_tokens},
         }
+        if self.choices[0].sampler.thoughts:
+            reasoning_tokens = sum(sequence.reasoning_tokens for sequence in self.choices)
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+        return usage
 
 
 Answer = HttpResponse | EventStream
@@ -4246,7 +4456,9 @@ class Api:
             for i in range(generation.n):
                 await asyncio.sleep(0)  # of a long prompt, 128 take a while
                 sampling, place = seeded(generation.sampling, i), len(choices)
-                sampler = Sampler(sampling, prompt, grammar, generation.top_logprobs)
+                thinking = prepared.thinking
+                thoughts = Thoughts(thinking, self.tokenizer, eos_tokens) if thinking else None
+                sampler = Sampler(sampling, prompt, grammar, generation.top_logprobs, thoughts)
                 text = TextStream(self.tokenizer, generation.stop, drops_space, reports)
                 fixed = (place, prompt, limit, eos_tokens)
                 choices.append(Sequence(*fixed, sampler, text, outlet, echoes, leader))
@@ -4416,7 +4628,8 @@ class ChatWriter(Writer):
 
     def __init__(self, reply: Reply, tokenizer: Tokenizer, prepared: Prepared) -> None:
         super().__init__(reply, tokenizer)
-        names, is_forced = prepared.tool_names, prepared.is_call_forced
+        names, is_forced, thinking = prepared.tool_names, prepared.is_call_forced, prepared.thinking
+        self.thoughts = [ThinkingReader(thinking) if thinking else None for _ in reply.choices]
         self.readers = [ToolCallReader(names, is_forced) if names else None for _ in reply.choices]
         # Tokens whose text a reader holds back.
         self.unsent: list[list[tuple[Pick, int]]] = [[] for _ in reply.choices]
@@ -4433,18 +4646,27 @@ class ChatWriter(Writer):
 
     def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
         """A chunk choice for each delta, none while it may be the beginning of a tool call."""
-        reader = self.readers[sequence.index]
+        thoughts = self.thoughts[sequence.index]
         self.unsent[sequence.index] += piece.picks
-        deltas = reader.push(piece.text) if reader else [piece.text]
+        return self.read(sequence, thoughts.push(piece.text) if thoughts else [piece.text])
+
+    def read(self, sequence: Sequence, parts: Iterable[str | Thought]) -> list[Choice]:
+        """The chunk choices of text, in which there may be tool calls, and of thinking."""
+        reader = self.readers[sequence.index]
+        deltas: list[str | Thought | CallDelta] = []
+        for part in parts:
+            deltas += reader.push(part) if reader and isinstance(part, str) else [part]
         return [self.delta(sequence, delta_object(delta)) for delta in deltas]
 
     def finish(self, sequence: Sequence) -> list[Choice]:
         """What was held back, and OpenAI's reason: after calls a reply waits for their results."""
         reader, reason = self.readers[sequence.index], sequence.finish_reason
+        thoughts = self.thoughts[sequence.index]
+        choices = self.read(sequence, thoughts.finish()) if thoughts else []
         if reader and reader.count and reason == "stop":
             reason = "tool_calls"
         deltas = [delta_object(delta) for delta in reader.finish()] if reader else []
-        choices = [self.delta(sequence, delta) for delta in deltas]
+        choices += [self.delta(sequence, delta) for delta in deltas]
         return [*choices, self.delta(sequence, {}, reason)]
 
     def delta(self, sequence: Sequence, delta: Choice, reason: str | None = None) -> Choice:
@@ -4463,6 +4685,9 @@ class ChatWriter(Writer):
         super().add(choice, chunk)
         message, delta = choice["message"], chunk["delta"]
         text = (message["content"] or "") + delta.get("content", "")
+        if "reasoning_content" in delta:
+            thought = message.get("reasoning_content", "") + delta["reasoning_content"]
+            message["reasoning_content"] = thought
         for call in delta.get("tool_calls", ()):
             calls = message.setdefault("tool_calls", [])
             if "id" in call:
@@ -4486,10 +4711,12 @@ class ChatWriter(Writer):
         return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
 
 
-def delta_object(delta: str | CallDelta) -> dict[str, object]:
+def delta_object(delta: str | Thought | CallDelta) -> dict[str, object]:
     """The delta of a chat chunk."""
     if isinstance(delta, str):
         return {"content": delta}
+    if isinstance(delta, Thought):
+        return {"reasoning_content": delta.text}
     if not delta.id:
         call: Choice = {"index": delta.index, "function": {"arguments": delta.arguments}}
         return {"tool_calls": [call]}
@@ -4527,18 +4754,13 @@ class CompletionWriter(Writer):
             "text_offset": [],
         }
         for pick, place in scores:
-            text, logprob = self.token_text(pick.token), pick.logprob
-            likeliest = {self.token_text(token): score for token, score in pick.top}
+            text, logprob = self.tokenizer.token_text(pick.token), pick.logprob
+            likeliest = {self.tokenizer.token_text(token): score for token, score in pick.top}
             lists["tokens"].append(text)
             lists["token_logprobs"].append(logprob)
             lists["top_logprobs"].append(None if logprob is None else {text: logprob} | likeliest)
             lists["text_offset"].append(place)
         return lists
-
-    def token_text(self, token: int) -> str:
-        """A token's text, U+FFFD for parts of characters."""
-        control = self.tokenizer.control_texts.get(token, "")
-        return control or self.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def logged_parameters(reply: Reply, silent: Sampling) -> dict[str, object]:

@@ -39,7 +39,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -405,7 +405,9 @@ def assembled(parts: list[Any]) -> list[Any]:
             continue
         empty = {"role": "assistant", "content": "", "refusal": None}
         said = choice.setdefault("message", empty)
-        said["content"] += part["delta"].get("content", "")
+        for name in ("content", "reasoning_content"):
+            if name in part["delta"]:
+                said[name] = said.get(name, "") + part["delta"][name]
         for call in part["delta"].get("tool_calls", []):
             calls = said.setdefault("tool_calls", [])
             if "id" in call:
@@ -1832,6 +1834,62 @@ def test_a_star_among_the_aliases_accepts_any_model(wide_server: Server) -> None
     assert chat(wide_server, "Hi", model="anything", max_tokens=1)["model"] == wide_server.model
 
 
+@cases(
+    "fields variables",
+    {
+        "nothing": ({}, {}),
+        "null": ({"chat_template_kwargs": None, "reasoning_effort": None}, {}),
+        "any JSON": (
+            {"chat_template_kwargs": {"a": None, "b_2": [1, {"c": "d"}], "E": False}},
+            {"a": None, "b_2": [1, {"c": "d"}], "E": False},
+        ),
+        "an effort": ({"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        "no effort": (
+            {"reasoning_effort": "none"},
+            {"reasoning_effort": "none", "enable_thinking": False},
+        ),
+        "both": (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}},
+            {"reasoning_effort": "none", "enable_thinking": True},
+        ),
+    },
+)
+def test_a_chat_sets_variables_of_its_template(
+    fields: dict[str, Any], variables: dict[str, Any]
+) -> None:
+    assert parse(CHAT, **fields).variables == variables
+
+
+@cases(
+    "fields param",
+    [
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs.a b"),
+        ({"chat_template_kwargs": {"a=1": 1}}, "chat_template_kwargs.a=1"),
+        ({"chat_template_kwargs": {"1a": 1}}, "chat_template_kwargs.1a"),
+        ({"chat_template_kwargs": {"é": 1}}, "chat_template_kwargs.é"),
+        ({"chat_template_kwargs": {"": 1}}, "chat_template_kwargs."),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"reasoning_effort": 3}, "reasoning_effort"),
+        ({"messages": [{**HELLO["messages"][0], "reasoning": 1}]}, "messages[0].reasoning"),
+    ],
+)
+def test_variables_that_a_template_cannot_have_are_refused(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(phi_server.ApiError) as refused:
+        parse(CHAT, **fields)
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
+@cases("name", ["reasoning_content", "reasoning"])
+def test_a_turn_may_bring_its_thinking_back(name: str) -> None:
+    turn = {"role": "assistant", "content": "Yes.", name: "Is it?"}
+    assert parse(CHAT, messages=[turn]).messages[0].reasoning == "Is it?"
+
+
 # ---- Model ---------------------------------------------------------------------------------------
 
 
@@ -1857,12 +1915,17 @@ class EchoGraph(phi_server.GraphWriter):
     OPERATORS = phi_server.protobuf((1, ""), (2, 21))
     CONFIG: ClassVar = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_size": 8}
 
-    def file(self, fed: str, vocab_size: int, kind: str) -> bytes:
-        """The graph that echoes its positions or mask width, with logits and KV of this kind."""
+    def file(self, fed: str | list[int], vocab_size: int, kind: str) -> bytes:
+        """The graph that echoes its positions or mask width, with logits and KV of this kind.
+
+        A list is a script: the token that comes next, by the position.
+        """
         ids = self.port(self.INPUT, "input_ids", "int64", ["batch", "sequence"])
         mask = self.port(self.INPUT, "attention_mask", "int64", ["batch", "total"])
-        if fed == "positions":
+        if fed != "mask width":
             echoed = self.port(self.INPUT, "position_ids", "int64", ["batch", "sequence"])
+            if isinstance(fed, list):
+                echoed = self.node("Gather", self.constant("script", np.array(fed)), echoed)
         else:
             one = self.constant("one", np.array([1]))
             width = self.node("Gather", self.node("Shape", mask), one)
@@ -1881,7 +1944,11 @@ class EchoGraph(phi_server.GraphWriter):
 
 
 def echoing(
-    model_folder: Path, folder: Path, fed: str, kind: str = "float32", **changes: object
+    model_folder: Path,
+    folder: Path,
+    fed: str | list[int],
+    kind: str = "float32",
+    **changes: object,
 ) -> Path:
     """The demo model's folder with an EchoGraph."""
     changed(model_folder, folder, filename="echo.onnx", **EchoGraph.CONFIG, **changes)
@@ -2166,6 +2233,98 @@ def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
     assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
 
 
+# ---- Thinking ------------------------------------------------------------------------------------
+
+THINKING = phi_server.Thinking("<think>", "</think>", 5)
+
+
+def told(pieces: Iterable[str], begins: str) -> tuple[str, str]:
+    """The thinking and the text of a reply in these pieces, none of which is empty."""
+    reader = phi_server.ThinkingReader(dataclasses.replace(THINKING, begins=begins))
+    parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
+    assert "" not in parts
+    assert phi_server.Thought("") not in parts
+    thoughts = [part.text for part in parts if isinstance(part, phi_server.Thought)]
+    return "".join(thoughts), "".join(part for part in parts if isinstance(part, str))
+
+
+@cases("size", {"whole": 1000, "by threes": 3, "by characters": 1})
+@cases(
+    "begins reply thinking text",
+    {
+        "thinking and text": ("before", "<think>\nA  b\n</think>\n\nC\n d", "A  b", "C\n d"),
+        "white space first": ("before", " \n<think>A</think>B", "A", "B"),
+        "no thinking": ("before", "\n A <think>B</think>", "", "\n A <think>B</think>"),
+        "no text": ("before", "<think>A</think>\n\n", "A", ""),
+        "an empty thought": ("before", "<think>\n\n</think>\n\nB", "", "B"),
+        "nothing": ("before", "", "", ""),
+        "white space alone": ("before", "\n ", "", "\n "),
+        "another mark": ("before", "<thing>B", "", "<thing>B"),
+        "half a mark": ("before", "\n<thi", "", "\n<thi"),
+        "the mark alone": ("before", "<think>", "", ""),
+        "cut in the thinking": ("before", "<think>A b \n", "A b", ""),
+        "cut in the closing mark": ("before", "<think>A\n</thi", "A\n</thi", ""),
+        "what is not quite the mark": ("within", "a</thin>\n</think>b", "a</thin>", "b"),
+        "the prompt has the mark": ("within", "A\n</think>\n\nB </think>", "A", "B </think>"),
+        "so has the reply": ("within", "<think>A</think>B", "A", "B"),
+        "half of a mark that the prompt has": ("within", "\n<thi", "<thi", ""),
+        "nothing where it thinks": ("within", " \n", "", ""),
+        "thinking that is over": ("behind", "\nB</think>", "", "\nB</think>"),
+        "thinking that begins again": ("behind", "<think>A</think>B", "A", "B"),
+    },
+)
+def test_thinking_is_told_from_text(
+    begins: str, reply: str, thinking: str, text: str, size: int
+) -> None:
+    pieces = [reply[place : place + size] for place in range(0, len(reply), size)]
+    assert told(pieces, begins) == (thinking, text)
+
+
+def test_a_thought_is_sent_as_it_comes() -> None:
+    reader = phi_server.ThinkingReader(THINKING)
+    sent = [reader.push(piece) for piece in ("<think>", "\nWell", ", ", "so </", "b>", "</think>")]
+    thoughts = ["Well", ",", " so", " </b>"]
+    assert sent == [[], *([phi_server.Thought(thought)] for thought in thoughts), []]
+
+
+@cases(
+    "prompt begins",
+    [
+        ("<|im_start|>assistant\n", "before"),
+        ("assistant\n<think>\n", "within"),
+        ("assistant\n<think>\n\n</think>\n\n", "behind"),
+        ("assistant\n</think>", "behind"),
+        ("<think> <|im_end|>\nassistant\n", "before"),
+    ],
+)
+def test_the_end_of_a_prompt_says_whether_a_reply_thinks(prompt: str, begins: str) -> None:
+    assert THINKING.of_reply(prompt).begins == begins
+
+
+@cases(
+    "model tokens template found",
+    {
+        "none": ({}, {"<s>": 1}, "{{ messages }}", None),
+        "in the template": ({}, {}, "{{ '</think>' }}", ("<think>", "</think>", None)),
+        "as tokens": ({}, {"<think>": 7, "</think>": 8}, "", ("<think>", "</think>", 7)),
+        "Magistral's": ({}, {"[THINK]": 7, "[/THINK]": 8}, "", ("[THINK]", "[/THINK]", 7)),
+        "in genai_config.json": (
+            {"bor_token_id": 1, "eor_token_id": 2},
+            {"<a>": 1, "<b>": 2, "<think>": 7, "</think>": 8},
+            "",
+            ("<a>", "<b>", 1),
+        ),
+        "ids without tokens": ({"bor_token_id": 1, "eor_token_id": 2}, {}, "", None),
+    },
+)
+def test_the_marks_of_thinking_are_found(
+    model: dict[str, int], tokens: dict[str, int], template: str, found: tuple[Any, ...] | None
+) -> None:
+    added = [{"id": token, "content": text} for text, token in tokens.items()]
+    thinking = phi_server.find_thinking(model, {"added_tokens": added}, template)
+    assert thinking == (found and phi_server.Thinking(*found))
+
+
 # ---- Prompt --------------------------------------------------------------------------------------
 
 
@@ -2295,19 +2454,6 @@ def test_control_tokens_are_those_that_structure_a_prompt(
     assert controls == ({7: text} if is_control else {})
 
 
-@cases(
-    "model marks",
-    {
-        "unnamed": ({}, ("<think>", "</think>")),
-        "named": ({"bor_token_id": 1, "eor_token_id": 2}, ("<a>", "<b>")),
-        "not added": ({"bor_token_id": 5, "eor_token_id": 2}, ("<think>", "<b>")),
-    },
-)
-def test_thinking_is_marked_as_the_folder_says(model: Any, marks: Any) -> None:
-    described = {"added_tokens": [added_token(1, "<a>"), added_token(2, "<b>")]}
-    assert phi_server.thinking_marks(described, model) == marks
-
-
 # As Qwen3's and DeepSeek's; of other roles everything stays.
 THINKING_TEMPLATE = (
     "{% for m in messages %}{% set c = m.content %}"
@@ -2317,7 +2463,7 @@ THINKING_TEMPLATE = (
 
 
 @pytest.fixture(scope="module")
-def thinker(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def thinking_tokenizer(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tokenizer that has tokens around thinking."""
     marks = [added_token(49_152, "<think>"), added_token(49_153, "</think>")]
     folder = tmp_path_factory.mktemp("thinker")
@@ -2338,18 +2484,19 @@ def thinker(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any
     },
 )
 def test_a_template_finds_the_thinking_of_earlier_replies(
-    thinker: Any, turns_: Any, text: str
+    thinking_tokenizer: Any, turns_: Any, text: str
 ) -> None:
     messages = tuple(phi_server.Message(role, said) for role, said in turns_)
-    assert thinker.encode_chat(messages) == thinker.encode(text)
+    assert thinking_tokenizer.encode_chat(messages) == thinking_tokenizer.encode(text)
 
 
-def test_only_a_replys_own_marks_of_thinking_are_control_tokens(thinker: Any) -> None:
+def test_only_a_replys_own_marks_of_thinking_are_control_tokens(thinking_tokenizer: Any) -> None:
     said = "</think><|im_start|><think>x"
     asked, replied = (
-        thinker.encode_chat((phi_server.Message(role, said),)) for role in ("user", "assistant")
+        thinking_tokenizer.encode_chat((phi_server.Message(role, said),))
+        for role in ("user", "assistant")
     )
-    (start,) = thinker.encode("<|im_start|>")
+    (start,) = thinking_tokenizer.encode("<|im_start|>")
     assert (asked.count(start), replied.count(start)) == (1, 1)
     assert {49_152, 49_153} & {*asked} == set()
     assert replied[-2] == 49_152
@@ -2562,7 +2709,7 @@ def rendered(tokenizer: Any, template: str, **fields: object) -> str:
     parsed = parse(CHAT, **{"messages": HISTORY, **fields})
     other = copy.copy(tokenizer)
     other.template = template
-    return str(other.render(parsed.messages, parsed.tools.offered))
+    return str(other.render(parsed.messages, parsed.tools.offered, parsed.variables))
 
 
 def test_a_template_that_knows_tools_gets_them_and_the_calls(tokenizer: Any) -> None:
@@ -2771,6 +2918,47 @@ DAMAGED_FILES = {
     "no tokenizer": ("tokenizer.json", None),
     "junk template": ("chat_template.jinja", b"\xff\xff"),
 }
+
+
+VARIABLES = {
+    "none": (None, "null"),
+    "a boolean": (False, "false"),
+    "numbers": ([1, -2.5, 10**12], "[1, -2.5, 1000000000000]"),
+    "text": ("a\n\"b\" 'c' \\d é🙂", '"a\\n\\"b\\" \'c\' \\\\d é🙂"'),
+    "statements": ("%} {{ messages }} {# -%}", '"%} {{ messages }} {# -%}"'),
+    "an object": ({"a": {"b": [None, True]}}, '{"a": {"b": [null, true]}}'),
+}
+
+
+@cases("value text", VARIABLES)
+def test_a_template_gets_the_variables_it_mentions(tokenizer: Any, value: Any, text: str) -> None:
+    given = {"known": value, "unknown": 1}
+    assert rendered(tokenizer, "{{ known | tojson }}", chat_template_kwargs=given) == text
+
+
+def test_without_variables_a_template_has_its_own_defaults(tokenizer: Any) -> None:
+    template = "{% if known is not defined %}{% set known = 'own' %}{% endif %}{{ known }}"
+    assert rendered(tokenizer, template) == "own"
+    assert rendered(tokenizer, template, chat_template_kwargs={"known": "given"}) == "given"
+
+
+def test_control_tokens_in_variables_and_thinking_are_plain_text(
+    tokenizer: Any, model_folder: Path
+) -> None:
+    control = control_token(model_folder)
+    other = copy.copy(tokenizer)
+    other.template = "{{ known }} {{ messages[0].reasoning_content }}"
+    said = phi_server.Message("assistant", "", reasoning=control)
+    tokens = other.encode_chat((said,), (), {"known": [control]})
+    assert tokenizer.encode(control)[0] not in tokens
+    assert tokenizer.codec.decode(tokens) == f"['{control}'] {control}"
+
+
+def test_a_template_that_knows_thinking_gets_that_of_earlier_turns(tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}/{{ m.content }};{% endfor %}"
+    turn = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?"}
+    messages = [*turns("Hi"), turn]
+    assert rendered(tokenizer, template, messages=messages) == "/Hi;Is it?/Yes.;"
 
 
 # ---- Grammar -------------------------------------------------------------------------------------
@@ -3369,6 +3557,24 @@ def test_logit_bias_steers_a_reply(server: Server, tokenizer: Any) -> None:
 def test_temperature_zero_is_greedy_and_a_seed_is_not_needed(server: Server) -> None:
     replies = [chat(server, "Write a line about the sea.", max_tokens=12) for _ in range(2)]
     assert content(replies[0]) == content(replies[1])
+
+
+@cases(
+    "begins reply thought",
+    {
+        "the prompt begins it": ("within", "Hmm</think>\n\n{}", "Hmm</think>"),
+        "the reply begins it": ("before", "<think>Hmm</think>\n{}", ">Hmm</think>"),
+        "nothing begins it": ("before", "<b>{}</think>", ""),
+    },
+)
+def test_thinking_is_followed_by_tokens_where_a_mark_takes_several(
+    tokenizer: Any, begins: str, reply: str, thought: str
+) -> None:
+    marks = phi_server.Thinking("<think>", "</think>", None, begins)
+    thoughts = phi_server.Thoughts(marks, tokenizer, frozenset([2]))
+    tokens = [token for token in tokenizer.encode(reply) if thoughts.push(token)]
+    assert "".join(map(tokenizer.token_text, tokens)) == thought
+    assert thoughts.count == len(tokens)
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -5756,6 +5962,171 @@ def test_a_body_near_a_valid_one_gets_a_reply_or_a_whole_error(
 
     check()
     assert soon_idle(server)
+
+
+# A thinking model: the demo model's tokenizer with marks, and a graph that says what each of these
+# chats wants. `enable_thinking` is left to the model, or the prompt opens or closes the thinking.
+OPENED: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": True}}
+CLOSED_UP: dict[str, Any] = {"reasoning_effort": "none"}
+YES: dict[str, Any] = {"type": "json_schema"}
+YES |= {"json_schema": {"name": "yes", "schema": {"enum": ["yes"]}}}
+YES = {"response_format": YES}
+MUST_CALL = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+CALL = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+SCRIPT = {
+    "thinks": ({}, "<think>\nHmm, so\n</think>\n\nRome."),
+    "goes on thinking": (OPENED, "Hmm, so\n</think>\n\nRome."),
+    "does not think": (CLOSED_UP, "Rome."),
+    "chooses not to think": ({}, "Rome. <think> so"),
+    "thinks in a large body": ({"user": "x" * 5000}, "<think>Hmm, so</think>Rome."),
+    "thinks too long": ({"max_tokens": 4}, "<think>\nHmm, so"),
+    "stops while it thinks": ({"stop": ", "}, "<think>\nHmm, so\n</think>\n\nRome."),
+    "ends while it thinks": ({}, "<think>\nHmm"),
+    "thinks, then fits a schema": (YES, '<think>\nHmm "no"\n</think>\n\n"yes"'),
+    "fits a schema behind the prompt's mark": (OPENED | YES, 'Hmm "no"\n</think>"yes"'),
+    "fits a schema at once": (CLOSED_UP | YES, "<think>\nHmm\n</think>\n\nRome."),
+    "fits a schema without thinking": (YES, '"yes"'),
+    "may not end before the schema": (OPENED | YES, 'Hmm<|im_end|></think>\n"yes"'),
+    "may not think again before it": (YES, '<think>Hmm</think><think>"no"</think>"yes"'),
+    "begins like a mark": ({}, "\n<thi"),
+    "thinks of a call": (MUST_CALL, f"<think>\n{CALL}\n</think>\n\n{CALL}"),
+    "thinks and calls": ({"tools": TOOLS}, f"<think>\n{CALL}\n</think>\n\n{CALL}"),
+}
+
+
+def thinking_folder(model_folder: Path, folder: Path) -> Path:
+    """A folder with marks of thinking among its tokens and in its template, without a graph."""
+    changed(model_folder, folder, filename="echo.onnx", **EchoGraph.CONFIG)
+    text = (model_folder / "tokenizer.json").read_text(encoding="utf-8")
+    text = text.replace('"<repo_name>"', '"<think>"').replace('"<reponame>"', '"</think>"')
+    config = json.loads((model_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    opening = "{% if enable_thinking is defined %}{{ '<think>\n' }}{% endif %}"
+    closing = "{% if enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}"
+    config["chat_template"] += opening + closing
+    for name, content in (("tokenizer.json", text), ("tokenizer_config.json", json.dumps(config))):
+        (folder / name).unlink()
+        (folder / name).write_text(content, encoding="utf-8")
+    return folder
+
+
+@dataclass
+class Thinker:
+    """A server of the thinking model, with the bodies of its chats and what it is to reply."""
+
+    tokenizer: Any
+    server: Any = None
+    script: list[int] = field(default_factory=list)
+    bodies: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def learn(self, name: str, fields: dict[str, Any], reply: str) -> None:
+        """Adds a chat, with a prompt so long that its reply has positions of its own."""
+        for content in ("", " a" * len(self.script)):
+            self.bodies[name] = {"messages": turns(content), **fields}
+            chat = parse(CHAT, **self.bodies[name])
+            prompt = self.tokenizer.encode_chat(chat.messages, chat.tools.offered, chat.variables)
+            if len(prompt) > len(self.script):
+                break
+        self.script += [0] * (len(prompt) - 1 - len(self.script))
+        self.script += self.tokenizer.encode(reply + "<|im_end|>")
+
+    def says(self, name: str, stream: bool = False, **fields: object) -> Any:
+        """The choice of a chat."""
+        (choice,) = ask(self.server, CHAT, stream, **(self.bodies[name] | fields))
+        return choice
+
+
+@pytest.fixture(scope="session")
+def thinker(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Thinker]:
+    """The thinking model, served."""
+    folder = thinking_folder(model_folder, tmp_path_factory.mktemp("thinker"))
+    thinker = Thinker(phi_server.Tokenizer(folder))
+    for name, (fields, reply) in SCRIPT.items():
+        thinker.learn(name, fields, reply)
+    script = thinker.script + [0] * (8192 - len(thinker.script))
+    (folder / "echo.onnx").write_bytes(EchoGraph(Any, Any).file(script, 49152, "float32"))
+    with running(MODEL_PATH=folder) as thinker.server:
+        yield thinker
+
+
+@both_ways
+@cases(
+    "name thinking text reason",
+    [
+        ("thinks", "Hmm, so", "Rome.", "stop"),
+        ("goes on thinking", "Hmm, so", "Rome.", "stop"),
+        ("does not think", None, "Rome.", "stop"),
+        ("chooses not to think", None, "Rome. <think> so", "stop"),
+        ("thinks in a large body", "Hmm, so", "Rome.", "stop"),
+        ("thinks too long", "Hmm", "", "length"),
+        ("stops while it thinks", "Hmm", "", "stop"),
+        ("ends while it thinks", "Hmm", "", "stop"),
+        ("thinks, then fits a schema", 'Hmm "no"', '"yes"', "stop"),
+        ("fits a schema behind the prompt's mark", 'Hmm "no"', '"yes"', "stop"),
+        ("fits a schema at once", None, '"yes"', "stop"),
+        ("fits a schema without thinking", None, '"yes"', "stop"),
+        ("may not end before the schema", "Hmm", '"yes"', "stop"),
+        ("may not think again before it", "Hmm", '"yes"', "stop"),
+        ("begins like a mark", None, "\n<thi", "stop"),
+        ("thinks of a call", CALL, None, "tool_calls"),
+        ("thinks and calls", CALL, None, "tool_calls"),
+    ],
+)
+def test_thinking_comes_beside_the_content(
+    thinker: Thinker, name: str, thinking: str | None, text: str | None, reason: str, stream: bool
+) -> None:
+    choice = thinker.says(name, stream)
+    message = choice["message"]
+    assert message.get("reasoning_content") == thinking
+    assert message["content"] == text
+    assert choice["finish_reason"] == reason
+    called = [call["function"]["name"] for call in message.get("tool_calls", [])]
+    assert called == (["clock"] if reason == "tool_calls" else [])
+
+
+@cases(
+    "name thinking others",
+    {
+        "both marks": ("thinks", "<think>\nHmm, so\n</think>", "\n\nRome."),
+        "the closing one": ("goes on thinking", "Hmm, so\n</think>", "\n\nRome."),
+        "no thinking": ("does not think", "", "Rome."),
+        "the end apart": ("ends while it thinks", "<think>\nHmm", ""),
+        "of a schema": ("thinks, then fits a schema", '<think>\nHmm "no"\n</think>', '\n\n"yes"'),
+    },
+)
+def test_usage_counts_the_tokens_of_thinking(
+    thinker: Thinker, name: str, thinking: str, others: str
+) -> None:
+    body = {"temperature": 0, "n": 2, **thinker.bodies[name]}
+    usage = post(thinker.server, CHAT, body).json["usage"]
+    counts = [2 * len(thinker.tokenizer.encode(text)) for text in (thinking, thinking + others)]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": counts[0]}
+    assert usage["completion_tokens"] == counts[1]
+
+
+def test_a_model_without_thinking_has_none_in_its_usage(server: Server) -> None:
+    assert "completion_tokens_details" not in chat(server, "Hi", max_tokens=1)["usage"]
+
+
+@both_ways
+def test_log_probabilities_cover_thinking_too(thinker: Thinker, stream: bool) -> None:
+    scores = thinker.says("thinks", stream, logprobs=True)["logprobs"]["content"]
+    texts = ["", "\n", "H", "mm", ",", " so", "\n", "", "\n", "\n", "Rome", "."]  # marks have none
+    assert [score["token"] for score in scores] == texts
+
+
+def test_thinking_is_streamed_as_it_comes(thinker: Thinker) -> None:
+    chunks = events(thinker.server, CHAT, **thinker.bodies["thinks"])[:-1]
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    thought = [{"reasoning_content": text} for text in ("H", "mm", ",", " so")]
+    said = [{"content": text} for text in ("Rome", ".")]
+    assert deltas == [{"role": "assistant", "content": ""}, *thought, *said, {}]
+
+
+def test_a_seed_draws_the_same_thinking_and_answer_again(thinker: Thinker) -> None:
+    fields = {"seed": 5, "temperature": 0.05}  # the script is 1 among 49,152 logits of 0
+    first, second = (thinker.says("thinks, then fits a schema", **fields) for _ in range(2))
+    assert first == second
+    assert first["message"]["content"] == '"yes"'
 
 
 # ---- Server --------------------------------------------------------------------------------------
