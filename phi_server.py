@@ -70,6 +70,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import (
@@ -1453,11 +1454,6 @@ class CallMarkup:
     is_bare: bool = False  # whether a reply may begin with a call without the mark
     tokens: Mapping[int, str] = field(default_factory=dict)  # control tokens in all that
 
-    @property
-    def marks(self) -> tuple[str, str]:
-        """The marks before and behind calls."""
-        return self.begin, self.end
-
     @functools.cached_property
     def head(self) -> re.Pattern[str]:
         """Matches what stands between the mark and the arguments; its last group is the name."""
@@ -1534,6 +1530,7 @@ class TemplateTraits:
     takes_tools: bool  # else the system prompt describes them
     takes_tools_in_system: bool  # as JSON in the system's turn, as Phi-4-mini does
     takes_calls: bool  # and their results; else both are written as text
+    takes_several_calls: bool  # in a turn; else each has its own
     markup: CallMarkup
 
 
@@ -1721,14 +1718,18 @@ def template_traits(
     takes_tools = PROBE_NAME in said
     in_system = not takes_tools and PROBE_NAME in shown(with_tools, PROBE_USER)
     if not takes_tools and not in_system:
-        return TemplateTraits(takes_system, False, False, False, HERMES.marked(controls))
+        return TemplateTraits(takes_system, False, False, False, False, HERMES.marked(controls))
     markup = read_markup(said.split(PROBE_TEXT), one, two)
     markup = markup or known_markup(template, controls.values())
     takes_calls = one.count(PROBE_NAME) > said.count(PROBE_NAME)
     takes_results = PROBE_TEXT in offered(PROBE_USER, PROBE_REPLIES[1], PROBE_RESULT)
-    takes_calls = takes_calls and takes_results
     return TemplateTraits(
-        takes_system, takes_tools, in_system, takes_calls, markup.marked(controls)
+        takes_system=takes_system,
+        takes_tools=takes_tools,
+        takes_tools_in_system=in_system,
+        takes_calls=takes_calls and takes_results,
+        takes_several_calls=bool(two),
+        markup=markup.marked(controls),
     )
 
 
@@ -1771,6 +1772,8 @@ def template_input(
     offered = [tool_object(tool) for tool in tools]
     if not traits.takes_calls:
         messages = spelled_out(messages, traits.markup)
+    elif not traits.takes_several_calls:
+        messages = one_call_each(messages)
     if offered and not traits.takes_tools:
         described = "" if traits.takes_tools_in_system else tool_prompt(offered)
         messages = with_system(messages, described)
@@ -1836,6 +1839,24 @@ def plain_turn(message: Message, markup: CallMarkup) -> Message:
         return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
     calls = markup.written(message.tool_calls) if message.tool_calls else ""
     return Message(message.role, "\n".join(filter(None, (message.content, calls))))
+
+
+def one_call_each(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A chat with a turn for each call, in front of its result."""
+    turns: list[Message] = []
+    waiting: dict[str, Message] = {}  # for their results
+    for message in messages:
+        if message.role != "tool":
+            turns += waiting.values()
+            waiting = {}
+        elif message.tool_call_id in waiting:
+            turns.append(waiting.pop(message.tool_call_id))
+        calls = message.tool_calls
+        if len(calls) > 1:
+            waiting = {call.id: dataclasses.replace(message, tool_calls=(call,)) for call in calls}
+        else:
+            turns.append(message)
+    return (*turns, *waiting.values())
 
 
 def tool_prompt(offered: list[Json]) -> str:
@@ -2866,7 +2887,8 @@ class ToolCallReader:
         self.names = names
         self.is_forced = is_forced
         self.markup = markup
-        self.marks = re.compile("|".join(map(re.escape, filter(None, markup.marks))) or "(?!)")
+        self.marks = [mark for mark in (markup.begin, markup.end) if mark]
+        self.any_mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
         self.read: Callable[[], str | CallDelta | None] = self.read_start
         self.held = ""
         self.gap = ""  # white space before a possible call; becomes text if it is not one
@@ -2922,7 +2944,7 @@ class ToolCallReader:
 
     def read_text(self) -> str | CallDelta | None:
         """Text up to the next call; white space waits, since before a call it is markup."""
-        found = self.marks.search(self.held)
+        found = self.any_mark.search(self.held)
         text = self.held[: found.start()] if found else self.held
         if found and found[0] != self.markup.begin:  # a mark that only ends calls
             self.held = self.held[found.end() :]
@@ -2932,7 +2954,8 @@ class ToolCallReader:
             self.gap, self.mark = text[len(sent) :], found[0]
             self.held, self.read = self.held[found.end() :], self.read_head
             return sent
-        sent = text[: len(text) - max(overlap(text, mark) for mark in self.markup.marks)].rstrip()
+        begun = max((overlap(text, mark) for mark in self.marks), default=0)
+        sent = text[: len(text) - begun].rstrip()
         self.held = text[len(sent) :]
         return sent or None
 
@@ -3047,31 +3070,30 @@ def unquoted(arguments: str) -> str:
 
 # What ast.parse and ast.literal_eval raise for a text that is not plain values.
 NOT_PYTHON = (SyntaxError, TypeError, ValueError, RecursionError, MemoryError)
-
-
-class JsonWords(ast.NodeTransformer):
-    """Makes constants of JSON's names for them, which models mix into Python."""
-
-    VALUES: ClassVar = {"true": True, "false": False, "null": None}
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        """One name."""
-        return ast.Constant(self.VALUES[node.id]) if node.id in self.VALUES else node
+JSON_WORDS = {"true": True, "false": False, "null": None}  # which models mix into Python
 
 
 def calls_in_json(text: str, names: frozenset[str]) -> str:
     """A list of calls of these functions, as Python writes it, in JSON; '' if it is not one."""
-    with contextlib.suppress(AttributeError, *NOT_PYTHON):
-        listed = JsonWords().visit(ast.parse(text, mode="eval").body)
-        calls = []
-        for call in listed.elts:
-            given = {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords}
-            name = getattr(call.func, "id", None)
-            if call.args or None in given or name not in names:
+    calls = []
+    with contextlib.suppress(*NOT_PYTHON), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        listed = ast.parse(text, mode="eval").body
+        for call in listed.elts if isinstance(listed, ast.List) else ():
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
                 return ""
-            calls.append({"name": name, "arguments": given})
+            given = {argument.arg: python_value(argument.value) for argument in call.keywords}
+            if call.func.id not in names or None in given:
+                return ""
+            calls.append({"name": call.func.id, "arguments": given})
         return json.dumps(calls, ensure_ascii=False, allow_nan=False)
     return ""
+
+
+def python_value(value: ast.expr) -> Json:
+    """The value of an expression; raises NOT_PYTHON unless it is a plain one."""
+    word = value.id if isinstance(value, ast.Name) else ""
+    return JSON_WORDS[word] if word in JSON_WORDS else ast.literal_eval(value)
 
 
 # ---- Engine --------------------------------------------------------------------------------------
