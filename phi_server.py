@@ -41,6 +41,7 @@ A streamed chat walks through it like this. Read these first:
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import bisect
 import codecs
@@ -72,6 +73,7 @@ import tempfile
 import time
 import traceback
 import unicodedata
+import warnings
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import (
@@ -1103,6 +1105,11 @@ def well_formed(text: str) -> str:
     return whole.replace("\0", "\ufffd")
 
 
+def json_text(value: Json) -> str:
+    """The JSON of a value, with its characters as they are."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def new_id(prefix: str) -> str:
     """A fresh id of the prefix and 32 hexadecimal digits."""
     return prefix + secrets.token_hex(16)
@@ -1676,10 +1683,112 @@ PHI_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
+# A chat of these shows how a template writes calls, and what it leaves out; Mistral's templates
+# refuse calls without an id of nine letters and digits.
+PROBE_NAME, PROBE_TEXT, PROBE_ID = "probedfunction", "probedtext", "prob3dc4l"
+PROBE_USER = {"role": "user", "content": "Hi"}
+PROBE_SYSTEM = {"role": "system", "content": PROBE_TEXT}
+PROBE_PARAMETERS = {"type": "object", "properties": {"probedkey": {"type": "string"}}}
+PROBE_TOOL = {"name": PROBE_NAME, "description": "", "parameters": PROBE_PARAMETERS}
+PROBED = {"name": PROBE_NAME, "arguments": {"probedkey": "probedvalue"}}
+PROBE_CALL = {"type": "function", "id": PROBE_ID, "function": PROBED}
+PROBE_RESULT = {"role": "tool", "tool_call_id": PROBE_ID, "content": PROBE_TEXT}
+PROBE_REPLIES: list[dict[str, Json]] = [{"role": "assistant", "content": PROBE_TEXT}]
+PROBE_REPLIES += [
+    {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL] * count} for count in (1, 2)
+]
+PROBED_CALL = re.compile(PROBE_NAME + r'(.*?)\{\s*"probedkey"\s*:\s*"probedvalue"\s*\}', re.DOTALL)
+PROBED_LIST = re.compile(rf"(.*?)\[\s*{PROBE_NAME}\(.*?\)\s*\](.*)", re.DOTALL)
+
+# Marks around calls that models are trained on though their templates do not show it.
+CALL_MARKS = {
+    "<tool_call>": "</tool_call>",  # Hermes, Qwen
+    "<|tool_call|>": "<|/tool_call|>",  # Phi-4, Granite
+    "[TOOL_CALLS]": "",  # Mistral
+    "<|tool_call_start|>": "<|tool_call_end|>",  # LFM2
+    "functools": "",  # Firefunction
+}
+# Those of models that also write calls without a mark.
+BARE_MARKS = {"<|python_tag|>": "", "<|python_start|>": "<|python_end|>"}  # Llama 3, Llama 4
+
+# How models write a call as JSON, up to its arguments.
+JSON_HEAD = (
+    r'\{\s*(?:"(?:type|id)"\s*:\s*"[^"]*"\s*,\s*)*(?:"function"\s*:\s*\{\s*)?'
+    r'"(?:name|tool_name)"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:'
+)
+
+
+@dataclass(frozen=True)
+class CallMarkup:
+    """How a model writes calls: opening, name, middle, arguments, maybe more calls, closing."""
+
+    begin: str  # the mark before calls, "" for none
+    end: str  # the mark behind them, "" for none
+    opening: str  # all up to the first name
+    middle: str  # between a name and its arguments; PROBE_ID is for an id
+    separator: str  # between arguments and the next name, "" where a reply has one call
+    closing: str
+    is_bare: bool = False  # whether a reply may begin with a call without the mark
+    tokens: Mapping[int, str] = field(default_factory=dict)  # control tokens in all that
+
+    @functools.cached_property
+    def head(self) -> re.Pattern[str]:
+        """Matches what stands between the mark and the arguments; its last group is the name."""
+        opening = self.opening.lstrip().removeprefix(self.begin).lstrip("[ \n")
+        own = rf'{loose(opening)}([^\s"<>{{}}]+?){loose(self.middle)}'
+        return re.compile(rf'\s*\[?\s*(?:{JSON_HEAD}|{own})\s*(?=[{{"])')
+
+    def marked(self, controls: Mapping[int, str]) -> CallMarkup:
+        """The markup with those control tokens that are in it, and a mark wherever there is one."""
+        begin, end = self.begin, self.end
+        if not begin:
+            begin = next((mark for mark in BARE_MARKS if mark in controls.values()), "")
+            end = BARE_MARKS.get(begin, "")
+        text = begin + self.opening + self.middle + self.closing + end
+        tokens = {token: control for token, control in controls.items() if control in text}
+        return dataclasses.replace(
+            self, begin=begin, end=end, is_bare=not self.begin, tokens=tokens
+        )
+
+    def rule(self, text: str) -> str:
+        """A part of the markup in Lark, its control tokens by their ids."""
+        terms = {control: f"<[{token}]>" for token, control in self.tokens.items()}
+        terms[PROBE_ID] = "/[a-zA-Z0-9]{9}/"
+        parts = re.split(f"({'|'.join(map(re.escape, terms))})", text)
+        quoted = (terms.get(part, json_text(part)) for part in parts if part)
+        return " ".join(quoted)
+
+    def written(self, calls: Iterable[ToolCall]) -> str:
+        """Calls as the model writes them."""
+        texts = []
+        for call in map(call_object, calls):
+            name, arguments = (json_text(part) for part in call.values())
+            texts.append(name[1:-1] + self.middle + arguments)
+        return self.opening + self.separator.join(texts) + self.closing
+
+
+def loose(text: str) -> str:
+    """A regular expression for a part of a markup, with any white space and any id."""
+    words = r"\s*".join(map(re.escape, text.split())).replace(PROBE_ID, r"[^\W_]*")
+    return rf"\s*{words}\s*"
+
+
+def json_markup(begin: str, end: str) -> CallMarkup:
+    """A list of calls in JSON between marks."""
+    opening, closing = f'{begin}[{{"name": "', f"}}]{end}"
+    return CallMarkup(begin, end, opening, '", "arguments": ', '}, {"name": "', closing)
+
+
 # The markup of Hermes and Qwen, on which many models are trained; other models get it described in
 # the system prompt.
-CALL_BEGIN = "<tool_call>"
-CALL_END = "</tool_call>"
+HERMES = CallMarkup(
+    begin="<tool_call>",
+    end="</tool_call>",
+    opening='<tool_call>\n{"name": "',
+    middle='", "arguments": ',
+    separator='}\n</tool_call>\n<tool_call>\n{"name": "',
+    closing="}\n</tool_call>",
+)
 TOOL_PROMPT = """\
 You may call functions. To call one, reply with nothing but a JSON object between tags, on lines \
 of their own:
@@ -1688,6 +1797,18 @@ of their own:
 </tool_call>
 The functions, each with the JSON schema of its arguments:
 """
+
+
+@dataclass(frozen=True)
+class TemplateTraits:
+    """What a chat template does with what a chat may have."""
+
+    takes_system: bool  # else the first turn of the user has the system's text
+    takes_tools: bool  # else the system prompt describes them
+    takes_tools_in_system: bool  # as JSON in the system's turn, as Phi-4-mini does
+    takes_calls: bool  # and their results; else both are written as text
+    takes_several_calls: bool  # in a turn; else each has its own
+    markup: CallMarkup
 
 
 class Tokenizer:
@@ -1709,9 +1830,10 @@ class Tokenizer:
             self.control_texts = control_texts(described, self.template, thinking)
             self.control_starts = control_starts(self.control_texts.values())
             self.reply_starts = control_starts({*self.control_texts.values()} - {*thinking})
+            self.traits = template_traits(self.apply_template, self.template, self.control_texts)
             # Control tokens whose text readers of a reply look for, as those around tool calls.
-            texts = self.control_texts.items()
-            self.marks = {token: text for token, text in texts if text in thinking}
+            marked = {token: text for token, text in self.control_texts.items() if text in thinking}
+            self.marks = {**self.traits.markup.tokens, **marked}
             self.drops_leading_space = strips_leading_space(described)
             self.normal_form = normal_form(described)
             self.text_start = text_start(described)
@@ -1774,28 +1896,30 @@ class Tokenizer:
         variables: Mapping[str, Json] = NO_VARIABLES,
     ) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
-        if "tools" not in self.template:
-            messages, tools = spelled_out(messages, tools), ()
-        turns = [self.disarmed_turn(message) for message in messages]
-        offered = [self.disarmed(tool_object(tool), self.control_starts) for tool in tools]
-        template = self.assignments(variables) + self.template
-        given = {"template_str": template, "add_generation_prompt": True}
-        if offered:
-            given["tools"] = json.dumps(offered, ensure_ascii=False)
+        turns, offered = template_input(messages, tools, self.traits)
+        chat = [self.disarmed_turn(turn) for turn in turns]
+        plain = self.disarmed(offered, self.control_starts)
         try:
-            chat = json.dumps(turns, ensure_ascii=False)
-            return str(self.codec.apply_chat_template(chat, **given))
+            return self.apply_template(
+                json_text(chat), json_text(plain), self.assignments(variables)
+            )
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
+
+    def apply_template(self, turns: str, tools: str, assignments: str = "") -> str:
+        """The template's text of turns and tools in JSON; raises RuntimeError if it refuses."""
+        given = {"template_str": assignments + self.template, "add_generation_prompt": True}
+        given |= {"tools": tools} if tools != "[]" else {}
+        return str(self.codec.apply_chat_template(turns, **given))
 
     def assignments(self, variables: Mapping[str, Json]) -> str:
         """What sets those of some variables that the template mentions, in its own language."""
         known = [name for name in variables if re.search(rf"\b{name}\b", self.template)]
         # It reads JSON: null is no name that it knows, and so its none.
         plain = {name: self.disarmed(variables[name], self.control_starts) for name in known}
-        texts = {name: json.dumps(value, ensure_ascii=False) for name, value in plain.items()}
+        texts = {name: json_text(value) for name, value in plain.items()}
         return "".join(f"{{% set {name} = {text} %}}" for name, text in texts.items())
 
     def reply_thinking(self, prompt: list[int]) -> Thinking | None:
@@ -1803,12 +1927,12 @@ class Tokenizer:
         end = "".join(self.token_text(token) for token in prompt[-LONGEST_MARK:])
         return self.thinking.of_reply(end) if self.thinking else None
 
-    def disarmed_turn(self, message: Message) -> dict[str, Json]:
-        """A turn as templates expect it; they look for the marks of thinking in earlier replies."""
-        turn = dict(self.disarmed(turn_object(message), self.control_starts))
-        if message.role == "assistant":
-            turn["content"] = self.disarmed(message.content, self.reply_starts)
-        return turn
+    def disarmed_turn(self, turn: dict[str, Json]) -> dict[str, Json]:
+        """A turn for the template, which looks for the marks of thinking in earlier replies."""
+        plain = dict(self.disarmed(turn, self.control_starts))
+        if turn["role"] == "assistant":
+            plain["content"] = self.disarmed(turn["content"], self.reply_starts)
+        return plain
 
     def disarmed(self, value: Json, starts: re.Pattern[str]) -> Json:
         """A value whose strings have CUT behind what `starts` matches, and are normalized before.
@@ -2015,17 +2139,109 @@ def text_start(tokenizer: Mapping[str, Json]) -> list[int]:
     return []
 
 
+def template_traits(
+    apply: Callable[[str, str], str], template: str, controls: Mapping[int, str]
+) -> TemplateTraits:
+    """Learns from what a template makes of small chats."""
+
+    def shown(*turns: Json, tools: Json = ()) -> str:
+        try:
+            return apply(json.dumps(turns), json.dumps(tools))
+        except RuntimeError:
+            return ""
+
+    offered = functools.partial(shown, tools=[{"type": "function", "function": PROBE_TOOL}])
+    takes_system = PROBE_TEXT in shown(PROBE_SYSTEM, PROBE_USER)
+    said, one, two = (offered(PROBE_USER, turn) for turn in PROBE_REPLIES)
+    with_tools = PROBE_SYSTEM | {"tools": json.dumps([PROBE_TOOL])}
+    takes_tools = PROBE_NAME in said
+    in_system = not takes_tools and PROBE_NAME in shown(with_tools, PROBE_USER)
+    if not takes_tools and not in_system:
+        return TemplateTraits(takes_system, False, False, False, False, HERMES.marked(controls))
+    markup = read_markup(said.split(PROBE_TEXT), one, two)
+    markup = markup or known_markup(template, controls.values())
+    takes_calls = one.count(PROBE_NAME) > said.count(PROBE_NAME)
+    takes_results = PROBE_TEXT in offered(PROBE_USER, PROBE_REPLIES[1], PROBE_RESULT)
+    return TemplateTraits(
+        takes_system=takes_system,
+        takes_tools=takes_tools,
+        takes_tools_in_system=in_system,
+        takes_calls=takes_calls and takes_results,
+        takes_several_calls=bool(two),
+        markup=markup.marked(controls),
+    )
+
+
+def read_markup(around: list[str], one: str, two: str) -> CallMarkup | None:
+    """How a template writes calls, from what it makes of text (what is around that), of one call
+    and of two; None where it writes arguments in another way than JSON or Python.
+    """
+    before, after = around[0], around[-1]
+    if not one.startswith(before) or not one.endswith(after):
+        return None
+    one, two = (text.removeprefix(before).removesuffix(after) for text in (one, two))
+    if listed := PROBED_LIST.fullmatch(one):
+        return json_markup(listed[1].strip(), listed[2].strip())
+    call = PROBED_CALL.search(one)
+    if not call:
+        return None
+    opening, closing, separator = one[: call.start()], one[call.end() :], ""
+    begin = re.split(rf"\s|\[?\s*\{{|{PROBE_ID}", opening.lstrip(), maxsplit=1)[0]
+    end = re.sub(rf'^(\s*,\s*"id"\s*:\s*"{PROBE_ID}")?[\s}}\]]*', "", closing).strip()
+    if two.startswith(one[: call.end()]) and two.endswith(one[call.start() :]):
+        separator = two[call.end() : len(two) - len(one) + call.start()]
+    return CallMarkup(begin, end, opening, call[1], separator, closing)
+
+
+def known_markup(template: str, controls: Iterable[str]) -> CallMarkup:
+    """The markup whose mark a template names, or a tokenizer has."""
+    named = [mark for mark in CALL_MARKS if mark in template]
+    if not named and re.search(r"\[\w+\(\w+ ?=", template):  # [function(argument=value)]
+        return json_markup("", "")
+    begin = [*named, *(mark for mark in CALL_MARKS if mark in controls), HERMES.begin][0]
+    end = CALL_MARKS[begin]
+    is_whole = end in template or end in controls
+    return HERMES if begin == HERMES.begin else json_markup(begin, end if is_whole else "")
+
+
+def template_input(
+    messages: tuple[Message, ...], tools: tuple[Tool, ...], traits: TemplateTraits
+) -> tuple[list[Json], list[Json]]:
+    """Turns and tools as a template takes them; what it does not take is put into words."""
+    offered = [tool_object(tool) for tool in tools]
+    if not traits.takes_calls:
+        messages = spelled_out(messages, traits.markup)
+    elif not traits.takes_several_calls:
+        messages = one_call_each(messages)
+    if offered and not traits.takes_tools:
+        described = "" if traits.takes_tools_in_system else tool_prompt(offered)
+        messages = with_system(messages, described)
+    if not traits.takes_system:
+        messages = without_system(messages)
+    turns = list(map(turn_object, messages))
+    if offered and traits.takes_tools_in_system:
+        functions = [tool["function"] for tool in offered]
+        turns[0]["tools"] = json_text(functions)
+    return turns, offered if traits.takes_tools else []
+
+
 def turn_object(message: Message) -> dict[str, Json]:
     """A turn as chat templates expect it, with the arguments of its tool calls as objects."""
     turn: dict[str, Json] = {"role": message.role, "content": message.content}
     if message.tool_calls:
-        calls = map(call_object, message.tool_calls)
-        turn["tool_calls"] = [{"type": "function", "function": call} for call in calls]
-    if message.tool_call_id:
-        turn["tool_call_id"] = message.tool_call_id
+        calls = [(short_id(call.id), call_object(call)) for call in message.tool_calls]
+        turn["tool_calls"] = [{"type": "function", "id": i, "function": call} for i, call in calls]
+    if message.role == "tool":
+        turn["tool_call_id"] = short_id(message.tool_call_id)
     if message.reasoning:
         turn["reasoning_content"] = message.reasoning
     return turn
+
+
+def short_id(call_id: str) -> str:
+    """A call's id for the template: nine letters and digits, since Mistral's refuse others."""
+    is_short = re.fullmatch("[A-Za-z0-9]{9}", call_id)
+    return call_id if is_short else hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
 
 def call_object(call: ToolCall) -> dict[str, Json]:
@@ -2042,26 +2258,72 @@ def tool_object(tool: Tool) -> dict[str, Json]:
     return {"type": "function", "function": function}
 
 
-def spelled_out(messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[Message, ...]:
-    """A chat for a template without tools: the system prompt has them, calls are text."""
-    turns = tuple(plain_turn(message) for message in messages)
-    if not tools:
-        return turns
-    functions = [json.dumps(tool_object(tool)["function"], ensure_ascii=False) for tool in tools]
-    described = TOOL_PROMPT + "\n".join(functions)
-    if turns[0].role == "system":
-        return (Message("system", f"{turns[0].content}\n\n{described}"), *turns[1:])
-    return (Message("system", described), *turns)
+def spelled_out(messages: tuple[Message, ...], markup: CallMarkup) -> tuple[Message, ...]:
+    """A chat for a template without calls: they are text, and results are turns of the user.
+
+    Such a turn is one with its neighbours of the user: many templates want the roles in turn.
+    """
+    turns: list[Message] = []
+    before = ""
+    for message in messages:
+        turn = plain_turn(message, markup)
+        if (before, message.role) in (("tool", "tool"), ("tool", "user"), ("user", "tool")):
+            turn = Message("user", f"{turns.pop().content}\n{turn.content}")
+        turns.append(turn)
+        before = message.role
+    return tuple(turns)
 
 
-def plain_turn(message: Message) -> Message:
+def plain_turn(message: Message, markup: CallMarkup) -> Message:
     """A turn without tool calls and tool roles."""
     if message.role == "tool":
         return Message("user", f"<tool_response>\n{message.content}\n</tool_response>")
-    calls = [json.dumps(call_object(call), ensure_ascii=False) for call in message.tool_calls]
-    marked = [f"{CALL_BEGIN}\n{call}\n{CALL_END}" for call in calls]
-    content = [message.content] if message.content or not marked else []
-    return Message(message.role, "\n".join([*content, *marked]), reasoning=message.reasoning)
+    calls = markup.written(message.tool_calls) if message.tool_calls else ""
+    content = "\n".join(filter(None, (message.content, calls)))
+    return Message(message.role, content, reasoning=message.reasoning)
+
+
+def one_call_each(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A chat with a turn for each call, in front of its result."""
+    turns: list[Message] = []
+    waiting: dict[str, Message] = {}  # for their results
+    for message in messages:
+        if message.role != "tool":
+            turns += waiting.values()
+            waiting = {}
+        elif message.tool_call_id in waiting:
+            turns.append(waiting.pop(message.tool_call_id))
+        calls = message.tool_calls
+        if len(calls) > 1:
+            waiting = {call.id: dataclasses.replace(message, tool_calls=(call,)) for call in calls}
+        else:
+            turns.append(message)
+    return (*turns, *waiting.values())
+
+
+def tool_prompt(offered: list[Json]) -> str:
+    """What a system prompt says of tools."""
+    functions = [json_text(tool["function"]) for tool in offered]
+    return TOOL_PROMPT + "\n".join(functions)
+
+
+def with_system(messages: tuple[Message, ...], text: str) -> tuple[Message, ...]:
+    """A chat whose system prompt ends with a text."""
+    if messages[0].role == "system":
+        joined = "\n\n".join(filter(None, (messages[0].content, text)))
+        return (Message("system", joined), *messages[1:])
+    return (Message("system", text), *messages)
+
+
+def without_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A chat with its first turns of the system in front of the first turn of the user."""
+    told = list(itertools.takewhile(lambda message: message.role == "system", messages))
+    if not told:
+        return messages
+    rest = messages[len(told) :]
+    if rest and rest[0].role == "user":
+        told, rest = [*told, rest[0]], rest[1:]
+    return (Message("user", "\n\n".join(message.content for message in told)), *rest)
 
 
 # ---- Grammar -------------------------------------------------------------------------------------
@@ -2113,7 +2375,10 @@ class Grammar:
 
 
 def reply_grammar(
-    tools: ToolUse, schema: dict[str, Json] | None, thinks: bool = False
+    tools: ToolUse,
+    schema: dict[str, Json] | None,
+    markup: CallMarkup = HERMES,
+    thinks: bool = False,
 ) -> Grammar | None:
     """The grammar of a chat's reply, None where nothing is forced."""
     if schema is None and not tools.is_forced:
@@ -2127,14 +2392,14 @@ def reply_grammar(
         lines.append(f"answer: {rules['response_format']}")
     if tools.offered:
         kinds.append("calls")
-        more = f'("\\n" call){{0,{MOST_CALLS - 1}}}' if tools.is_parallel else ""
+        opening, separator, closing = map(
+            markup.rule, (markup.opening, markup.separator, markup.closing)
+        )
+        more = f"({separator} call){{0,{MOST_CALLS - 1}}}" if tools.is_parallel else ""
         calls = " | ".join(f"call_{i}" for i in range(len(tools.offered)))
-        lines += [f"calls: call {more}", f"call: {calls}"]
-    end = json.dumps("}\n" + CALL_END)
+        lines += [f"calls: {opening} call {more if separator else ''} {closing}", f"call: {calls}"]
     for i, tool in enumerate(tools.offered):
-        head = f'{CALL_BEGIN}\n{{"name": "{tool.name}", "arguments": '
-        begin = json.dumps(head, ensure_ascii=False)
-        lines.append(f"call_{i}: {begin} arguments_{i} {end}")
+        lines.append(f"call_{i}: {markup.rule(tool.name + markup.middle)} arguments_{i}")
         lines.append(f"arguments_{i}: {rules[f'{tool.path}.function.parameters']}")
     parts = tuple((field, f"start: {rule}") for field, rule in rules.items())
     gap = '"\\n"? "\\n"? ' if thinks else ""  # models put an empty line behind their thinking
@@ -2158,7 +2423,7 @@ def closed_schema(schema: dict[str, Json]) -> str:
     if isinstance(definitions, dict):
         definitions.update(OPEN_NUMBERS)
     closed["x-guidance"] = {"whitespace_flexible": False}
-    return well_formed(json.dumps(closed, ensure_ascii=False))
+    return well_formed(json_text(closed))
 
 
 def schema_parts(schema: Json, place: str = "#", is_alone: bool = True) -> Iterator[SchemaPart]:
@@ -2418,8 +2683,8 @@ def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     prompt = tokenizer.encode_chat(request.messages, tools.offered, request.variables)
     served.check_length("messages", len(prompt), request.generation.max_tokens)
     names = frozenset(tool.name for tool in tools.offered)
-    thinking = tokenizer.reply_thinking(prompt)
-    grammar = reply_grammar(tools, request.schema, thinks=thinking is not None)
+    thinking, markup = tokenizer.reply_thinking(prompt), tokenizer.traits.markup
+    grammar = reply_grammar(tools, request.schema, markup, thinks=thinking is not None)
     forced = (tools.is_forced, grammar)
     return Prepared(request.generation, [prompt], False, names, *forced, thinking)
 
@@ -3093,17 +3358,22 @@ class ToolCallReader:
     is dropped, and the reply is over; it is held back as long as it may turn out to be one.
     """
 
-    HEAD = re.compile(
-        r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
-    )
+    LIST_HEAD = re.compile(r"\s*\[\s*(\w+)\s*\(")  # of calls as Python writes them
+    ID = re.compile(r'"id"\s*:\s*"[^"]*"')
+    CLOSERS = " \t\n\r}],;"
     LONGEST_HEAD = 200  # characters; without a complete head by then it is not a call
+    LONGEST_LIST = 16_384  # characters
 
-    def __init__(self, names: frozenset[str], is_forced: bool) -> None:
+    def __init__(self, names: frozenset[str], is_forced: bool, markup: CallMarkup = HERMES) -> None:
         self.names = names
         self.is_forced = is_forced
-        self.read: Callable[[], str | CallDelta | None] = self.read_text
+        self.markup = markup
+        self.marks = [mark for mark in (markup.begin, markup.end) if mark]
+        self.any_mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
+        self.read: Callable[[], str | CallDelta | None] = self.read_start
         self.held = ""
         self.gap = ""  # white space before a possible call; becomes text if it is not one
+        self.mark = ""  # before it; likewise
         self.calls: list[tuple[str, str]] = []  # name and arguments of those that are complete
         self.count = 0  # of calls that have been sent, at least in part
         self.is_over = False
@@ -3112,7 +3382,7 @@ class ToolCallReader:
         self.arguments = ""
         self.sent: int | None = None  # characters of its arguments; None before its name is sent
         self.depth = 0
-        self.is_quoted = False
+        self.quote = ""  # the one that will close the string
         self.is_escaped = False
 
     def push(self, text: str) -> list[str | CallDelta]:
@@ -3125,45 +3395,92 @@ class ToolCallReader:
 
     def finish(self) -> list[str | CallDelta]:
         """What was held back, for a call that did not come or was cut off."""
-        if self.read == self.read_arguments and not self.is_over:
+        if self.is_over:
+            return []
+        if self.read == self.read_list and self.convert_list("]"):  # cut off behind a call
+            return self.push("")
+        if self.read == self.read_arguments:
+            if self.arguments.startswith('"'):
+                self.arguments = unquoted(self.arguments)
             return [self.begin_call(), self.rest_of_call()] if self.sent is None else []
         if self.is_forced:  # it can only be the beginning of a call that max_tokens has cut
             return []
         if self.read == self.read_head:
-            return [self.gap + CALL_BEGIN + self.held]
-        is_text = self.read == self.read_text and not (self.calls and self.held.isspace())
+            return [self.gap + self.mark + self.held]
+        if self.read == self.read_list:
+            return [self.gap + self.mark + self.arguments + self.held]
+        is_text = self.read != self.read_tail and not (self.calls and self.held.isspace())
         return [self.held] if is_text and self.held else []
+
+    def read_start(self) -> str | CallDelta | None:
+        """White space before a reply, which may begin with a call that has no mark."""
+        text = self.held.lstrip()
+        if not text:
+            return None
+        self.read = self.read_text
+        if self.markup.is_bare and text[0] in "[{":
+            self.gap, self.held = self.held.removesuffix(text), text
+            self.read = self.read_head
+        return ""
 
     def read_text(self) -> str | CallDelta | None:
         """Text up to the next call; white space waits, since before a call it is markup."""
-        text, begin, rest = self.held.partition(CALL_BEGIN)
-        if begin:
+        found = self.any_mark.search(self.held)
+        text = self.held[: found.start()] if found else self.held
+        if found and found[0] != self.markup.begin:  # a mark that only ends calls
+            self.held = self.held[found.end() :]
+            return text if self.count else text + found[0]
+        if found:
             sent = text.rstrip()
-            self.gap, self.held, self.read = text[len(sent) :], rest, self.read_head
+            self.gap, self.mark = text[len(sent) :], found[0]
+            self.held, self.read = self.held[found.end() :], self.read_head
             return sent
-        sent = text[: len(text) - overlap(text, CALL_BEGIN)].rstrip()
+        begun = max((overlap(text, mark) for mark in self.marks), default=0)
+        sent = text[: len(text) - begun].rstrip()
         self.held = text[len(sent) :]
         return sent or None
 
     def read_head(self) -> str | CallDelta | None:
         """The beginning of a call up to its arguments, or the text that looked like one."""
-        head = self.HEAD.match(self.held)
-        if head and head[1] in self.names:
-            self.held, self.read = self.held[head.end() :], self.read_arguments
-            self.name, self.arguments, self.sent = head[1], "", None
+        head = self.markup.head.match(self.held) or self.LIST_HEAD.match(self.held)
+        name = head[head.lastindex or 0] if head else ""
+        if head and name in self.names:
+            self.name, self.arguments, self.sent = name, "", None
+            is_list = head.re is self.LIST_HEAD
+            self.held = self.held[0 if is_list else head.end() :].lstrip()
+            self.read = self.read_list if is_list else self.read_arguments
             return ""
-        if not head and CALL_END not in self.held and len(self.held) < self.LONGEST_HEAD:
+        end = self.markup.end
+        if not head and not (end and end in self.held) and len(self.held) < self.LONGEST_HEAD:
             return None
         self.read = self.read_text
-        return self.gap + CALL_BEGIN
+        return self.gap + self.mark
+
+    def read_list(self) -> str | CallDelta | None:
+        """A list of calls as Python writes them, once it is whole; read on as JSON."""
+        if not self.take("\"'") and len(self.arguments) < self.LONGEST_LIST:
+            return None
+        if self.convert_list(""):
+            return ""
+        self.read = self.read_text
+        return self.gap + self.mark + self.arguments
+
+    def convert_list(self, end: str) -> bool:
+        """Puts the list that was read, with an end that it lacks, into JSON, if it is one."""
+        calls = calls_in_json(self.arguments + end, self.names)
+        self.held = calls + self.held
+        self.depth, self.quote = 0, ""
+        if calls:
+            self.read = self.read_head
+        return bool(calls)
 
     def read_arguments(self) -> str | CallDelta | None:
         """Arguments as far as they have come, to the bracket that closes them."""
-        if self.depth or not self.arguments:  # not complete yet
-            ends = (i for i, character in enumerate(self.held, 1) if self.ends_with(character))
-            end = next(ends, len(self.held))
-            self.arguments, self.held = self.arguments + self.held[:end], self.held[end:]
-        is_complete = self.depth == 0
+        is_complete = self.take('"')
+        if self.arguments.startswith('"'):  # JSON in a string
+            if not is_complete:
+                return None
+            self.arguments = unquoted(self.arguments)
         if self.sent is None:
             # Is it, or may it become, one that the reply has already? Complete arguments do not
             # begin longer ones, which would have ended at the same bracket.
@@ -3177,6 +3494,14 @@ class ToolCallReader:
             self.read = self.read_tail
         return self.rest_of_call() or ("" if is_complete else None)
 
+    def take(self, quotes: str) -> bool:
+        """Moves what has come of arguments or a list to them; whether they are complete."""
+        if self.depth or self.quote or not self.arguments:  # not complete yet
+            ends = (i for i, one in enumerate(self.held, 1) if self.ends_with(one, quotes))
+            end = next(ends, len(self.held))
+            self.arguments, self.held = self.arguments + self.held[:end], self.held[end:]
+        return bool(self.arguments) and not self.depth and not self.quote
+
     def begin_call(self) -> CallDelta:
         """The first piece of a call."""
         self.sent, self.count = 0, self.count + 1
@@ -3188,23 +3513,68 @@ class ToolCallReader:
         self.sent = len(self.arguments)
         return CallDelta(self.count - 1, arguments=arguments) if arguments else ""
 
-    def ends_with(self, character: str) -> bool:
-        """Whether this character closes the JSON object that is being read."""
-        if self.is_quoted:
-            self.is_quoted = self.is_escaped or character != '"'
+    def ends_with(self, character: str, quotes: str) -> bool:
+        """Whether this character closes the object, list or string that is being read."""
+        if self.quote:
+            if character == self.quote and not self.is_escaped:
+                self.quote = ""
             self.is_escaped = character == "\\" and not self.is_escaped
-            return False
-        self.is_quoted = character == '"'
-        self.depth += (character in "{[") - (character in "}]")
-        return self.depth == 0
+        elif character in quotes:
+            self.quote = character
+        else:
+            self.depth += (character in "([{") - (character in ")]}")
+        return self.depth == 0 and not self.quote
 
     def read_tail(self) -> str | CallDelta | None:
-        """The end of a call."""
-        _, end, rest = self.held.partition(CALL_END)
-        if not end:
+        """The end of a call: what closes it, up to the mark, the next of a list, or text."""
+        rest, end = self.held.lstrip(self.CLOSERS), self.markup.end
+        if found := self.ID.match(rest):
+            rest = rest[found.end() :].lstrip(self.CLOSERS)
+        self.held = rest
+        if not rest or overlap(rest, end) == len(rest) or (rest[0] == '"' and len(rest) < 40):
             return None
-        self.held, self.read = rest, self.read_text
+        self.read = self.read_text
+        if end and rest.startswith(end):
+            self.held = rest.removeprefix(end)
+        elif rest[0] == "{":
+            self.gap, self.mark, self.read = "", "", self.read_head
         return ""
+
+
+def unquoted(arguments: str) -> str:
+    """Arguments as JSON that may stand in a string of JSON, whole or cut off."""
+    for end in ("", '"'):
+        with contextlib.suppress(ValueError):
+            return str(json.loads(arguments + end, strict=False))
+    return arguments
+
+
+# What ast.parse and ast.literal_eval raise for a text that is not plain values.
+NOT_PYTHON = (SyntaxError, TypeError, ValueError, RecursionError, MemoryError)
+JSON_WORDS = {"true": True, "false": False, "null": None}  # which models mix into Python
+
+
+def calls_in_json(text: str, names: frozenset[str]) -> str:
+    """A list of calls of these functions, as Python writes it, in JSON; '' if it is not one."""
+    calls = []
+    with contextlib.suppress(*NOT_PYTHON), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        listed = ast.parse(text, mode="eval").body
+        for call in listed.elts if isinstance(listed, ast.List) else ():
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+                return ""
+            given = {argument.arg: python_value(argument.value) for argument in call.keywords}
+            if call.func.id not in names or None in given:
+                return ""
+            calls.append({"name": call.func.id, "arguments": given})
+        return json.dumps(calls, ensure_ascii=False, allow_nan=False)
+    return ""
+
+
+def python_value(value: ast.expr) -> Json:
+    """The value of an expression; raises NOT_PYTHON unless it is a plain one."""
+    word = value.id if isinstance(value, ast.Name) else ""
+    return JSON_WORDS[word] if word in JSON_WORDS else ast.literal_eval(value)
 
 
 # ---- Engine --------------------------------------------------------------------------------------
@@ -4630,7 +5000,10 @@ class ChatWriter(Writer):
         super().__init__(reply, tokenizer)
         names, is_forced, thinking = prepared.tool_names, prepared.is_call_forced, prepared.thinking
         self.thoughts = [ThinkingReader(thinking) if thinking else None for _ in reply.choices]
-        self.readers = [ToolCallReader(names, is_forced) if names else None for _ in reply.choices]
+        markup = tokenizer.traits.markup
+        self.readers = [
+            ToolCallReader(names, is_forced, markup) if names else None for _ in reply.choices
+        ]
         # Tokens whose text a reader holds back.
         self.unsent: list[list[tuple[Pick, int]]] = [[] for _ in reply.choices]
 
@@ -5531,7 +5904,7 @@ class LogFormatter(logging.Formatter):
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         if self.is_json:
             entry = {"time": moment, "level": level, "message": message, **fields}
-            return json.dumps(entry | ({"trace": trace} if trace else {}), ensure_ascii=False)
+            return json_text(entry | ({"trace": trace} if trace else {}))
         shown = [f" {name}={value}" for name, value in fields.items() if value not in (None, {})]
         return f"{moment} {level:7} {message}{''.join(shown)}" + (f"\n{trace}" if trace else "")
 

@@ -2701,19 +2701,31 @@ TOOL_TEMPLATE = (
     "{% for c in m.tool_calls %}({{ c.function.name }} {{ c.function.arguments.city }}){% endfor %}"
     "{{ m.tool_call_id }};{% endfor %}"
 )
-ARGUMENTS = "{% for m in messages %}{{ m.tool_calls[0].function.arguments }}{% endfor %}{# tools #}"
+ARGUMENTS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
+    "{% endfor %}{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
+)
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    """The tokenizer, of a folder with another chat template."""
+    other = copy.copy(tokenizer)
+    other.template, controls = template, tokenizer.control_texts
+    other.traits = phi_server.template_traits(other.apply_template, template, controls)
+    return other
 
 
 def rendered(tokenizer: Any, template: str, **fields: object) -> str:
     """The prompt that a template makes of a chat's body."""
     parsed = parse(CHAT, **{"messages": HISTORY, **fields})
-    other = copy.copy(tokenizer)
-    other.template = template
+    other = with_template(tokenizer, template)
     return str(other.render(parsed.messages, parsed.tools.offered, parsed.variables))
 
 
 def test_a_template_that_knows_tools_gets_them_and_the_calls(tokenizer: Any) -> None:
-    expected = "user:How is Rome?;assistant:(weather Rome);tool:Sunny.call_1;"
+    call_id = phi_server.short_id("call_1")
+    expected = f"user:How is Rome?;assistant:(weather Rome);tool:Sunny.{call_id};"
     assert rendered(tokenizer, TOOL_TEMPLATE, tools=TOOLS) == "[weather][clock]" + expected
     assert rendered(tokenizer, TOOL_TEMPLATE) == expected
 
@@ -2734,7 +2746,7 @@ def test_arguments_that_are_not_json_are_text_for_the_template(
 ) -> None:
     call = {"function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "assistant", "tool_calls": [call]}]
-    assert rendered(tokenizer, ARGUMENTS, messages=messages) == arguments
+    assert rendered(tokenizer, ARGUMENTS, messages=messages) == f"f{arguments}"
 
 
 def test_other_templates_get_tools_in_the_system_prompt_and_calls_as_text(tokenizer: Any) -> None:
