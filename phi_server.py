@@ -70,7 +70,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -1053,7 +1053,8 @@ def new_id(prefix: str) -> str:
 
 # ---- Protobuf ------------------------------------------------------------------------------------
 # ONNX files are protobuf messages (protobuf.dev/programming-guides/encoding). Two graphs are
-# written: the stub of the grammar engine and the demo model; field numbers are onnx.proto's.
+# written: the stub of the grammar engine and the demo model; of a graph that cannot be loaded is
+# read what its inputs are. Field numbers are onnx.proto's.
 
 
 def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
@@ -1073,6 +1074,40 @@ def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
 def varint(value: int) -> bytes:
     """Encodes a number in seven bits a byte, lowest first."""
     return bytes([value & 127 | 128]) + varint(value >> 7) if value >> 7 else bytes([value])
+
+
+def read_protobuf(data: memoryview) -> dict[int, list[Any]]:
+    """A message's values by field number: integers as such, all else as views of the data."""
+    fields: dict[int, list[Any]] = defaultdict(list)
+    sizes, place = {1: 8, 5: 4}, 0  # bytes, by wire type
+    while place < len(data):
+        key, place = read_varint(data, place)
+        wire_type = key & 7
+        if wire_type in sizes:
+            size = sizes[wire_type]
+        else:
+            size, place = read_varint(data, place)
+        fields[key >> 3].append(data[place : place + size] if wire_type else size)
+        place += size if wire_type else 0
+    return fields
+
+
+def read_varint(data: memoryview, place: int) -> tuple[int, int]:
+    """A number in seven bits a byte, lowest first, and the place behind it."""
+    value = shift = 0
+    while data[place] & 128:
+        value |= (data[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+    return value | data[place] << shift, place + 1
+
+
+def input_kinds(path: Path) -> set[int]:
+    """The kinds of an ONNX file's inputs, as tensor_port has them."""
+    with path.open("rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    graph = read_protobuf(read_protobuf(data)[7][0])
+    types = [read_protobuf(read_protobuf(port)[2][0]) for port in graph[11]]
+    return {read_protobuf(each[1][0])[1][0] for each in types}
 
 
 def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
@@ -1114,6 +1149,8 @@ class ModelConfig:
     inputs: Mapping[str, str]  # names or printf patterns, by their key in genai_config.json
     outputs: Mapping[str, str]
     is_long_rope: bool
+    window: int  # tokens that the KV cache must have room for, however short the context is
+    appends_kv: bool  # in place, rather than making a new and longer cache at each step
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
@@ -1126,6 +1163,10 @@ class ModelConfig:
             if others:
                 also = f"it also contains: {', '.join(others)}"
                 raise ModelLoadingFailed(f"{folder} is not a single text decoder; {also}")
+            for name, reason in UNSERVED_INPUTS.items():
+                if name in decoder.get("inputs", {}):
+                    raise ModelLoadingFailed(f"{folder} {reason}")
+            sliding = decoder.get("sliding_window", {})
             return cls(
                 folder=folder,
                 graph=folder / decoder["filename"],
@@ -1139,6 +1180,8 @@ class ModelConfig:
                 inputs=DEFAULT_INPUTS | decoder.get("inputs", {}),
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
                 is_long_rope=model.get("type", "").startswith("phi3"),
+                window=sliding["window_size"] if sliding.get("layers") else 0,
+                appends_kv=model["search"].get("past_present_share_buffer", True),
             )
         except (AttributeError, KeyError, TypeError) as error:  # a key missing, or of another kind
             path = folder / "genai_config.json"
@@ -1152,6 +1195,21 @@ class ModelConfig:
 
 
 OTHER_GRAPHS = ("encoder", "vision", "speech", "embedding")
+
+# Why a folder is not served, by what genai_config.json feeds to the graph.
+ATTENTION_ALONE = "only attention with a KV cache is served"
+UNSERVED_INPUTS = {
+    "past_recurrent_names": f"has recurrent states, as Qwen3.5; {ATTENTION_ALONE}",
+    "past_conv_names": f"has convolution states, as LFM2; {ATTENTION_ALONE}",
+    "block_table": "was exported with use_paged_attention, which onnxruntime's CPU kernels lack",
+    "inputs_embeds": "was exported with exclude_embeds: its graph does not take tokens",
+}
+NEW_CACHE = "its attention makes a new KV cache at each step; export it with -p int4 or fp32"
+UNSERVED_KINDS = {  # of a graph's inputs, where kernels for them are lacking
+    16: "computes in bfloat16, which onnxruntime does not on a CPU; export it with -p int4 or fp32",
+    17: "has an fp8 KV cache (kv_cache_quant_scheme); on a CPU, int8 and int4 are served",
+    10: "computes in float16, which this CPU's kernels do not run; export it with -p int4 or fp32",
+}
 
 # onnxruntime-genai's own defaults, src/config.h
 DEFAULT_INPUTS = {
@@ -1171,7 +1229,7 @@ SEARCHED_FOLDERS = 1000  # below a folder without a model; somebody may have giv
 
 
 def read_genai_config(folder: Path) -> dict[str, Json]:
-    """The "model" object of a folder's genai_config.json; raises ModelLoadingFailed."""
+    """The "model" object of genai_config.json, and its "search"; raises ModelLoadingFailed."""
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "does not exist"
         raise ModelLoadingFailed(f"MODEL_PATH {folder} {fault}")
@@ -1181,7 +1239,8 @@ def read_genai_config(folder: Path) -> dict[str, Json]:
         hint = f"; did you mean {below}?" if below else ""
         raise ModelLoadingFailed(f"{folder} has no genai_config.json{hint}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return dict(config["model"]) | {"search": config.get("search", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, or of another layout
         raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
 
@@ -1204,16 +1263,17 @@ def find_model_below(folder: Path) -> Path | None:
 class KvCache:
     """KV of all rows: arrays [rows, kv_heads, capacity, head_size], virtual until written."""
 
-    def __init__(self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, capacity: int) -> None:
+    def __init__(self, config: ModelConfig, head: np.dtype[Any], rows: int, capacity: int) -> None:
+        """`head` is how one head of one token is stored: an array of numbers or packed bytes."""
         self.rows = rows
         self.capacity = capacity
-        self.head_bytes = config.head_size * np.dtype(dtype).itemsize  # of one head in one array
+        self.head_bytes = head.itemsize  # in one array
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
-        shape = (rows, config.kv_heads, capacity, config.head_size)
+        shape = (rows, config.kv_heads, capacity)
         size = rows * config.kv_heads * capacity * self.head_bytes
         self.memory = [virtual_memory(size) for _ in range(2 * config.layers)]
-        self.arrays = [np.ndarray(shape, dtype, memory) for memory in self.memory]
+        self.arrays = [np.ndarray(shape, head, memory) for memory in self.memory]
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copies the KV of tokens start..stop from one row to another."""
@@ -1269,17 +1329,21 @@ class Model:
         self.session = load_session(config, threads)
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
-        self.has_position_ids = config.inputs["position_ids"] in inputs
-        # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
-        capacity = round_up(self.context_length, 64)
-        kv_dtype = port_dtype(inputs[config.inputs["past_key_names"] % 0])
+        positions = inputs.get(config.inputs["position_ids"])
+        # None without that input; before rows and tokens it may have axes such as time and space.
+        self.position_axes = positions and [*positions.shape[:-2], 1, 1]
+        # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 8.
+        capacity = round_up(max(self.context_length, config.window), 512)
+        head = kv_head(inputs[config.inputs["past_key_names"] % 0], config.head_size)
         try:
-            self.kv = KvCache(config, kv_dtype, rows, capacity)
+            self.kv = KvCache(config, head, rows, capacity)
         except (OSError, ValueError, OverflowError) as error:
             fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
             raise ModelLoadingFailed(fault) from None
         self.mask_memory = virtual_memory(8 * rows * max(capacity, LONG_ROPE_WIDTH))  # int64
-        self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
+        port = outputs[config.outputs["logits"]]
+        self.logits_dtype = port_dtype(port)
+        self.is_pruned = port.shape[1:2] == [1]  # to the logits of a row's last token
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
@@ -1292,13 +1356,16 @@ class Model:
             tokens = np.full((1, 2), self.config.start_token, np.int64)
             self.forward(0, tokens, np.zeros(1, np.int64))
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-            fault = f"{self.config.graph} cannot be run as a text decoder: {error}"
-            raise ModelLoadingFailed(fault) from None
+            fault = f"cannot be run as a text decoder: {error}"
+            if not self.config.appends_kv:
+                fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
+            raise ModelLoadingFailed(f"{self.config.graph} {fault}") from None
 
     def forward(self, low: int, tokens: Integers, lengths: Integers) -> npt.NDArray[Any]:
         """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
 
-        Appends KV in place; returns logits [rows, count, vocab], which the next call overwrites.
+        Appends KV in place; returns logits [rows, count, vocab], or [rows, 1, vocab] of a pruned
+        model, which the next call overwrites.
         """
         rows, count = tokens.shape
         names, width = self.config.inputs, int(lengths.max()) + count
@@ -1309,12 +1376,13 @@ class Model:
         mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
         np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
         inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
-        if self.has_position_ids:
-            inputs[names["position_ids"]] = lengths[:, None] + columns[:count]
+        if self.position_axes:
+            positions = lengths[:, None] + columns[:count]
+            inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
         binding = self.binding(low, low + rows)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-        shape = (rows, count, self.config.vocab_size)
+        shape = (rows, 1 if self.is_pruned else count, self.config.vocab_size)
         logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(self.config.outputs["logits"], value)
@@ -1339,9 +1407,18 @@ class Model:
         return self.bindings[low, high]
 
 
+PORT_DTYPES = {"tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+
+
 def port_dtype(port: onnxruntime.NodeArg) -> np.dtype[Any]:
-    """The dtype of a floating-point input or output."""
-    return np.dtype(np.float16 if port.type == "tensor(float16)" else np.float32)
+    """The dtype of an input or output of logits or KV."""
+    return np.dtype(PORT_DTYPES.get(port.type, np.float32))
+
+
+def kv_head(port: onnxruntime.NodeArg, head_size: int) -> np.dtype[Any]:
+    """How an input of KV stores one head of one token; of 4-bit numbers, two share a byte."""
+    stored = [size for size in port.shape[3:] if isinstance(size, int)]
+    return np.dtype((port_dtype(port), tuple(stored or [head_size])))
 
 
 def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSession:
@@ -1354,23 +1431,43 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
     try:
         session = onnxruntime.InferenceSession(config.graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-        raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
+        fault = load_fault(config.graph, str(error))
+        raise ModelLoadingFailed(f"{config.graph} {fault}") from None
     inputs = {port.name for port in session.get_inputs()}
     outputs = {port.name for port in session.get_outputs()}
     known = {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
     known |= layer_names(config, config.inputs, "past")
-    wanted = {config.outputs["logits"]} | layer_names(config, config.outputs, "present")
     missing = known - inputs - {config.inputs["position_ids"]}  # that one is optional
+    presents = layer_names(config, config.outputs, "present")
     faults = {
-        "a plain text decoder: unexpected inputs": inputs - known,
-        "a decoder with a KV cache: missing inputs": missing,
-        "a text decoder: missing outputs": wanted - outputs,
+        "is not a plain text decoder: unexpected inputs": inputs - known,
+        "is not a decoder with a KV cache: missing inputs": missing,
+        "is not a decoder with a KV cache: missing outputs": presents - outputs,
+        "was exported with exclude_lm_head: missing outputs": {config.outputs["logits"]} - outputs,
+        "has a fixed number of rows or tokens: inputs": fixed_inputs(session),
     }
     for fault, names in faults.items():
         if names:
             listed = ", ".join(sorted(names)[:4])
-            raise ModelLoadingFailed(f"{config.graph} is not {fault} {listed}")
+            raise ModelLoadingFailed(f"{config.graph} {fault} {listed}")
     return session
+
+
+def load_fault(graph: Path, error: str) -> str:
+    """Why a graph was not loaded: what no kernel of onnxruntime computes, if that is the error."""
+    lacking = re.search(r"NOT_IMPLEMENTED.*?(?:implementation|kernel) for ([\w.]+)", error)
+    if not lacking:
+        return f"cannot be loaded: {error}"
+    found = [reason for kind, reason in UNSERVED_KINDS.items() if kind in input_kinds(graph)]
+    return found[0] if found else f"needs {lacking[1]}, which onnxruntime does not run on this CPU"
+
+
+def fixed_inputs(session: onnxruntime.InferenceSession) -> set[str]:
+    """The inputs that take one number of rows or of tokens only."""
+    shapes = {port.name: port.shape for port in session.get_inputs()}
+    # KV is [rows, kv_heads, tokens, head_size]; all else has rows and tokens at its end.
+    sizes = {name: shape[:3:2] if shape[3:] else shape[-2:] for name, shape in shapes.items()}
+    return {name for name, pair in sizes.items() if any(isinstance(size, int) for size in pair)}
 
 
 def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
@@ -1945,6 +2042,7 @@ class Served:
     aliases: tuple[str, ...]
     vocab_size: int
     context_length: int
+    scores_prompts: bool  # whether the model computes the log probabilities of a prompt's tokens
 
     def check(self, name: str) -> None:
         """Raises ApiError unless a name is the served model's or an alias."""
@@ -1991,7 +2089,11 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
         prompts.append(tokenizer.encode(given) if isinstance(given, str) else given)
         served.check_length("prompt", len(prompts[-1]), generation.max_tokens)
     echoed = generation.n * sum(map(len, prompts))
-    if request.echo and generation.top_logprobs is not None and echoed > MOST_ECHOED:
+    is_scored = request.echo and generation.top_logprobs is not None
+    if is_scored and not served.scores_prompts:
+        reason = "this model was exported with prune_lm_head, so that prompts have no 'logprobs'."
+        raise unsupported("echo", reason)
+    if is_scored and echoed > MOST_ECHOED:
         bound = f"echo with logprobs is limited to {MOST_ECHOED} prompt tokens in all"
         raise invalid_value("echo", f"{bound} (n times prompts), but got {echoed}.")
     return Prepared(generation, prompts, request.echo)
@@ -3180,7 +3282,8 @@ class Engine:
         if not decoding:
             return None
         is_alone = len(decoding) == 1 and not prefilling
-        return self.plan_decode(decoding, decoding[0].running.draft() if is_alone else [])
+        drafts = is_alone and not self.model.is_pruned  # which shows the last guess's logits alone
+        return self.plan_decode(decoding, decoding[0].running.draft() if drafts else [])
 
     def admit(self) -> None:
         """Gives waiting sequences slots, in order, as long as there are slots and KV memory."""
@@ -3808,7 +3911,8 @@ class Api:
         self, settings: Settings, tokenizer: Tokenizer, worker: Worker, engine: Engine
     ) -> None:
         name, aliases, config = served_name(settings), settings.model_aliases, engine.model.config
-        self.served = Served(name, aliases, config.vocab_size, engine.context_length)
+        limits = (config.vocab_size, engine.context_length, not engine.model.is_pruned)
+        self.served = Served(name, aliases, *limits)
         self.config = config
         self.tokenizer = tokenizer
         self.worker = worker
