@@ -1817,7 +1817,7 @@ class EchoGraph(phi_server.GraphWriter):
     OPERATORS_OF_ITS_OWN = phi_server.protobuf((1, "com.microsoft"), (2, 1))
     CONFIG: ClassVar = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_size": 8}
 
-    def file(self, fed: str, vocab_size: int, kind: str, **cache: Any) -> bytes:
+    def file(self, fed: str, vocab_size: int, kind: str, /, **cache: Any) -> bytes:
         """The graph that echoes what it is fed, with logits of this kind; see add_cache."""
         ids = self.port(self.INPUT, "input_ids", "int64", ["batch", "sequence"])
         mask = self.port(self.INPUT, "attention_mask", "int64", ["batch", "total"])
@@ -1973,8 +1973,10 @@ def test_positions_of_three_axes_are_all_those_of_the_text(
 def test_a_window_of_attention_may_be_longer_than_the_context(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    window = {"sliding_window": {"window_size": 700, "layers": [0]}}
-    folder = changed(model_folder, tmp_path, **window)
+    described = json.loads((model_folder / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = described["model"]["decoder"]
+    decoder["sliding_window"] = {"window_size": 700, "layers": [0]}
+    folder = changed(model_folder, tmp_path, decoder=decoder)
     model = phi_server.Model(phi_server.ModelConfig.read(folder), 64, 2, 1)
     assert (model.context_length, model.kv.capacity >= 700) == (64, True)
 
@@ -2135,7 +2137,7 @@ def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
         ("bfloat16", ".*echo.onnx computes in bfloat16, which onnxruntime does not on a CPU"),
         ("float16", ".*echo.onnx computes in float16, which this CPU's kernels do not run"),
         ("float8", r".*echo.onnx has an fp8 KV cache \(kv_cache_quant_scheme\)"),
-        ("unknown operator", ".* needs com.microsoft.BiasAdd, which onnxruntime does not run"),
+        ("unknown operator", ".* needs BiasAdd, which onnxruntime does not run"),
         ("junk template", "the tokenizer files of .* cannot be read: UnicodeDecodeError"),
         ("encoder", ".* is not a single text decoder; it also contains: encoder"),
         ("other graph", ".*missing.onnx is missing, but genai_config.json names it"),
