@@ -3733,7 +3733,7 @@ def sequence(
 ) -> Any:
     decoder = SimpleNamespace(decode=lambda token: f"{token} ")
     codec = SimpleNamespace(create_stream=lambda: decoder)
-    tokenizer: Any = SimpleNamespace(codec=codec, control_texts={})
+    tokenizer: Any = SimpleNamespace(codec=codec, control_texts={}, marks={})
     fields = {"index": 0, "limit": 110, "eos_tokens": frozenset(), "outlet": asyncio.Queue()}
     return phi_server.Sequence(
         prompt=prompt,
