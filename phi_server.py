@@ -1118,7 +1118,7 @@ def new_id(prefix: str) -> str:
 # ---- Protobuf ------------------------------------------------------------------------------------
 # ONNX files are protobuf messages (protobuf.dev/programming-guides/encoding). Two graphs are
 # written: the stub of the grammar engine and the demo model; of a model's graph is read what its
-# nodes compute. Field numbers are onnx.proto's.
+# nodes compute and what its inputs are. Field numbers are onnx.proto's.
 
 
 def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
@@ -1172,7 +1172,7 @@ class OnnxGraph:
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         graph = read_protobuf(read_protobuf(data)[7][0])
-        self.nodes = [read_protobuf(node) for node in graph[1]]
+        self.nodes, self.inputs = [read_protobuf(node) for node in graph[1]], graph[11]
         self.tensors = {bytes(tensor[8][0]): tensor for tensor in map(read_protobuf, graph[5])}
         for node in self.nodes:
             if node[4] == [b"Constant"]:
@@ -1193,6 +1193,12 @@ class OnnxGraph:
         tensor = self.tensors[name]
         raw = tensor[9]
         return int.from_bytes(raw[0], "little") if raw else read_varint(tensor[7][0], 0)[0]
+
+    @property
+    def input_kinds(self) -> set[int]:
+        """The kinds of its inputs, as tensor_port has them."""
+        types = [read_protobuf(read_protobuf(port)[2][0]) for port in self.inputs]
+        return {read_protobuf(each[1][0])[1][0] for each in types}
 
 
 def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
@@ -1234,6 +1240,8 @@ class ModelConfig:
     eos_tokens: frozenset[int]
     inputs: Mapping[str, str]  # names or printf patterns, by their key in genai_config.json
     outputs: Mapping[str, str]
+    window: int  # tokens that the KV cache must have room for, however short the context is
+    appends_kv: bool  # in place, rather than making a new and longer cache at each step
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
@@ -1246,6 +1254,10 @@ class ModelConfig:
             if others:
                 also = f"it also contains: {', '.join(others)}"
                 raise ModelLoadingFailed(f"{folder} is not a single text decoder; {also}")
+            for name, reason in UNSERVED_INPUTS.items():
+                if name in decoder.get("inputs", {}):
+                    raise ModelLoadingFailed(f"{folder} {reason}")
+            sliding = decoder.get("sliding_window", {})
             return cls(
                 folder=folder,
                 graph=folder / decoder["filename"],
@@ -1258,6 +1270,8 @@ class ModelConfig:
                 eos_tokens=frozenset(eos if isinstance(eos, list) else [eos]),
                 inputs=DEFAULT_INPUTS | decoder.get("inputs", {}),
                 outputs=DEFAULT_OUTPUTS | decoder.get("outputs", {}),
+                window=sliding["window_size"] if sliding.get("layers") else 0,
+                appends_kv=model["search"].get("past_present_share_buffer", True),
             )
         except (AttributeError, KeyError, TypeError) as error:  # a key missing, or of another kind
             path = folder / "genai_config.json"
@@ -1271,6 +1285,21 @@ class ModelConfig:
 
 
 OTHER_GRAPHS = ("encoder", "vision", "speech", "embedding")
+
+# Why a folder is not served, by what genai_config.json feeds to the graph.
+ATTENTION_ALONE = "only attention with a KV cache is served"
+UNSERVED_INPUTS = {
+    "past_recurrent_names": f"has recurrent states, as Qwen3.5; {ATTENTION_ALONE}",
+    "past_conv_names": f"has convolution states, as LFM2; {ATTENTION_ALONE}",
+    "block_table": "was exported with use_paged_attention, which onnxruntime's CPU kernels lack",
+    "inputs_embeds": "was exported with exclude_embeds: its graph does not take tokens",
+}
+NEW_CACHE = "its attention makes a new KV cache at each step; export it with -p int4 or fp32"
+UNSERVED_KINDS = {  # of a graph's inputs, where kernels for them are lacking
+    16: "computes in bfloat16, which onnxruntime does not on a CPU; export it with -p int4 or fp32",
+    17: "has an fp8 KV cache (kv_cache_quant_scheme); on a CPU, int8 and int4 are served",
+    10: "computes in float16, which this CPU's kernels do not run; export it with -p int4 or fp32",
+}
 
 # onnxruntime-genai's own defaults, src/config.h
 DEFAULT_INPUTS = {
@@ -1290,7 +1319,7 @@ SEARCHED_FOLDERS = 1000  # below a folder without a model; somebody may have giv
 
 
 def read_genai_config(folder: Path) -> dict[str, Json]:
-    """The "model" object of a folder's genai_config.json; raises ModelLoadingFailed."""
+    """The "model" object of genai_config.json, and its "search"; raises ModelLoadingFailed."""
     if not folder.is_dir():
         fault = "is not a folder" if folder.exists() else "does not exist"
         raise ModelLoadingFailed(f"MODEL_PATH {folder} {fault}")
@@ -1300,7 +1329,8 @@ def read_genai_config(folder: Path) -> dict[str, Json]:
         hint = f"; did you mean {below}?" if below else ""
         raise ModelLoadingFailed(f"{folder} has no genai_config.json{hint}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["model"])
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return dict(config["model"]) | {"search": config.get("search", {})}
     except (OSError, ValueError, KeyError, TypeError) as error:  # unreadable, or of another layout
         raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
 
@@ -1340,21 +1370,23 @@ class KvCache:
     """KV of all rows: arrays [rows, kv_heads, capacity, head_size], virtual until written."""
 
     def __init__(
-        self, config: ModelConfig, dtype: npt.DTypeLike, rows: int, length: int, least_width: int
+        self, config: ModelConfig, head: np.dtype[Any], rows: int, length: int, least_width: int
     ) -> None:
+        """`head` is how one head of one token is stored: an array of numbers or packed bytes."""
         self.rows = rows
         self.length = length  # tokens of a row at most
         self.least_width = least_width  # of the attention mask in calls on this cache
-        # So that a row is whole 4 KiB pages whenever a head's bytes are a multiple of 64.
-        self.capacity = round_up(length, 64)
+        # So that a head's tokens are whole pages.
+        whole = mmap.PAGESIZE // math.gcd(head.itemsize, mmap.PAGESIZE)
+        self.capacity = round_up(max(length, config.window), whole)
         self.resident = [0] * rows  # tokens by row whose memory is written and not given back
-        self.head_bytes = config.head_size * np.dtype(dtype).itemsize  # of one head in one array
+        self.head_bytes = head.itemsize  # in one array
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
-        shape = (rows, config.kv_heads, self.capacity, config.head_size)
+        shape = (rows, config.kv_heads, self.capacity)
         size = rows * config.kv_heads * self.capacity * self.head_bytes
         self.memory = [virtual_memory(size) for _ in range(2 * config.layers)]
-        self.arrays = [np.ndarray(shape, dtype, memory) for memory in self.memory]
+        self.arrays = [np.ndarray(shape, head, memory) for memory in self.memory]
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copies the KV of tokens start..stop from one row to another."""
@@ -1418,21 +1450,25 @@ class Model:
         self.session = load_session(config, threads)
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
-        self.has_position_ids = config.inputs["position_ids"] in inputs
+        positions = inputs.get(config.inputs["position_ids"])
+        # None without that input; before rows and tokens it may have axes such as time and space.
+        self.position_axes = positions and [*positions.shape[:-2], 1, 1]
         graph = OnnxGraph(config.graph)
         self.operators = graph.operators
         original = original_length(graph, config.inputs["attention_mask"])
         bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
         if original and original < self.context_length:
             bounds = [(original, 0), (self.context_length, original + 1)]
-        kv_dtype = port_dtype(inputs[config.inputs["past_key_names"] % 0])
+        head = kv_head(inputs[config.inputs["past_key_names"] % 0], config.head_size)
         try:
-            self.caches = [KvCache(config, kv_dtype, rows, *bound) for bound in bounds]
+            self.caches = [KvCache(config, head, rows, *bound) for bound in bounds]
         except (OSError, ValueError, OverflowError) as error:
             fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
             raise ModelLoadingFailed(fault) from None
         self.mask_memory = virtual_memory(8 * rows * self.caches[-1].capacity)  # int64
-        self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
+        port = outputs[config.outputs["logits"]]
+        self.logits_dtype = port_dtype(port)
+        self.is_pruned = port.shape[1:2] == [1]  # to the logits of a row's last token
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
@@ -1445,15 +1481,18 @@ class Model:
             tokens = np.full((1, 2), self.config.start_token, np.int64)
             self.forward(self.caches[0], 0, tokens, np.zeros(1, np.int64))
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-            fault = f"{self.config.graph} cannot be run as a text decoder: {error}"
-            raise ModelLoadingFailed(fault) from None
+            fault = f"cannot be run as a text decoder: {error}"
+            if not self.config.appends_kv:
+                fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
+            raise ModelLoadingFailed(f"{self.config.graph} {fault}") from None
 
     def forward(
         self, kv: KvCache, low: int, tokens: Integers, lengths: Integers
     ) -> npt.NDArray[Any]:
         """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
 
-        Appends KV in place; returns logits [rows, count, vocab], which the next call overwrites.
+        Appends KV in place; returns logits [rows, count, vocab], or [rows, 1, vocab] of a pruned
+        model, which the next call overwrites.
         """
         rows, count = tokens.shape
         names, width = self.config.inputs, max(int(lengths.max()) + count, kv.least_width)
@@ -1462,12 +1501,13 @@ class Model:
         mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
         np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
         inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
-        if self.has_position_ids:
-            inputs[names["position_ids"]] = lengths[:, None] + columns[:count]
+        if self.position_axes:
+            positions = lengths[:, None] + columns[:count]
+            inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
         binding = self.binding(kv, low, low + rows)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-        shape = (rows, count, self.config.vocab_size)
+        shape = (rows, 1 if self.is_pruned else count, self.config.vocab_size)
         logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(self.config.outputs["logits"], value)
@@ -1503,9 +1543,18 @@ def original_length(graph: OnnxGraph, mask: str) -> int | None:
     return None
 
 
+PORT_DTYPES = {"tensor(float16)": np.float16, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}
+
+
 def port_dtype(port: onnxruntime.NodeArg) -> np.dtype[Any]:
-    """The dtype of a floating-point input or output."""
-    return np.dtype(np.float16 if port.type == "tensor(float16)" else np.float32)
+    """The dtype of an input or output of logits or KV."""
+    return np.dtype(PORT_DTYPES.get(port.type, np.float32))
+
+
+def kv_head(port: onnxruntime.NodeArg, head_size: int) -> np.dtype[Any]:
+    """How an input of KV stores one head of one token; of 4-bit numbers, two share a byte."""
+    stored = [size for size in port.shape[3:] if isinstance(size, int)]
+    return np.dtype((port_dtype(port), tuple(stored or [head_size])))
 
 
 def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSession:
@@ -1518,23 +1567,44 @@ def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSess
     try:
         session = onnxruntime.InferenceSession(config.graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-        raise ModelLoadingFailed(f"{config.graph} cannot be loaded: {error}") from None
+        fault = load_fault(config.graph, str(error))
+        raise ModelLoadingFailed(f"{config.graph} {fault}") from None
     inputs = {port.name for port in session.get_inputs()}
     outputs = {port.name for port in session.get_outputs()}
     known = {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
     known |= layer_names(config, config.inputs, "past")
-    wanted = {config.outputs["logits"]} | layer_names(config, config.outputs, "present")
     missing = known - inputs - {config.inputs["position_ids"]}  # that one is optional
+    presents = layer_names(config, config.outputs, "present")
     faults = {
-        "a plain text decoder: unexpected inputs": inputs - known,
-        "a decoder with a KV cache: missing inputs": missing,
-        "a text decoder: missing outputs": wanted - outputs,
+        "is not a plain text decoder: unexpected inputs": inputs - known,
+        "is not a decoder with a KV cache: missing inputs": missing,
+        "is not a decoder with a KV cache: missing outputs": presents - outputs,
+        "was exported with exclude_lm_head: missing outputs": {config.outputs["logits"]} - outputs,
+        "has a fixed number of rows or tokens: inputs": fixed_inputs(session),
     }
     for fault, names in faults.items():
         if names:
             listed = ", ".join(sorted(names)[:4])
-            raise ModelLoadingFailed(f"{config.graph} is not {fault} {listed}")
+            raise ModelLoadingFailed(f"{config.graph} {fault} {listed}")
     return session
+
+
+def load_fault(graph: Path, error: str) -> str:
+    """Why a graph was not loaded: what no kernel of onnxruntime computes, if that is the error."""
+    lacking = re.search(r"NOT_IMPLEMENTED.*?(?:implementation|kernel) for ([\w.]+)", error)
+    if not lacking:
+        return f"cannot be loaded: {error}"
+    kinds = OnnxGraph(graph).input_kinds
+    found = [reason for kind, reason in UNSERVED_KINDS.items() if kind in kinds]
+    return found[0] if found else f"needs {lacking[1]}, which onnxruntime does not run on this CPU"
+
+
+def fixed_inputs(session: onnxruntime.InferenceSession) -> set[str]:
+    """The inputs that take one number of rows or of tokens only."""
+    shapes = {port.name: port.shape for port in session.get_inputs()}
+    # KV is [rows, kv_heads, tokens, head_size]; all else has rows and tokens at its end.
+    sizes = {name: shape[:3:2] if shape[3:] else shape[-2:] for name, shape in shapes.items()}
+    return {name for name, pair in sizes.items() if any(isinstance(size, int) for size in pair)}
 
 
 def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
@@ -2650,6 +2720,7 @@ class Served:
     vocab_size: int
     context_length: int
     sampling: Sampling  # where a request is silent
+    scores_prompts: bool  # whether the model computes the log probabilities of a prompt's tokens
 
     def check(self, name: str) -> None:
         """Raises ApiError unless a name is the served model's or an alias."""
@@ -2699,7 +2770,11 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
         prompts.append(tokenizer.encode_prompt(given) if isinstance(given, str) else given)
         served.check_length("prompt", len(prompts[-1]), generation.max_tokens)
     echoed = generation.n * sum(map(len, prompts))
-    if request.echo and generation.top_logprobs is not None and echoed > MOST_ECHOED:
+    is_scored = request.echo and generation.top_logprobs is not None
+    if is_scored and not served.scores_prompts:
+        reason = "this model was exported with prune_lm_head, so that prompts have no 'logprobs'."
+        raise unsupported("echo", reason)
+    if is_scored and echoed > MOST_ECHOED:
         bound = f"echo with logprobs is limited to {MOST_ECHOED} prompt tokens in all"
         raise invalid_value("echo", f"{bound} (n times prompts), but got {echoed}.")
     return Prepared(generation, prompts, request.echo)
@@ -4106,7 +4181,8 @@ class Engine:
         is_alone = len(decoding) == 1 and not prefilling
         first = min(decoding, key=lambda slot: slot.used)
         decoding = [slot for slot in decoding if slot.kv is first.kv]
-        return self.plan_decode(decoding, first.running.draft(first.kv.length) if is_alone else [])
+        drafts = is_alone and not self.model.is_pruned  # which shows the last guess's logits alone
+        return self.plan_decode(decoding, first.running.draft(first.kv.length) if drafts else [])
 
     def admit(self) -> None:
         """Gives waiting sequences slots, in order, up to batch_size and as KV memory allows."""
@@ -4747,7 +4823,8 @@ class Api:
     ) -> None:
         config = engine.model.config
         name, aliases = served_name(settings, config.folder), settings.model_aliases
-        self.served = Served(name, aliases, config.vocab_size, engine.context_length, sampling)
+        limits = (config.vocab_size, engine.context_length)
+        self.served = Served(name, aliases, *limits, sampling, not engine.model.is_pruned)
         self.config = config
         self.tokenizer = tokenizer
         self.worker = worker

@@ -1911,21 +1911,29 @@ def changed(model_folder: Path, folder: Path, **changes: object) -> Path:
 class EchoGraph(phi_server.GraphWriter):
     """A decoder with one tiny layer whose likeliest next tokens are one of its inputs."""
 
-    TYPES: ClassVar = {**phi_server.GraphWriter.TYPES, "float16": 10}
+    TYPES: ClassVar = {**phi_server.GraphWriter.TYPES, "float16": 10, "bfloat16": 16, "float8": 17}
     OPERATORS = phi_server.protobuf((1, ""), (2, 21))
+    OPERATORS_OF_ITS_OWN = phi_server.protobuf((1, "com.microsoft"), (2, 1))
     CONFIG: ClassVar = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_size": 8}
 
-    def file(self, fed: str | list[int], vocab_size: int, kind: str) -> bytes:
-        """The graph that echoes its positions or mask width, with logits and KV of this kind.
+    def file(self, fed: str | list[int], vocab_size: int, kind: str, /, **cache: Any) -> bytes:
+        """The graph that echoes what it is fed, with logits of this kind; see add_cache.
 
         A list is a script: the token that comes next, by the position.
         """
         ids = self.port(self.INPUT, "input_ids", "int64", ["batch", "sequence"])
         mask = self.port(self.INPUT, "attention_mask", "int64", ["batch", "total"])
-        if fed != "mask width":
+        count: int | str = "sequence"
+        if fed == "positions" or isinstance(fed, list):
             echoed = self.port(self.INPUT, "position_ids", "int64", ["batch", "sequence"])
             if isinstance(fed, list):
                 echoed = self.node("Gather", self.constant("script", np.array(fed)), echoed)
+        elif fed == "sum of three positions":
+            axes = self.port(self.INPUT, "position_ids", "int64", [3, "batch", "sequence"])
+            echoed = self.node("ReduceSum", axes, self.constant("zero", np.array([0])), keepdims=0)
+        elif fed == "last token":
+            echoed = self.node("Gather", ids, self.constant("last", np.array([-1])), axis=1)
+            count = 1
         else:
             one = self.constant("one", np.array([1]))
             width = self.node("Gather", self.node("Shape", mask), one)
@@ -1934,13 +1942,23 @@ class EchoGraph(phi_server.GraphWriter):
         values = self.node("Cast", bits, to=self.TYPES[kind])
         depth = self.constant("depth", np.array(vocab_size))
         self.node("OneHot", echoed, depth, values, outputs=["logits"])
-        self.port(self.OUTPUT, "logits", kind, ["batch", "sequence", vocab_size])
-        for part in ("key", "value"):
-            past = self.port(self.INPUT, f"past_key_values.0.{part}", kind, ["batch", 1, "past", 8])
-            present = self.node("Identity", past, outputs=[f"present.0.{part}"])
-            self.port(self.OUTPUT, present, kind, ["batch", 1, "total", 8])
+        self.port(self.OUTPUT, "logits", kind, ["batch", count, vocab_size])
+        self.add_cache(**{"kind": kind} | cache)
         graph = phi_server.protobuf((2, "echo")) + self.parts
-        return phi_server.protobuf((1, 10), (7, graph), (8, self.OPERATORS))
+        operators = [(8, self.OPERATORS), (8, self.OPERATORS_OF_ITS_OWN)]
+        return phi_server.protobuf((1, 10), (7, graph), *operators)
+
+    def add_cache(
+        self, kind: str, tokens: int | str = "past", operator: str = "Identity", **attributes: int
+    ) -> None:
+        """Adds a KV cache whose present an operator makes of its past."""
+        pads = [self.constant("pads", np.zeros(8, np.int64))] if operator == "Pad" else []
+        for part in ("key", "value"):
+            past = self.port(self.INPUT, f"past_key_values.0.{part}", kind, ["batch", 1, tokens, 8])
+            fed = [past] * {"Add": 2, "Concat": 2, "com.microsoft:BiasAdd": 3}.get(operator, 1)
+            outputs = [f"present.0.{part}"]
+            present = self.node(operator, *fed, *pads, outputs=outputs, **attributes)
+            self.port(self.OUTPUT, present, kind, ["batch", 1, "total", 8])
 
 
 def echoing(
@@ -1978,6 +1996,133 @@ def test_a_graph_with_positions_gets_those_of_each_row(model_folder: Path, tmp_p
     model = phi_server.Model(config, 512, 4, 1)
     assert forward(model, 1, [[5], [6]], 10, 300).argmax(axis=-1).tolist() == [[10], [300]]
     assert forward(model, 0, [[5, 6, 7]], 20).argmax(axis=-1).tolist() == [[20, 21, 22]]
+
+
+def quantized(graph_file: bytes, bits: int) -> bytes:
+    """The demo model's graph with KV of 8 or 4 bits, as kv_cache_quant_scheme makes it."""
+
+    def fields_of(data: Any) -> Any:
+        return phi_server.read_protobuf(memoryview(data))
+
+    def message(fields: Any) -> bytes:
+        values = ((number, value) for number in fields for value in fields[number])
+        return phi_server.protobuf(*((n, v if isinstance(v, int) else bytes(v)) for n, v in values))
+
+    model = fields_of(graph_file)
+    graph = fields_of(model[7][0])
+    for node in map(fields_of, graph.pop(1)):
+        if node[4] == [b"GroupQueryAttention"]:
+            node[1] += [b""] * (12 - len(node[1])) + [b"k_scale", b"v_scale"]
+            for name in ("k_quant_type", "v_quant_type"):
+                node[5].append(phi_server.protobuf((1, name), (4, "PER_TENSOR"), (20, 3)))
+            node[5].append(phi_server.protobuf((1, "kv_cache_bit_width"), (3, bits), (20, 2)))
+        graph[1].append(message(node))
+    for name, largest in (("k_scale", 40), ("v_scale", 12)):
+        scale = np.array([largest / 2 ** (bits - 1)], np.float32).tobytes()
+        graph[5].append(phi_server.protobuf((1, 1), (2, 1), (8, name), (9, scale)))
+    kind, size = (3, 64) if bits == 8 else (2, 32)  # int8, or two numbers in a uint8
+    for number in (11, 12):
+        for place, port in enumerate(graph[number]):
+            name = bytes(fields_of(port)[1][0]).decode()
+            if name.startswith(("past", "present")):
+                graph[number][place] = phi_server.tensor_port(name, kind, ["batch", 3, name, size])
+    model[7] = [message(graph)]
+    return message(model)
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(model_folder: Path, tmp_path_factory: Any) -> Path:
+    """The demo model's folder with KV of 8 bits, and another graph with 4."""
+    folder = changed(model_folder, tmp_path_factory.mktemp("quantized"), filename="8.onnx")
+    (folder / "model.onnx.data").unlink()
+    shutil.copy(model_folder / "model.onnx.data", folder)  # a link may not lead out of the folder
+    for bits in (8, 4):
+        graph = quantized((model_folder / "model.onnx").read_bytes(), bits)
+        (folder / f"{bits}.onnx").write_bytes(graph)
+    return folder
+
+
+@cases("bits", [8, 4])
+def test_a_quantized_cache_in_place_is_as_exact_as_a_new_one_at_each_step(
+    quantized_folder: Path, bits: int
+) -> None:
+    config = phi_server.ModelConfig.read(quantized_folder)
+    config = dataclasses.replace(config, graph=quantized_folder / f"{bits}.onnx")
+    model = phi_server.Model(config, 512, 4, 1)
+    assert model.caches[0].bytes_per_token == 2 * config.layers * 3 * 64 * bits // 8
+    tokens, kv = list(range(100, 148)), model.caches[0]
+    fed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 48), np.int64)}
+    for layer, part in itertools.product(range(config.layers), ("key", "value")):
+        fed[f"past_key_values.{layer}.{part}"] = kv.arrays[0][:1, :, :0]
+    expected = model.session.run(["logits"], fed)[0][0]
+    for row, borders in enumerate([(0, 48), (0, 8, 32, 48)]):
+        for start, stop in itertools.pairwise(borders):
+            logits = forward(model, row, [tokens[start:stop]], start)[0]
+            assert np.array_equal(logits, expected[start:stop])
+    kv.copy(0, 2, 0, 48)
+    first, _, copied, _ = forward(model, 0, [[7], [8], [7], [9]], 48, 48, 48, 0)
+    assert np.array_equal(first, copied)
+
+
+def test_a_quantized_cache_answers_as_well(quantized_folder: Path) -> None:
+    with running(MODEL_PATH=quantized_folder) as server:
+        assert content(chat(server, QUESTION)) == ANSWER
+
+
+def test_positions_of_three_axes_are_all_those_of_the_text(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    folder = echoing(model_folder, tmp_path, "sum of three positions")
+    model = phi_server.Model(phi_server.ModelConfig.read(folder), 512, 4, 1)
+    assert forward(model, 1, [[5], [6]], 10, 300).argmax(axis=-1).tolist() == [[30], [900]]
+    assert forward(model, 0, [[5, 6, 7]], 20).argmax(axis=-1).tolist() == [[60, 63, 66]]
+
+
+def test_a_window_of_attention_may_be_longer_than_the_context(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    described = json.loads((model_folder / "genai_config.json").read_text(encoding="utf-8"))
+    decoder = described["model"]["decoder"]
+    decoder["sliding_window"] = {"window_size": 700, "layers": [0]}
+    folder = changed(model_folder, tmp_path, decoder=decoder)
+    model = phi_server.Model(phi_server.ModelConfig.read(folder), 64, 2, 1)
+    assert (model.context_length, model.caches[0].capacity >= 700) == (64, True)
+
+
+@pytest.fixture(scope="module")
+def pruned_server(model_folder: Path, tmp_path_factory: Any) -> Iterator[Server]:
+    """A model that repeats its last token, and computes no logits of those before."""
+    folder = echoing(model_folder, tmp_path_factory.mktemp("pruned"), "last token")
+    with running(MODEL_PATH=folder) as server:
+        yield server
+
+
+def test_a_model_without_logits_of_prompts_answers_any_number_of_requests(
+    pruned_server: Server, tokenizer: Any
+) -> None:
+    prompt = [*range(100, 400), 500]  # in several chunks
+    fields: Any = {"prompt": [prompt, [7, 600], [8, 700]], "max_tokens": 40, "temperature": 0}
+    choices = ask(pruned_server, TEXT, **fields, logprobs=1)
+    expected = [tokenizer.codec.decode(np.full(40, token)) for token in (500, 600, 700)]
+    assert [choice["text"] for choice in choices] == expected
+    # Alone, so much repetition would be guessed.
+    (alone,) = ask(pruned_server, TEXT, prompt=prompt, max_tokens=40, temperature=0)
+    assert alone["text"] == expected[0]
+
+
+@cases("prompt", {"in the server": "Hi", "in the worker": "Hi " * 3000})
+def test_a_model_without_logits_of_prompts_does_not_score_an_echo(
+    pruned_server: Server, prompt: str
+) -> None:
+    fields = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True}
+    reply = post(pruned_server, TEXT, fields | {"logprobs": 0})
+    assert reply.status == 400
+    assert (reply.json["error"]["param"], reply.json["error"]["code"]) == (
+        "echo",
+        "unsupported_value",
+    )
+    assert "prune_lm_head" in reply.json["error"]["message"]
+    assert post(pruned_server, TEXT, fields).json["choices"][0]["text"].startswith(prompt)
 
 
 @cases("kind", ["float32", "float16"])
@@ -2052,11 +2197,23 @@ def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
         "encoder": {"encoder": {"filename": "encoder.onnx"}},
         "wrong vocabulary": {"vocab_size": 100},
         "junk decoder": {"decoder": 5},
-        "junk type": {"type": 5},
         "pattern without a layer": {"inputs": {"past_key_names": "past"}},
-        "lacking outputs": {"outputs": {"logits": "other"}},
+        "no LM head": {"outputs": {"logits": "other"}},
+        "no present": {"outputs": {"present_key_names": "other.%d"}},
+        "recurrent": {"inputs": {"past_recurrent_names": "a.%d", "past_conv_names": "b.%d"}},
+        "convolution": {"inputs": {"past_conv_names": "past.%d.conv"}},
+        "paged": {"inputs": {"block_table": "block_table"}},
+        "no embeddings": {"inputs": {"inputs_embeds": "inputs_embeds"}},
     }
+    if cache := DAMAGED_CACHES.get(fault):
+        changes[fault] = {"filename": "echo.onnx", **EchoGraph.CONFIG}
+        graph = EchoGraph(Any, Any).file("mask width", 49152, "float32", **cache)
+        (folder / "echo.onnx").write_bytes(graph)
     changed(model_folder, folder, **changes.get(fault, {}))
+    if fault == "new cache":
+        path = folder / "genai_config.json"
+        config = json.loads(path.read_text()) | {"search": {"past_present_share_buffer": False}}
+        path.write_text(json.dumps(config))
     if fault in DAMAGED_FILES:
         name, data = DAMAGED_FILES[fault]
         (folder / name).unlink(missing_ok=True)
@@ -2074,9 +2231,19 @@ def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
         ("no text decoder", r".*does not describe a text decoder: KeyError\('num_hidden_layers'\)"),
         ("junk model", ".*genai_config.json cannot be read"),
         ("junk decoder", ".*genai_config.json does not describe a text decoder"),
-        ("junk type", ".*genai_config.json does not describe a text decoder"),
         ("pattern without a layer", ".*: expected %d in past and "),
-        ("lacking outputs", ".*model.onnx is not a text decoder: missing outputs other"),
+        ("no LM head", ".*model.onnx was exported with exclude_lm_head: missing outputs other"),
+        ("no present", ".* is not a decoder with a KV cache: missing outputs other.0, other.1"),
+        ("recurrent", ".* has recurrent states, as Qwen3.5; only attention with a KV cache "),
+        ("convolution", ".* has convolution states, as LFM2; only attention with a KV cache "),
+        ("paged", ".* was exported with use_paged_attention"),
+        ("no embeddings", ".* was exported with exclude_embeds"),
+        ("new cache", ".*echo.onnx was exported with past_present_share_buffer false: "),
+        ("fixed", ".* has a fixed number of rows or tokens: inputs past_key_values.0.key, past"),
+        ("bfloat16", ".*echo.onnx computes in bfloat16, which onnxruntime does not on a CPU"),
+        ("float16", ".*echo.onnx computes in float16, which this CPU's kernels do not run"),
+        ("float8", r".*echo.onnx has an fp8 KV cache \(kv_cache_quant_scheme\)"),
+        ("unknown operator", ".* needs BiasAdd, which onnxruntime does not run"),
         ("junk template", "the tokenizer files of .* cannot be read: UnicodeDecodeError"),
         ("encoder", ".* is not a single text decoder; it also contains: encoder"),
         ("other graph", ".*missing.onnx is missing, but genai_config.json names it"),
@@ -2203,7 +2370,7 @@ def cache(model_folder: Path) -> Any:
     """Rows of three with 64 tokens of 16 numbers, a page for each head; filled with ones."""
     served = phi_server.ModelConfig.read(model_folder)
     config = dataclasses.replace(served, layers=1, kv_heads=2, head_size=16)
-    cache = phi_server.KvCache(config, np.float32, 3, 64, 0)
+    cache = phi_server.KvCache(config, np.dtype((np.float32, 16)), 3, 64, 0)
     for array in cache.arrays:
         array[:] = 1
     return cache
@@ -2920,6 +3087,16 @@ def test_the_vocabulary_has_the_bytes_of_each_token(
     spaces = "\u2581\u2581".encode() if tokenizer_json is OF_BYTES else b"  "  # as Gemma 3's
     assert vocabulary == tokens | {1: b"", 2: b"n\xc3\xa9", 3: spaces}
 
+
+DAMAGED_CACHES: dict[str, dict[str, Any]] = {
+    "new cache": {"operator": "Concat", "axis": 2},
+    "fixed": {"tokens": 127},
+    # kernels for these are lacking
+    "bfloat16": {"kind": "bfloat16", "operator": "Add"},
+    "float16": {"kind": "float16", "operator": "com.microsoft:BiasAdd"},
+    "float8": {"kind": "float8", "operator": "Pad"},
+    "unknown operator": {"operator": "com.microsoft:BiasAdd"},
+}
 
 DAMAGED_FILES = {
     # the fault: a file, and what it has instead; None removes it
@@ -4164,13 +4341,15 @@ class Ledger:
     """
 
     context_length = 120
+    is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
     def __init__(self, original: int | None = 61) -> None:
-        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64)
+        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64, window=0)
         bounds = [(original, 0)] if original else []
         bounds += [(self.context_length, (original or -1) + 1)]
-        caches = [phi_server.KvCache(config, np.float32, 6, *bound) for bound in bounds]
+        head = np.dtype((np.float32, 64))
+        caches = [phi_server.KvCache(config, head, 6, *bound) for bound in bounds]
         self.caches, self.steps = caches, dict(zip(caches, (1, 2), strict=False))
 
     def forward(self, kv: Any, low: int, tokens: Any, lengths: Any) -> Any:
