@@ -3,7 +3,7 @@
 A test talks over a socket to a real server process, which serves the model of MODEL_PATH or the
 demo model, or it calls a pure function of phi_server.py. No model is mocked. It takes about two
 and a half minutes on two cores. `python -m pytest -m bench -s` measures instead, and prints a
-table; `-m soak` loads a server for half an hour.
+table; `-m soak` loads a server for half an hour; `-m folders` compares folders of many models.
 """
 
 from __future__ import annotations
@@ -6174,12 +6174,12 @@ def test_the_readmes_client_examples_run(
 # torch, transformers, onnx and onnx_ir these tests are skipped. TOKENIZERS names a folder of
 # tokenizers, qwen3 and gemma3, for those that compare texts.
 
-PROMPT = random.Random(0).sample(range(3, 1024), 300)  # two chunks
+PROMPT = random.Random(0).choices(range(3, 1024), k=4085)
 REPLIED = {"max_tokens": 24, "ignore_eos": True}
 SEEDED = {"temperature": 1, "seed": 7}
 FEW = {"max_tokens": 4, "ignore_eos": True, "logprobs": 0}
 WINDOW = 32  # tokens of sliding attention; shorter than the prompt
-ORIGINAL = 310  # tokens that LongRoPE's short factors are for; the reply grows beyond
+ORIGINAL = 4096  # tokens of LongRoPE's short factors: as many as onnxruntime-genai expects
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -6206,6 +6206,7 @@ class Recipe:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     precision: str = "fp32"
     options: tuple[str, ...] = ()
+    prompt: int = 300  # tokens of PROMPT: two chunks
     tokenizer: Path | None = None  # a folder; none: every token is its number in angle brackets
 
 
@@ -6213,13 +6214,19 @@ def rope(kind: str, **parameters: object) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **parameters}}
 
 
-def long_rope(pairs: int, **parameters: object) -> dict[str, Any]:
-    """The rotary embedding of Phi-3 and later, for this many pairs of a head's numbers."""
+def long_rope(pairs: int, **config: object) -> Recipe:
+    """Phi-3 and later, with rotary factors for this many pairs of a head's numbers.
+
+    The reply grows beyond the tokens of the short factors.
+    """
     factors = {"short_factor": [1 + i / 20 for i in range(pairs)]}
     factors["long_factor"] = [2 + i / 2 for i in range(pairs)]
     original = {"original_max_position_embeddings": ORIGINAL}
     # the builder reads "type"
-    return rope("longrope", type="longrope", **factors, **original, **parameters) | original
+    ropes = rope("longrope", type="longrope", **factors, **original) | original
+    ropes["rope_parameters"] |= {"partial_rotary_factor": config.get("partial_rotary_factor", 1.0)}
+    config |= {"max_position_embeddings": 2 * ORIGINAL, **ropes}
+    return Recipe("Phi3ForCausalLM", config, prompt=ORIGINAL - 11)
 
 
 def with_images(model: str, text: dict[str, Any], **vision: object) -> Recipe:
@@ -6239,9 +6246,11 @@ def quantized_kv(scheme: str, precision: str = "fp32") -> Recipe:
 
 # rotary embeddings of a part of a head: the kernel takes multiples of 8 pairs
 PARTIAL = {"hidden_size": 128, "head_dim": 32, "partial_rotary_factor": 0.5}
+PARTIAL |= {"norm_eps": 1e-6, "layer_norm_eps": 1e-6}  # the builder's, whatever the model says
 THREE_QUARTERS = {"hidden_size": 256, "head_dim": 64, "partial_rotary_factor": 0.75}
+THREE_QUARTERS |= {"initializer_range": 0.1}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3_ROPE |= {"original_max_position_embeddings": ORIGINAL}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 64}
 GRANITE = {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "logits_scaling": 1.5}
 ATTENTION_ONLY = {"layer_types": ["attention"] * 2, "num_local_experts": 0}
 ATTENTION_ONLY |= {"shared_intermediate_size": 128, "position_embedding_type": "rope"}
@@ -6261,8 +6270,8 @@ FOLDERS = {
     "mistral": Recipe("MistralForCausalLM", {"sliding_window": None}),
     "phi": Recipe("PhiForCausalLM", PARTIAL),
     "phi3": Recipe("Phi3ForCausalLM", {"original_max_position_embeddings": 512}),
-    "phi3, LongRoPE": Recipe("Phi3ForCausalLM", long_rope(8)),
-    "phi4-mini": Recipe("Phi3ForCausalLM", THREE_QUARTERS | long_rope(24)),
+    "phi3, LongRoPE": long_rope(8),
+    "phi4-mini": long_rope(24, **THREE_QUARTERS),
     "qwen2": Recipe("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen2, a window": Recipe(
         "Qwen2ForCausalLM",
@@ -6346,16 +6355,16 @@ def build(recipe: Recipe, folder: Path) -> tuple[Path, Any]:
     return folder / "onnx", model
 
 
-def greedy_reply(folder: Path) -> list[int]:
-    """The tokens with which onnxruntime-genai goes on from the prompt."""
+def greedy_reply(folder: Path, prompt: list[int]) -> list[int]:
+    """The tokens with which onnxruntime-genai goes on from a prompt."""
     model = phi_server.onnxruntime_genai.Model(str(folder))
     options = phi_server.onnxruntime_genai.GeneratorParams(model)
-    options.set_search_options(do_sample=False, max_length=len(PROMPT) + REPLIED["max_tokens"])
+    options.set_search_options(do_sample=False, max_length=len(prompt) + REPLIED["max_tokens"])
     generator = phi_server.onnxruntime_genai.Generator(model, options)
-    generator.append_tokens(np.array(PROMPT, np.int32))
+    generator.append_tokens(np.array(prompt, np.int32))
     while not generator.is_done():
         generator.generate_next_token()
-    return list(map(int, generator.get_sequence(0)[len(PROMPT) :]))
+    return list(map(int, generator.get_sequence(0)[len(prompt) :]))
 
 
 def plain_session(folder: Path) -> Callable[[list[int]], Any]:
@@ -6394,23 +6403,23 @@ def of_transformers(model: Any) -> Callable[[list[int]], Any]:
     return logits
 
 
-def scores_of(logits: Callable[[list[int]], Any], reply: list[int]) -> Any:
-    """The log probabilities of the prompt's tokens but the first, and of a reply's.
+def scores_of(logits: Callable[[list[int]], Any], prompt: list[int], reply: list[int]) -> Any:
+    """The log probabilities of a prompt's tokens but the first, and of a reply's.
 
     A reply's are computed token by token, each behind all others at once. Logits of the last token
     alone have none of the prompt.
     """
-    rows = log_softmax(logits(PROMPT))[:-1]
-    of_prompt = rows[np.arange(len(rows)), PROMPT[1 : 1 + len(rows)]]
+    rows = log_softmax(logits(prompt))[:-1]
+    of_prompt = rows[np.arange(len(rows)), prompt[1 : 1 + len(rows)]]
     of_reply = [
-        log_softmax(logits(PROMPT + reply[:place])[-1])[token] for place, token in enumerate(reply)
+        log_softmax(logits(prompt + reply[:place])[-1])[token] for place, token in enumerate(reply)
     ]
     return np.concatenate([of_prompt, of_reply])
 
 
-def served_scores(server: Server, recipe: Recipe) -> Any:
+def served_scores(server: Server, recipe: Recipe, prompt: list[int]) -> Any:
     """What scores_of computes, as the server reports it."""
-    fields = {"prompt": PROMPT, "temperature": 0, "logprobs": 0, **REPLIED}
+    fields = {"prompt": prompt, "temperature": 0, "logprobs": 0, **REPLIED}
     reply = post(server, TEXT, {**fields, "echo": True})
     if recipe.options == PRUNED:
         assert (reply.status, reply.error["param"]) == (400, "echo")
@@ -6419,10 +6428,12 @@ def served_scores(server: Server, recipe: Recipe) -> Any:
     return np.array(scores[recipe.options != PRUNED :])
 
 
-def alone_and_together(server: Server, **fields: object) -> tuple[list[list[int]], list[list[int]]]:
+def alone_and_together(
+    server: Server, prompt: list[int], **fields: object
+) -> tuple[list[list[int]], list[list[int]]]:
     """The tokens of the replies to four prompts one after another, and at the same time."""
     calls = [
-        functools.partial(complete, server, PROMPT[place:], **REPLIED, **fields)
+        functools.partial(complete, server, prompt[place:], **REPLIED, **fields)
         for place in range(4)
     ]
 
@@ -6434,15 +6445,16 @@ def alone_and_together(server: Server, **fields: object) -> tuple[list[list[int]
 
 def compare_folder(name: str, folder: Path, table: list[tuple[object, ...]]) -> None:
     recipe, start = FOLDERS[name], time.perf_counter()
+    prompt = PROMPT[: recipe.prompt]
     folder, model = build(recipe, folder)
-    reply = greedy_reply(folder)
-    with running(MODEL_PATH=folder, THREADS=1) as server:
-        scores = served_scores(server, recipe)
-        alone, together = alone_and_together(server)
-        drawn, drawn_together = alone_and_together(server, **SEEDED)
-    off_session = abs(scores - scores_of(plain_session(folder), reply)).max()
+    reply = greedy_reply(folder, prompt)
+    with running(MODEL_PATH=folder, CONTEXT_LENGTH=2 * ORIGINAL, THREADS=1) as server:
+        scores = served_scores(server, recipe, prompt)
+        alone, together = alone_and_together(server, prompt)
+        drawn, drawn_together = alone_and_together(server, prompt, **SEEDED)
+    off_session = abs(scores - scores_of(plain_session(folder), prompt, reply)).max()
     is_exact = recipe.precision == "fp32" and "scales.json" not in str(recipe.options)
-    off_torch = abs(scores - scores_of(of_transformers(model), reply)[-len(scores) :]).max()
+    off_torch = abs(scores - scores_of(of_transformers(model), prompt, reply)[-len(scores) :]).max()
     verdict = "yes" if alone[0] == reply else "no"
     times = f"{time.perf_counter() - start:.0f} s"
     differences = (f"{off_session:.0e}", f"{off_torch:.0e}" if is_exact else "")
