@@ -3,7 +3,7 @@
 A test talks over a socket to a real server process, which serves the model of MODEL_PATH or the
 demo model, or it calls a pure function of phi_server.py. No model is mocked. It takes about two
 and a half minutes on two cores. `python -m pytest -m bench -s` measures instead, and prints a
-table; `-m soak` loads a server for half an hour.
+table; `-m soak` loads a server for half an hour; `-m folders` compares folders of many models.
 """
 
 from __future__ import annotations
@@ -7283,6 +7283,397 @@ def test_the_readmes_client_examples_run(
         ended = subprocess.run(command, capture_output=True, text=True, **limits)
         assert server.url in local
         assert (ended.returncode, ended.stdout.strip() != "") == (0, True), ended.stderr
+
+
+# ---- Folders -------------------------------------------------------------------------------------
+# What ONNX Runtime GenAI's model builder makes of an architecture, with small random weights: the
+# server replies as onnxruntime-genai, and computes what a plain session and transformers compute. A
+# handful is always tested; `python -m pytest -m folders -s` tests all and prints a table. Without
+# torch, transformers, onnx and onnx_ir these tests are skipped. TOKENIZERS names a folder of
+# tokenizers, qwen3 and gemma3, for those that compare texts.
+
+PROMPT = random.Random(0).choices(range(3, 1024), k=4085)
+REPLIED = {"max_tokens": 24, "ignore_eos": True}
+SEEDED = {"temperature": 1, "seed": 7}
+FEW = {"max_tokens": 4, "ignore_eos": True, "logprobs": 0}
+WINDOW = 32  # tokens of sliding attention; shorter than the prompt
+ORIGINAL = 4096  # tokens of LongRoPE's short factors: as many as onnxruntime-genai expects
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1024,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # so that one token is much likelier than the next
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+SMALL_VISION = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "depth": 1}
+SMALL_VISION |= {"num_heads": 2, "num_hidden_layers": 1, "out_hidden_size": 64}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a folder is made: a class of transformers, what is not SMALL, and how it is built."""
+
+    architecture: str
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    precision: str = "fp32"
+    options: tuple[str, ...] = ()
+    prompt: int = 300  # tokens of PROMPT: two chunks
+    tokenizer: Path | None = None  # a folder; none: every token is its number in angle brackets
+
+
+def rope(kind: str, **parameters: object) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **parameters}}
+
+
+def long_rope(pairs: int, **config: object) -> Recipe:
+    """Phi-3 and later, with rotary factors for this many pairs of a head's numbers.
+
+    The reply grows beyond the tokens of the short factors.
+    """
+    factors = {"short_factor": [1 + i / 20 for i in range(pairs)]}
+    factors["long_factor"] = [2 + i / 2 for i in range(pairs)]
+    original = {"original_max_position_embeddings": ORIGINAL}
+    # the builder reads "type"
+    ropes = rope("longrope", type="longrope", **factors, **original) | original
+    ropes["rope_parameters"] |= {"partial_rotary_factor": config.get("partial_rotary_factor", 1.0)}
+    config |= {"max_position_embeddings": 2 * ORIGINAL, **ropes}
+    return Recipe("Phi3ForCausalLM", config, prompt=ORIGINAL - 11)
+
+
+def with_images(model: str, text: dict[str, Any], **vision: object) -> Recipe:
+    """A model that also sees, of which the text decoder is built."""
+    config = {"text_config": SMALL | text, "vision_config": {**SMALL_VISION, **vision}}
+    return Recipe(f"{model}ForConditionalGeneration", config)
+
+
+def int4(*options: str, architecture: str = "LlamaForCausalLM", **config: object) -> Recipe:
+    return Recipe(architecture, config, "int4", options)
+
+
+def quantized_kv(scheme: str, precision: str = "fp32") -> Recipe:
+    options = (f"kv_cache_quant_scheme={scheme}", "kv_cache_scale_file=scales.json")
+    return Recipe("LlamaForCausalLM", {}, precision, options)
+
+
+# rotary embeddings of a part of a head: the kernel takes multiples of 8 pairs
+PARTIAL = {"hidden_size": 128, "head_dim": 32, "partial_rotary_factor": 0.5}
+PARTIAL |= {"norm_eps": 1e-6, "layer_norm_eps": 1e-6}  # the builder's, whatever the model says
+THREE_QUARTERS = {"hidden_size": 256, "head_dim": 64, "partial_rotary_factor": 0.75}
+THREE_QUARTERS |= {"initializer_range": 0.1}
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 64}
+GRANITE = {"embedding_multiplier": 2.0, "attention_multiplier": 0.2, "logits_scaling": 1.5}
+ATTENTION_ONLY = {"layer_types": ["attention"] * 2, "num_local_experts": 0}
+ATTENTION_ONLY |= {"shared_intermediate_size": 128, "position_embedding_type": "rope"}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GEMMA2 = {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}
+GEMMA3 = GEMMA2 | {"layer_types": ["sliding_attention", "full_attention"]}
+# as transformers reads it, and beside it as the builder does
+GEMMA3_ROPES = {"sliding_attention": rope("default")["rope_parameters"]}
+GEMMA3_ROPES |= {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+GEMMA3 |= rope("default", **GEMMA3_ROPES, rope_local_base_freq=1e4)
+GEMMA3["rope_parameters"]["rope_theta"] = 1e6
+PRUNED = ("prune_lm_head=true",)
+
+FOLDERS = {
+    "llama": Recipe("LlamaForCausalLM"),
+    "llama, scaled rope": Recipe("LlamaForCausalLM", rope("llama3", **LLAMA3_ROPE)),
+    "mistral": Recipe("MistralForCausalLM", {"sliding_window": None}),
+    "phi": Recipe("PhiForCausalLM", PARTIAL),
+    "phi3": Recipe("Phi3ForCausalLM", {"original_max_position_embeddings": 512}),
+    "phi3, LongRoPE": long_rope(8),
+    "phi4-mini": long_rope(24, **THREE_QUARTERS),
+    "qwen2": Recipe("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen2, a window": Recipe(
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "qwen3": Recipe("Qwen3ForCausalLM"),
+    "gemma": Recipe("GemmaForCausalLM"),
+    "gemma2": Recipe("Gemma2ForCausalLM", GEMMA2),
+    "gemma2, no small cache": Recipe(
+        "Gemma2ForCausalLM", GEMMA2, options=("windowed_kv_cache=false",)
+    ),
+    "gemma3": Recipe("Gemma3ForCausalLM", GEMMA3),
+    "granite": Recipe("GraniteForCausalLM", GRANITE),
+    "granite hybrid": Recipe("GraniteMoeHybridForCausalLM", GRANITE | ATTENTION_ONLY),
+    "nemotron": Recipe("NemotronForCausalLM", PARTIAL),
+    "smollm3": Recipe("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1]}),
+    "ernie4.5": Recipe("Ernie4_5ForCausalLM"),
+    "hunyuan": Recipe("HunYuanDenseV1ForCausalLM"),
+    "gpt-oss": Recipe("GptOssForCausalLM", EXPERTS | {"sliding_window": WINDOW}),
+    "qwen2.5-vl": with_images("Qwen2_5_VL", rope("default", type="mrope", mrope_section=[2, 3, 3])),
+    "qwen3-vl": with_images(
+        "Qwen3VL", rope("default", mrope_section=[4, 2, 2]), deepstack_visual_indexes=[0]
+    ),
+    "mistral3": with_images("Mistral3", {"model_type": "mistral"}, model_type="pixtral"),
+    "hidden states": Recipe("LlamaForCausalLM", options=("include_hidden_states=true",)),
+    "pruned head": Recipe("LlamaForCausalLM", options=PRUNED),
+    "int4": int4(),
+    "int4, asymmetric": int4("is_symmetric=false"),
+    "int4, blocks of 64": int4("algo_config=rtn_last", "block_size=64"),
+    "int4, k-quant": int4("algo_config=k_quant_mixed"),
+    "int4, float activations": int4("accuracy_level=1"),
+    "int4, shared embeddings": int4(architecture="Qwen2ForCausalLM", tie_word_embeddings=True),
+    "int4, pruned head": int4(*PRUNED, architecture="Qwen3ForCausalLM"),
+    "int8": Recipe("LlamaForCausalLM", {}, "int8"),
+    "int8 KV": quantized_kv("int8_per_channel"),
+    "int4 KV": quantized_kv("int4_per_channel"),
+    "int4, int8 KV": quantized_kv("int8_per_channel", "int4"),
+}
+HANDFUL = ["llama", "phi3, LongRoPE", "qwen3", "gemma3", "int4", "int8 KV", "pruned head"]
+# By the last word of the option or architecture that the message names.
+REFUSED = {
+    "exclude_lm_head": Recipe("LlamaForCausalLM", options=("exclude_lm_head=true",)),
+    "exclude_embeds": Recipe("LlamaForCausalLM", options=("exclude_embeds=true",)),
+    "bf16|bfloat16": Recipe("LlamaForCausalLM", {}, "bf16"),
+    "fp16|float16|past_present_share_buffer": Recipe("LlamaForCausalLM", {}, "fp16"),
+    "[Cc]onv": Recipe("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
+    "[Cc]onv|recurrent|Qwen3_5": with_images("Qwen3_5", {}),
+}
+# Largest differences of log probabilities that are not a fault: in fp32 the order of additions;
+# with quantized weights the activations are rounded to int8 by kernels that differ in how they do
+# it for one token and for several.
+TOLERANCE = {"fp32": 1e-4, "int4": 0.1, "int8": 0.1}
+
+
+def build(recipe: Recipe, folder: Path) -> tuple[Path, Any]:
+    """A folder as the model builder makes it, and the model of transformers that it is made of."""
+    torch, transformers, *_ = map(pytest.importorskip, ("torch", "transformers", "onnx", "onnx_ir"))
+    torch.manual_seed(0)
+    architecture = getattr(transformers, recipe.architecture)
+    model = architecture(architecture.config_class(**SMALL | recipe.config)).eval()
+    model.save_pretrained(folder)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    numbers = {f"<{token}>": token for token in range(1, SMALL["vocab_size"])}
+    spelled = {"type": "BPE", "vocab": {"<|endoftext|>": 0} | numbers, "merges": []}
+    steps = {"pre_tokenizer": level, "decoder": level, "added_tokens": []}
+    scales = [[0.1] * SMALL["num_key_value_heads"] * SMALL["head_dim"]] * 2
+    files = {
+        "tokenizer.json": {"model": spelled, **steps},
+        "tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"},
+        "scales.json": {"qmax": 128, "scales": {"k_scales": scales, "v_scales": scales}},
+    }
+    for name, described in files.items():
+        (folder / name).write_text(json.dumps(described), encoding="utf-8")
+    if recipe.tokenizer:
+        shutil.copytree(recipe.tokenizer, folder, dirs_exist_ok=True)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", ".", "-o", "onnx"]
+    command += ["-p", recipe.precision, "-e", "cpu", "-c", "cache"]
+    command += ["--extra_options", *recipe.options] if recipe.options else []
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return folder / "onnx", model
+
+
+def greedy_reply(folder: Path, prompt: list[int]) -> list[int]:
+    """The tokens with which onnxruntime-genai goes on from a prompt."""
+    model = phi_server.onnxruntime_genai.Model(str(folder))
+    options = phi_server.onnxruntime_genai.GeneratorParams(model)
+    options.set_search_options(do_sample=False, max_length=len(prompt) + REPLIED["max_tokens"])
+    generator = phi_server.onnxruntime_genai.Generator(model, options)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return list(map(int, generator.get_sequence(0)[len(prompt) :]))
+
+
+def plain_session(folder: Path) -> Callable[[list[int]], Any]:
+    """The logits [count or 1, vocab] of tokens at once, behind an empty KV cache."""
+    session = phi_server.onnxruntime.InferenceSession(folder / "model.onnx")
+
+    def fed(port: Any, count: int) -> Any:
+        if port.name == "position_ids":
+            return np.broadcast_to(np.arange(count), (*port.shape[:-2], 1, count))
+        # layers with a window have a buffer of at least its size
+        held = max(count, WINDOW) if "sliding" in port.shape[2] else 0
+        width = port.shape[3] if isinstance(port.shape[3], int) else head_size
+        kind = {"int8": np.int8, "uint8": np.uint8}.get(port.type[7:-1], np.float32)
+        return np.zeros((1, port.shape[1], held, width), kind)
+
+    def logits(tokens: list[int]) -> Any:
+        count = len(tokens)
+        inputs = {"input_ids": [tokens], "attention_mask": [[1] * count]}
+        inputs = {name: np.array(value) for name, value in inputs.items()}
+        others = [port for port in session.get_inputs() if port.name not in inputs]
+        inputs |= {port.name: fed(port, count) for port in others}
+        return session.run(["logits"], inputs)[0][0]
+
+    head_size = phi_server.ModelConfig.read(folder).head_size
+    return logits
+
+
+def of_transformers(model: Any) -> Callable[[list[int]], Any]:
+    """The logits [count, vocab] of tokens at once."""
+    torch = sys.modules["torch"]
+
+    def logits(tokens: list[int]) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+    return logits
+
+
+def scores_of(logits: Callable[[list[int]], Any], prompt: list[int], reply: list[int]) -> Any:
+    """The log probabilities of a prompt's tokens but the first, and of a reply's.
+
+    A reply's are computed token by token, each behind all others at once. Logits of the last token
+    alone have none of the prompt.
+    """
+    rows = log_softmax(logits(prompt))[:-1]
+    of_prompt = rows[np.arange(len(rows)), prompt[1 : 1 + len(rows)]]
+    of_reply = [
+        log_softmax(logits(prompt + reply[:place])[-1])[token] for place, token in enumerate(reply)
+    ]
+    return np.concatenate([of_prompt, of_reply])
+
+
+def served_scores(server: Server, recipe: Recipe, prompt: list[int]) -> Any:
+    """What scores_of computes, as the server reports it."""
+    fields = {"prompt": prompt, "temperature": 0, "logprobs": 0, **REPLIED}
+    reply = post(server, TEXT, {**fields, "echo": True})
+    if recipe.options == PRUNED:
+        assert (reply.status, reply.error["param"]) == (400, "echo")
+        reply = post(server, TEXT, fields)
+    scores = reply.json["choices"][0]["logprobs"]["token_logprobs"]
+    return np.array(scores[recipe.options != PRUNED :])
+
+
+def alone_and_together(
+    server: Server, prompt: list[int], **fields: object
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of the replies to four prompts one after another, and at the same time."""
+    calls = [
+        functools.partial(complete, server, prompt[place:], **REPLIED, **fields)
+        for place in range(4)
+    ]
+
+    def tokens(reply: Any) -> list[int]:
+        return list(map(int, re.findall(r"\d+", text_of(reply))))
+
+    return [tokens(call()) for call in calls], list(map(tokens, concurrently(*calls)))
+
+
+def compare_folder(name: str, folder: Path, table: list[tuple[object, ...]]) -> None:
+    recipe, start = FOLDERS[name], time.perf_counter()
+    prompt = PROMPT[: recipe.prompt]
+    folder, model = build(recipe, folder)
+    reply = greedy_reply(folder, prompt)
+    with running(MODEL_PATH=folder, CONTEXT_LENGTH=2 * ORIGINAL, THREADS=1) as server:
+        scores = served_scores(server, recipe, prompt)
+        alone, together = alone_and_together(server, prompt)
+        drawn, drawn_together = alone_and_together(server, prompt, **SEEDED)
+    off_session = abs(scores - scores_of(plain_session(folder), prompt, reply)).max()
+    is_exact = recipe.precision == "fp32" and "scales.json" not in str(recipe.options)
+    off_torch = abs(scores - scores_of(of_transformers(model), prompt, reply)[-len(scores) :]).max()
+    verdict = "yes" if alone[0] == reply else "no"
+    times = f"{time.perf_counter() - start:.0f} s"
+    differences = (f"{off_session:.0e}", f"{off_torch:.0e}" if is_exact else "")
+    table.append((name, recipe.precision, " ".join(recipe.options), verdict, *differences, times))
+    assert len(reply) == REPLIED["max_tokens"], "an end token came; another seed is needed"
+    assert alone[0] == reply
+    assert off_session < TOLERANCE[recipe.precision]
+    assert not is_exact or off_torch < 5e-3
+    assert together == alone
+    assert recipe.config.get("num_local_experts") or drawn_together == drawn
+
+
+@pytest.fixture(scope="session")
+def table() -> Iterator[list[tuple[object, ...]]]:
+    """Rows of the folders' comparison, printed at the end."""
+    rows: list[tuple[object, ...]] = []
+    yield rows
+    print()
+    show(
+        "folder", "precision", "options", "greedy as og", "off session", "off transformers", "time"
+    )
+    show(*["---"] * 7)
+    for row in rows:
+        show(*row)
+
+
+@cases("name", HANDFUL)
+def test_the_model_builders_folders_are_served_exactly(
+    tmp_path: Path, table: list[tuple[object, ...]], name: str
+) -> None:
+    compare_folder(name, tmp_path, table)
+
+
+@pytest.mark.folders
+@cases("name", FOLDERS.keys())
+def test_every_folder_is_served_exactly(
+    tmp_path: Path, table: list[tuple[object, ...]], name: str
+) -> None:
+    compare_folder(name, tmp_path, table)
+
+
+@pytest.fixture(scope="session", params=["qwen3", "gemma3"])
+def real(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Any]]:
+    """A server with a model's own tokenizer and template, and the tokenizer of transformers."""
+    name = request.param
+    if "TOKENIZERS" not in os.environ:
+        pytest.skip(f"TOKENIZERS names no folder with a tokenizer {name}")
+    tokenizer = Path(os.environ["TOKENIZERS"], name).resolve()
+    codec = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tokenizer)
+    recipe = FOLDERS[name]
+    config = recipe.config | {"vocab_size": len(codec)}
+    recipe = dataclasses.replace(recipe, config=config, tokenizer=tokenizer)
+    folder, _ = build(recipe, tmp_path_factory.mktemp(name))
+    with running(MODEL_PATH=folder, THREADS=1) as server:
+        yield server, codec
+
+
+TEXTS = {
+    "runs of spaces": "def f(x):\n        return  x\n\n\n\t\t# 12  345",
+    "letters in parts": "cafe\u0301, u\u0308ber, \u1112\u1161\u11ab",
+    "other scripts": "日本語 한국어 עברית हिन्दी 👩‍🚀",
+    "markup": "<table><tr><td>1</td></tr></table> <b>a</b>",
+}
+THOUGHT = [*turns("Hi"), {"role": "assistant", "content": "<think>\nWell.\n</think>\n\nHello!"}]
+THOUGHT += turns("Why?")
+
+
+@cases("text", TEXTS)
+def test_text_is_cut_into_tokens_and_decoded_as_by_transformers(real: Any, text: str) -> None:
+    server, codec = real
+    tokens = codec(text).input_ids
+    said, same = (complete(server, given, **FEW)["choices"][0] for given in (text, tokens))
+    assert said == same
+    plain = codec(text, add_special_tokens=False).input_ids
+    assert text_of(complete(server, plain, echo=True, **FEW)).startswith(codec.decode(plain))
+
+
+@cases("messages", {name: turns(text) for name, text in TEXTS.items()} | {"thinking": THOUGHT})
+def test_a_chat_has_the_tokens_that_transformers_makes_of_it(real: Any, messages: Any) -> None:
+    server, codec = real
+    text = codec.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = codec(text, add_special_tokens=False).input_ids
+    reply = post(
+        server, CHAT, {"messages": messages, "temperature": 0, **FEW, "logprobs": True}
+    ).json
+    same = complete(server, tokens, **FEW)
+    assert reply["usage"]["prompt_tokens"] == len(tokens)
+    scores = [entry["logprob"] for entry in reply["choices"][0]["logprobs"]["content"]]
+    assert scores == pytest.approx(same["choices"][0]["logprobs"]["token_logprobs"], abs=1e-4)
+
+
+@pytest.mark.folders
+@cases("named", REFUSED.keys())
+def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, named: str) -> None:
+    folder, _ = build(REFUSED[named], tmp_path)
+    ended = run(cwd=tmp_path, MODEL_PATH=folder)
+    error = json.loads(ended.stderr.splitlines()[-1])["error"]
+    assert (ended.returncode, error["code"]) == (1, "model_loading_failed")
+    assert re.search(named, error["message"])
 
 
 # ---- Bench ---------------------------------------------------------------------------------------
