@@ -5965,6 +5965,8 @@ def write_genai_config(gguf: Gguf, folder: Path) -> None:
 # ---- Main ----------------------------------------------------------------------------------------
 # Settings, model, engine, server; then serve until a signal comes.
 
+EXPERT_OPERATORS = {"MoE", "QMoE"}
+
 
 class LogFormatter(logging.Formatter):
     """One line a record, JSON or text; a request's fields come after the message."""
@@ -6019,7 +6021,12 @@ def load_model(settings: Settings, config: ModelConfig) -> Model:
     rows = settings.batch_size + settings.cache_slots
     threads = settings.threads or usable_cpus()
     with startup_step(f"Loading {served_name(settings, config.folder)} from {config.folder}"):
-        return Model(config, settings.context_length, rows + rows % 2, threads)
+        model = Model(config, settings.context_length, rows + rows % 2, threads)
+    if model.operators & EXPERT_OPERATORS:
+        # Their kernel computes all tokens of an expert together, whatever rows these are of.
+        fault = "this model is a mixture of experts"
+        logger.warning(f"{fault}: a seed gives the same reply only at equal load")
+    return model
 
 
 def default_sampling(chosen: tuple[str, ...], own: Sampling) -> Sampling:

@@ -1974,21 +1974,73 @@ def echoing(
     return folder
 
 
-@cases(
-    "kind context_length width",
-    {
-        "LongRoPE in a short context keeps to the short factors": ("phi3", 4096, 12),
-        "LongRoPE in a long context has the long factors at once": ("phi3", 8192, 4097),
-        "so has a relative of Phi-3": ("phi3small", 4160, 4097),
-        "another model has no such factors": ("llama", 8192, 12),
-    },
-)
-def test_the_attention_mask_is_as_wide_as_the_rope_factors_want(
-    model_folder: Path, tmp_path: Path, kind: str, context_length: int, width: int
+ORIGINAL = 64  # tokens, up to which the folder below computes with its short factors
+
+
+def long_rope_graph(path: Path) -> bytes:
+    """A demo model's graph that has other rotations for masks wider than ORIGINAL."""
+    model = phi_server.read_protobuf(memoryview(path.read_bytes()))
+    parts = EchoGraph(Any, Any)
+    parts.constant("original", np.array(ORIGINAL))
+    width = parts.node("Gather", parts.node("Shape", "attention_mask"), "one")
+    is_long = parts.node("Greater", width, "original")
+    graph = bytes(model[7][0])
+    angles = np.outer(np.arange(512), 3000.0 ** (-np.arange(0, 64, 2) / 64))
+    branches: dict[str, list[tuple[int, Any]]] = {"then_branch": [], "else_branch": []}
+    for name, table in ("cosines", np.cos(angles)), ("sines", np.sin(angles)):
+        short, tensor = name[:-1] + "_", [(1, 512), (1, 32), (2, 1), (8, f"long_{name}")]
+        graph = graph.replace(*(b"B" + bytes([len(n)]) + n.encode() for n in (name, short)))
+        tensor.append((9, table.astype(np.float32).tobytes()))
+        parts.parts += phi_server.protobuf((5, phi_server.protobuf(*tensor)))
+        for branch, source in ("then_branch", f"long_{name}"), ("else_branch", short):
+            result = f"{branch}_{name}"
+            node = phi_server.protobuf((1, source), (2, result), (4, "Identity"))
+            port = phi_server.tensor_port(result, 1, ["length", 32])
+            branches[branch] += [(1, node), (12, port)]
+    switch: list[tuple[int, Any]] = [(1, is_long), (2, "cosines"), (2, "sines"), (4, "If")]
+    for branch, fields in branches.items():
+        inner = phi_server.protobuf((2, branch), *fields)
+        switch.append((5, phi_server.protobuf((1, branch), (6, inner), (20, 5))))
+    graph += parts.parts + phi_server.protobuf((1, phi_server.protobuf(*switch)))
+    return phi_server.protobuf((1, 10), (7, graph), *((8, bytes(each)) for each in model[8]))
+
+
+@pytest.fixture(scope="module")
+def long_rope_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with LongRoPE."""
+    folder = changed(model_folder, tmp_path_factory.mktemp("long_rope"), filename="long.onnx")
+    (folder / "long.onnx").write_bytes(long_rope_graph(model_folder / "model.onnx"))
+    return folder
+
+
+def test_the_original_length_of_long_rope_is_read_from_the_graph(
+    model_folder: Path, long_rope_folder: Path
 ) -> None:
-    config = phi_server.ModelConfig.read(echoing(model_folder, tmp_path, "mask width", type=kind))
-    model = phi_server.Model(config, context_length, 2, 1)
-    assert forward(model, 0, [[5, 6]], 10).argmax(axis=-1).tolist() == [[width, width]]
+    for folder, original in (model_folder, None), (long_rope_folder, ORIGINAL):
+        config = phi_server.ModelConfig.read(folder)
+        graph = phi_server.OnnxGraph(config.graph)
+        assert phi_server.original_length(graph, "attention_mask") == original
+        assert "GroupQueryAttention" in graph.operators
+
+
+@cases("context_length lengths", [(64, [64]), (65, [64, 65]), (256, [64, 256])])
+def test_a_context_beyond_the_original_length_has_a_cache_of_its_own(
+    long_rope_folder: Path, context_length: int, lengths: list[int]
+) -> None:
+    model = phi_server.Model(phi_server.ModelConfig.read(long_rope_folder), context_length, 2, 1)
+    assert [kv.length for kv in model.caches] == lengths
+
+
+def test_a_call_on_the_longer_cache_has_the_long_factors_whatever_its_length(
+    long_rope_folder: Path,
+) -> None:
+    model = phi_server.Model(phi_server.ModelConfig.read(long_rope_folder), 256, 2, 1)
+    long = SimpleNamespace(caches=model.caches[1:], forward=model.forward)
+    tokens = list(range(100, 200))
+    whole = forward(long, 0, [tokens], 0)[0]
+    forward(long, 1, [tokens[:24]], 0)
+    assert np.array_equal(forward(long, 1, [tokens[24:]], 24)[0], whole[24:])
+    assert not np.array_equal(forward(model, 0, [tokens[:24]], 0)[0], whole[:24])
 
 
 def test_a_graph_with_positions_gets_those_of_each_row(model_folder: Path, tmp_path: Path) -> None:
@@ -4465,6 +4517,61 @@ def test_a_prompt_reuses_kept_kv_in_whole_blocks(
     following = sequence((kept.tokens[:45] + [0] * 15)[:prompt], seed)
     row_of(engine, following)
     assert following.cached_tokens == reused
+
+
+def test_a_sequence_that_outgrows_its_cache_is_computed_again_in_the_other(engine: Any) -> None:
+    outgrowing = sequence([5] * 40, seed=1, limit=70)
+    engine.submit([outgrowing])
+    plans = list(iter(functools.partial(step, engine), None))
+    short, long = engine.model.caches
+    again = next(place for place, plan in enumerate(plans) if plan.kv is long)
+    assert {plan.kv for plan in plans[again:]} == {long}
+    assert (plans[again].is_chunk, plans[again].lengths[0]) == (True, 0)
+    assert plans[again - 1].lengths[0] == short.length - 1
+    assert outgrowing.tokens[40:] == engine.model.followers(outgrowing.tokens)[39:-1]
+    assert outgrowing.cached_tokens == 0
+
+
+def test_a_sequence_that_ends_as_it_outgrows_its_cache_is_not_computed_again(engine: Any) -> None:
+    engine.submit([sequence([5] * 40, limit=62)])
+    plans = list(iter(functools.partial(step, engine), None))
+    assert {plan.kv for plan in plans} == {engine.model.caches[0]}
+
+
+def test_sequences_of_both_caches_decode_in_turn_and_never_together(engine: Any) -> None:
+    engine.submit([sequence([5] * length, seed=1) for length in (20, 70, 21, 71)])
+    plans = [step(engine) for _ in range(20)]
+    decoded = [plan for plan in plans if not plan.is_chunk and len(plan.slots) == 2]
+    assert all({slot.kv for slot in plan.slots} == {plan.kv} for plan in plans)
+    assert [plan.kv for plan in decoded[2:8]] == 3 * [plan.kv for plan in decoded[2:4]]
+    assert decoded[2].kv is not decoded[3].kv
+
+
+@pytest.fixture(scope="module")
+def long_rope_server(long_rope_folder: Path) -> Iterator[Server]:
+    """A server of the demo model with LongRoPE, in a context beyond its original length."""
+    with running(MODEL_PATH=long_rope_folder, CONTEXT_LENGTH=256, MAX_CONCURRENT_REQUESTS=8) as it:
+        yield it
+
+
+def test_a_reply_that_fits_the_original_length_is_that_of_a_shorter_context(
+    long_rope_folder: Path, long_rope_server: Server
+) -> None:
+    with running(MODEL_PATH=long_rope_folder, CONTEXT_LENGTH=ORIGINAL) as short_server:
+        for length in (3, 40, 63):
+            asked = {"prompt": [*range(500, 500 + length)], "logprobs": 2, "echo": True}
+            asked |= SEEDED | {"max_tokens": ORIGINAL - length}
+            assert ask(long_rope_server, TEXT, **asked) == ask(short_server, TEXT, **asked)
+
+
+def test_seeded_replies_within_and_beyond_the_original_length_do_not_mix(
+    long_rope_server: Server,
+) -> None:
+    lengths = [10, 40, 60, 64, 100, 150]
+    asked = [{"prompt": [*range(900, 900 + each)], "logprobs": 1, **SEEDED} for each in lengths]
+    calls = [functools.partial(ask, long_rope_server, TEXT, **each) for each in asked]
+    alone = [call() for call in calls]
+    assert concurrently(*calls) == alone
 
 
 def test_guessed_tokens_are_kept_up_to_the_first_wrong_one() -> None:
