@@ -1423,6 +1423,11 @@ PROBE_REPLIES += [
 PROBED_CALL = re.compile(PROBE_NAME + r'(.*?)\{\s*"probedkey"\s*:\s*"probedvalue"\s*\}', re.DOTALL)
 PROBED_LIST = re.compile(rf"(.*?)\[\s*{PROBE_NAME}\(.*?\)\s*\](.*)", re.DOTALL)
 
+# Stands for the tools in the system's turn: onnxruntime-genai would parse their JSON, and write it
+# as a mixture of JSON and Python.
+TOOLS_HERE = "\ufdd1"
+TOOLS_PLACE = re.compile(rf"\[?['\"]?{TOOLS_HERE}['\"]?\]?")
+
 # Marks around calls that models are trained on though their templates do not show it.
 CALL_MARKS = {
     "<tool_call>": "</tool_call>",  # Hermes, Qwen
@@ -1578,11 +1583,13 @@ class Tokenizer:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
         turns, offered = template_input(messages, tools, self.traits)
         try:
-            return self.apply_template(self.disarmed(turns), self.disarmed(offered))
+            text = self.apply_template(self.disarmed(turns), self.disarmed(offered))
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
+        functions = self.disarmed([tool_object(tool)["function"] for tool in tools])
+        return TOOLS_PLACE.sub(lambda _: functions, text, count=1)
 
     def apply_template(self, turns: str, tools: str) -> str:
         """The template's text of turns and tools in JSON; raises RuntimeError if it refuses."""
@@ -1781,8 +1788,7 @@ def template_input(
         messages = without_system(messages)
     turns = list(map(turn_object, messages))
     if offered and traits.takes_tools_in_system:
-        functions = [tool["function"] for tool in offered]
-        turns[0]["tools"] = json.dumps(functions, ensure_ascii=False)
+        turns[0]["tools"] = json.dumps(TOOLS_HERE)
     return turns, offered if traits.takes_tools else []
 
 
