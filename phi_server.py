@@ -1770,6 +1770,11 @@ PROBE_REPLIES += [
 PROBED_CALL = re.compile(PROBE_NAME + r'(.*?)\{\s*"probedkey"\s*:\s*"probedvalue"\s*\}', re.DOTALL)
 PROBED_LIST = re.compile(rf"(.*?)\[\s*{PROBE_NAME}\(.*?\)\s*\](.*)", re.DOTALL)
 
+# Stands for the tools in the system's turn: onnxruntime-genai would parse their JSON, and write it
+# as a mixture of JSON and Python.
+TOOLS_HERE = "\ufdd1"
+TOOLS_PLACE = re.compile(rf"\[?['\"]?{TOOLS_HERE}['\"]?\]?")
+
 # Marks around calls that models are trained on though their templates do not show it.
 CALL_MARKS = {
     "<tool_call>": "</tool_call>",  # Hermes, Qwen
@@ -1970,13 +1975,17 @@ class Tokenizer:
         chat = [self.disarmed_turn(turn) for turn in turns]
         plain = self.disarmed(offered, self.control_starts)
         try:
-            return self.apply_template(
-                json_text(chat), json_text(plain), self.assignments(variables)
-            )
+            assignments = self.assignments(variables)
+            text = self.apply_template(json_text(chat), json_text(plain), assignments)
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
+        if not self.traits.takes_tools_in_system:
+            return text
+        functions = [tool_object(tool)["function"] for tool in tools]
+        told = json_text(self.disarmed(functions, self.control_starts))
+        return TOOLS_PLACE.sub(lambda _: told, text, count=1)
 
     def apply_template(self, turns: str, tools: str, assignments: str = "") -> str:
         """The template's text of turns and tools in JSON; raises RuntimeError if it refuses."""
@@ -2290,8 +2299,7 @@ def template_input(
         messages = without_system(messages)
     turns = list(map(turn_object, messages))
     if offered and traits.takes_tools_in_system:
-        functions = [tool["function"] for tool in offered]
-        turns[0]["tools"] = json_text(functions)
+        turns[0]["tools"] = json.dumps(TOOLS_HERE)
     return turns, offered if traits.takes_tools else []
 
 

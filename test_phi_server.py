@@ -3071,6 +3071,146 @@ def test_turns_that_the_template_refuses_are_a_400(model_folder: Path, tmp_path:
     assert "roles must alternate" in reply.error["message"]
 
 
+SHOWS = "{% for tool in tools %}({{ tool.function.name }}){% endfor %}{% for m in messages %}"
+SHOWS += "{{ m.role }}:{{ m.content }}{% if m.tool_calls %}"
+JSON_LIST = (
+    "{% for c in m.tool_calls %}{% if not loop.first %}, {% endif %}"
+    """{{ '{"name": "' + c.function.name + '", "arguments": ' }}{{ c.function.arguments|tojson }}"""
+)
+NAME_FIRST = "{{ c.function.name }}[ARGS]{{ c.function.arguments|tojson }}{% endfor %}"
+ONE = "{% if m.tool_calls|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}"
+PYTHON = (
+    "{% for c in m.tool_calls %}{% if not loop.first %}, {% endif %}{{ c.function.name }}("
+    """{% for k in c.function.arguments %}{{ k }}="{{ c.function.arguments[k] }}"{% endfor %})"""
+    "{% endfor %}"
+)
+OWN_WORDS = {
+    # the markup: how a template writes calls, and how a model then does
+    "Mistral's list": (
+        f'[TOOL_CALLS][{JSON_LIST}, "id": "{{{{ c.id }}}}"}}{{% endfor %}}]',
+        '[TOOL_CALLS] [{"name": "clock", "arguments": {}, "id": "abcdefghi"}, '
+        '{"name": "weather", "arguments": {"city": "Rome"}, "id": "ABC123def"}]',
+    ),
+    "Mistral's names": (
+        "{% for c in m.tool_calls %}[TOOL_CALLS]" + NAME_FIRST,
+        '[TOOL_CALLS]clock[ARGS]{}[TOOL_CALLS]weather[ARGS]{"city": "Rome"}',
+    ),
+    "Llama's bare objects": (
+        ONE + JSON_LIST.replace('arguments": ', 'parameters": ') + "}{% endfor %}",
+        '{"name": "clock", "parameters": {}}; '
+        '{"type": "function", "name": "weather", "parameters": {"city": "Rome"}}',
+    ),
+    "Phi-4's list": (
+        f"<|tool_call|>[{JSON_LIST}}}{{% endfor %}}]<|/tool_call|>",
+        '<|tool_call|>[{"name": "clock", "arguments": {}},\n'
+        ' {"name": "weather", "parameters": {"city": "Rome"}}]<|/tool_call|>',
+    ),
+    "Python": (f"[{PYTHON}]", "[clock(), weather(city='Rome')]"),
+    "Python in marks": (
+        f"<|tool_call_start|>[{PYTHON}]<|tool_call_end|>",
+        '<|tool_call_start|>[clock(), weather(city="Rome")]<|tool_call_end|>',
+    ),
+    "a name as key": (
+        "<|tools|>[{% for c in m.tool_calls %}{% if not loop.first %}, {% endif %}"
+        """{{ '{"' + c.function.name + '": ' }}{{ c.function.arguments|tojson }}}{% endfor %}]"""
+        "<|/tools|>",
+        '<|tools|>[{"clock": {}}, {"weather": {"city": "Rome"}}]<|/tools|>',
+    ),
+    "a mark that the template names alone": (
+        "{# it is <|tool_call|> #}",
+        '<|tool_call|>[{"name": "clock", "arguments": {}}, '
+        '{"name": "weather", "arguments": {"city": "Rome"}}]',
+    ),
+}
+
+
+@cases("written reply", OWN_WORDS)
+def test_calls_are_found_as_the_template_writes_them(
+    tokenizer: Any, written: str, reply: str
+) -> None:
+    template = f"{SHOWS}{written}{{% endif %}};{{% endfor %}}"
+    markup = with_template(tokenizer, template).traits.markup
+    for pieces in [list(reply), *([reply[:i], reply[i:]] for i in range(len(reply)))]:
+        text, calls = read_calls(pieces, markup)
+        assert (text, [name for name, _ in calls]) == ("", ["clock", "weather"]), pieces
+        assert [json.loads(arguments) for _, arguments in calls] == [{}, {"city": "Rome"}]
+
+
+@cases("written reply", OWN_WORDS)
+def test_what_is_forced_is_found(grammars: Any, tokenizer: Any, written: str, reply: str) -> None:
+    other = with_template(tokenizer, f"{SHOWS}{written}{{% endif %}};{{% endfor %}}")
+    tools = parse(CHAT, tools=[CLOCK], **FORCED_ONE).tools
+    grammar = phi_server.reply_grammar(tools, None, other.traits.markup)
+    search, forced = grammars(grammar.text), b""
+    while (token := int(np.flatnonzero(search.mask())[0])) not in (0, 2):
+        forced += tokenizer.token_bytes(token)
+        search.accept(token)
+    assert read_calls([forced.decode()], other.traits.markup) == ("", [("clock", "{}")])
+
+
+TWO_RESULTS = [
+    {"role": "system", "content": "Be brief."},
+    *turns("How is Rome?"),
+    {"role": "assistant", "tool_calls": [CALLS[0], CALLS[0] | {"id": "call_2"}]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "Sunny."},
+    {"role": "tool", "tool_call_id": "call_2", "content": "Hot."},
+    *turns("Thanks."),
+]
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m.content }}]{% endfor %}"
+)
+
+
+def test_a_template_that_refuses_a_system_role_gets_its_text_before_the_users(
+    tokenizer: Any,
+) -> None:
+    prompt = rendered(tokenizer, STRICT, messages=TWO_RESULTS, tools=TOOLS)
+    asked, call, results = prompt[1:-1].split("][")
+    assert asked.startswith("Be brief.\n\nYou may call functions.")
+    assert asked.endswith("\n\nHow is Rome?")
+    assert call.count("<tool_call>") == 2
+    written = [f"<tool_response>\n{text}\n</tool_response>" for text in ("Sunny.", "Hot.")]
+    assert results == "\n".join([*written, "Thanks."])
+    assert rendered(tokenizer, STRICT, messages=TWO_RESULTS[:1]) == "[Be brief.]"
+
+
+@cases("texts", {"users": turns("a", "b")[::2] * 2, "the assistant first": turns("a", "b")[1:]})
+def test_turns_that_a_client_puts_out_of_order_stay_refused(tokenizer: Any, texts: Any) -> None:
+    with pytest.raises(phi_server.ApiError, match="roles must alternate"):
+        rendered(tokenizer, STRICT, messages=texts)
+
+
+def test_a_template_that_takes_one_call_a_turn_gets_each_before_its_result(
+    tokenizer: Any,
+) -> None:
+    template = SHOWS + OWN_WORDS["Llama's bare objects"][0] + "{% endif %};{% endfor %}"
+    call = 'assistant:{"name": "weather", "parameters": {"city": "Rome"}};tool:'
+    prompt = rendered(tokenizer, template, messages=TWO_RESULTS[1:])
+    assert prompt == f"user:How is Rome?;{call}Sunny.;{call}Hot.;user:Thanks.;"
+
+
+def test_tools_may_belong_into_the_systems_turn(tokenizer: Any) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if 'tools' in m %}"
+        "{{ m.tools }}{% endif %};{% endfor %}"
+    )
+    functions = json.dumps([offered["function"] for offered in TOOLS])
+    assert rendered(tokenizer, template, tools=TOOLS, **HELLO) == f"system:{functions};user:Hi;"
+    assert rendered(tokenizer, template, **HELLO) == "user:Hi;"
+
+
+def test_templates_get_ids_of_nine_letters_and_digits(tokenizer: Any) -> None:
+    written = "{% for c in m.tool_calls %}{{ c.id }} {{ c.function.name }}{% endfor %}{% endif %}"
+    template = (
+        SHOWS + written + "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %};{% endfor %}"
+    )
+    call_id = phi_server.short_id("call_1")
+    assert re.fullmatch("[a-z0-9]{9}", call_id)
+    assert rendered(tokenizer, template).count(call_id) == 2
+    assert phi_server.short_id("aB3dE6gH9") == "aB3dE6gH9"
+
+
 IN_CONFIG = {"tokenizer_config.json": '{"chat_template": "T"}'}
 NAMED_TEMPLATE = '{"chat_template": [{"name": "default", "template": "T"}]}'
 
@@ -3922,9 +4062,11 @@ def test_a_token_comes_with_the_first_text_that_it_is_part_of(
     assert [place for _, place in places] == starts
 
 
-def read_calls(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+def read_calls(
+    pieces: list[str], markup: Any = phi_server.HERMES
+) -> tuple[str, list[tuple[str, str]]]:
     """The content that a reader finds in a reply, and the name and arguments of each call."""
-    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False)
+    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False, markup)
     deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
     assert all(deltas)
     text = "".join(delta for delta in deltas if isinstance(delta, str))
@@ -3985,6 +4127,60 @@ def test_calls_are_found_in_a_reply_however_it_is_split(text: str, said: str, ca
 def test_what_only_looks_like_a_call_is_text_however_it_is_split(text: str) -> None:
     for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
         assert read_calls(pieces) == (text, []), pieces
+
+
+BARE = phi_server.json_markup("", "").marked({1: "<|python_tag|>"})
+
+
+@cases(
+    "text said calls",
+    {
+        "a mark before": ('Hi <|python_tag|>{"name": "clock", "parameters": {}}', "Hi", ["{}"]),
+        "a list": ('\n[{"name": "clock", "parameters": {}}]', "", ["{}"]),
+        "values of Python": (
+            "[clock(a='x] ', n=-3, b=True, c=false, d={'k': None}, e=[1, (2,)])]",
+            "",
+            ['{"a": "x] ", "n": -3, "b": true, "c": false, "d": {"k": null}, "e": [1, [2]]}'],
+        ),
+        "a list cut off behind a call": ("[clock(a='x')", "", ['{"a": "x"}']),
+        "a repeated call": ("[clock(), clock(), clock(a=1)]", "", ["{}"]),
+        "text first": ('Call {"name": "clock", "parameters": {}}', None, []),
+        "another function": ('{"name": "other", "parameters": {}}', None, []),
+        "one other in a list": ("[clock(), other()] and", None, []),
+        "an expression": ("[clock(a=open('x'))]", None, []),
+        "arguments without names": ("[clock('x')]", None, []),
+        "arguments from elsewhere": ("[clock(**{'a': 1})]", None, []),
+        "a number beyond 64 bits": ("[clock(a=1e999)]", None, []),
+        "too deep": (f"[clock(a={'-' * 9000}1)]", None, []),
+        "other JSON": ('{"a": [1, 2]}', None, []),
+        "a note": ("[1] Smith", None, []),
+        "arguments in a string": (
+            '{"name": "clock", "parameters": "{\\"a\\": 1}"}',
+            "",
+            ['{"a": 1}'],
+        ),
+    },
+)
+def test_a_reply_may_begin_with_a_call_without_a_mark(text: str, said: Any, calls: Any) -> None:
+    expected = (text if said is None else said, [("clock", arguments) for arguments in calls])
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(min(len(text), 200)))]:
+        assert read_calls(pieces, BARE) == expected, pieces
+
+
+def test_replies_of_any_form_are_read_alike_however_they_are_split() -> None:
+    chance = random.Random(1)
+    bits = ["{", "}", "[", "]", '"', "'", ",", " ", "<tool_call>", "</tool_call>", "clock", "("]
+    texts = [CLOCK_CALL, TWO_CALLS, "[clock(a='x')]", '{"name": "clock", "parameters": {}}']
+    for _ in range(2000):
+        text = chance.choice(texts)
+        for _ in range(chance.randrange(4)):
+            i = chance.randrange(len(text) + 1)
+            text = text[:i] + chance.choice(bits) + text[i + chance.randrange(4) :]
+        markup, cut = chance.choice([phi_server.HERMES, BARE]), chance.randrange(len(text) + 1)
+        said, calls = read_calls([text], markup)
+        assert read_calls([text[:cut], text[cut:]], markup) == (said, calls)
+        assert read_calls(list(text), markup) == (said, calls)
+        assert calls or said.strip() == text.strip()
 
 
 def test_a_call_streams_as_it_comes() -> None:
@@ -5906,6 +6102,20 @@ def test_a_forced_call_has_arguments_that_fit(
         assert call["type"] == "function"
         assert name == "weather" if choice is NAMED else name in PARAMETERS
         assert fits(json.loads(arguments), PARAMETERS[name])
+
+
+@both_ways
+def test_a_call_is_forced_and_found_between_control_tokens(
+    model_folder: Path, tmp_path: Path, stream: bool
+) -> None:
+    written = f"<file_sep>[{JSON_LIST}}}{{% endfor %}}]<reponame>"
+    template = f"{SHOWS}{written}{{% endif %}};{{% endfor %}}"
+    (changed(model_folder, tmp_path) / "chat_template.jinja").write_text(template)
+    with running(MODEL_PATH=tmp_path) as server:
+        (choice,) = ask(server, CHAT, stream, **HELLO | FORCED_WEATHER, max_tokens=80)
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    assert fits(json.loads(call["function"]["arguments"]), PARAMETERS["weather"])
 
 
 @both_ways
