@@ -1906,9 +1906,8 @@ class Tokenizer:
             self.control_starts = control_starts(self.control_texts.values())
             self.reply_starts = control_starts({*self.control_texts.values()} - {*thinking})
             self.traits = template_traits(self.apply_template, self.template, self.control_texts)
-            # Control tokens whose text readers of a reply look for, as those around tool calls.
-            marked = {token: text for token, text in self.control_texts.items() if text in thinking}
-            self.marks = {**self.traits.markup.tokens, **marked}
+            controls = self.control_texts.items()
+            self.thinking_tokens = {token: text for token, text in controls if text in thinking}
             self.drops_leading_space = strips_leading_space(described)
             self.normal_form = normal_form(described)
             self.text_start = text_start(described)
@@ -3347,6 +3346,7 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
 # Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a
 # stop string, nothing after one. Calls of tools are told from text as they come.
 
+NO_MARKS: Mapping[int, str] = {}
 ECHOED_TOGETHER = 256  # tokens of an echoed prompt in one piece; so none takes long to write
 
 
@@ -3362,9 +3362,15 @@ class TextStream:
     """Turns the tokens of one sequence into pieces of text."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...], drops_space: bool, reports: bool = False
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        drops_space: bool,
+        reports: bool = False,
+        marks: Mapping[int, str] = NO_MARKS,
     ) -> None:
         self.tokenizer = tokenizer
+        self.marks = marks  # control tokens that have a text, which a reader of the reply looks for
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.stop = stop
         self.drops_space = drops_space  # that SentencePiece puts before a text
@@ -3377,7 +3383,7 @@ class TextStream:
 
     def push(self, pick: Pick) -> Piece:
         """What a token adds, maybe nothing yet; sets `stopped` when a stop string is complete."""
-        text = self.decode(pick, self.tokenizer.marks)
+        text = self.decode(pick, self.marks)
         return self.piece(self.before_stop(text) if self.stop else text)
 
     def echo(self, prompt: list[Pick]) -> Iterator[Piece]:
@@ -3385,7 +3391,7 @@ class TextStream:
         start, shown = self.tokenizer.text_start, self.tokenizer.control_texts
         is_begun = [pick.token for pick in prompt[: len(start)]] == start
         for pick in prompt[: len(start) * is_begun]:  # which is not of the client's text
-            self.decode(pick, {})
+            self.decode(pick, NO_MARKS)
         for place in range(len(start) * is_begun, len(prompt), ECHOED_TOGETHER):
             picks = prompt[place : place + ECHOED_TOGETHER]
             yield self.piece("".join(self.decode(pick, shown) for pick in picks))
@@ -4903,6 +4909,8 @@ class Api:
         most = self.served.context_length
         wanted = most if generation.max_tokens is None else generation.max_tokens
         reports = generation.top_logprobs is not None
+        marks = {**self.tokenizer.thinking_tokens} if prepared.thinking else {}
+        marks |= self.tokenizer.traits.markup.tokens if prepared.tool_names else {}
         choices: list[Sequence] = []
         outlet: Outlet = asyncio.Queue()
         for given in prepared.prompts:
@@ -4914,7 +4922,7 @@ class Api:
                 thinking = prepared.thinking
                 thoughts = Thoughts(thinking, self.tokenizer, eos_tokens) if thinking else None
                 sampler = Sampler(sampling, prompt, grammar, generation.top_logprobs, thoughts)
-                text = TextStream(self.tokenizer, generation.stop, drops_space, reports)
+                text = TextStream(self.tokenizer, generation.stop, drops_space, reports, marks)
                 fixed = (place, prompt, limit, eos_tokens)
                 choices.append(Sequence(*fixed, sampler, text, outlet, echoes, leader))
                 leader = leader or choices[-1]
@@ -6053,12 +6061,21 @@ def default_sampling(chosen: tuple[str, ...], own: Sampling) -> Sampling:
         raise SettingsError(f"SAMPLING_DEFAULTS: {error.message}") from None
 
 
+def check_template(tokenizer: Tokenizer) -> None:
+    """Warns of a folder whose chats will be refused, or have another model's template."""
+    if read_template(tokenizer.folder) is PHI_TEMPLATE:
+        logger.warning(f"{tokenizer.folder} has no chat template; Phi-3.5's is used")
+    try:
+        tokenizer.render((Message("user", "Hi"),))
+    except ApiError as error:
+        logger.warning(f"chats with this model fail: {error.message}")
+
+
 def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
     tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
-    if read_template(config.folder) is PHI_TEMPLATE:
-        logger.warning(f"{config.folder} has no chat template; Phi-3.5's is used")
+    check_template(tokenizer)
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
     limits = (settings.max_concurrent_requests, settings.batch_size)
     engine = Engine(model, metrics, *limits, kv_bytes)
