@@ -7612,7 +7612,7 @@ def test_the_readmes_client_examples_run(
 
 PROMPT = random.Random(0).choices(range(3, 1024), k=4085)
 REPLIED = {"max_tokens": 24, "ignore_eos": True}
-SEEDED = {"temperature": 1, "seed": 7}
+DRAWN = {"temperature": 1, "seed": 7}
 FEW = {"max_tokens": 4, "ignore_eos": True, "logprobs": 0}
 WINDOW = 32  # tokens of sliding attention; shorter than the prompt
 LONG_ROPE_LENGTH = 4096  # tokens of LongRoPE's short factors: as many as onnxruntime-genai expects
@@ -7748,7 +7748,7 @@ FOLDERS = {
 }
 HANDFUL = ["llama", "phi3, LongRoPE", "qwen3", "gemma3", "int4", "int8 KV", "pruned head"]
 # By the last word of the option or architecture that the message names.
-REFUSED = {
+REFUSED_FOLDERS = {
     "exclude_lm_head": Recipe("LlamaForCausalLM", options=("exclude_lm_head=true",)),
     "exclude_embeds": Recipe("LlamaForCausalLM", options=("exclude_embeds=true",)),
     "bf16|bfloat16": Recipe("LlamaForCausalLM", {}, "bf16"),
@@ -7887,7 +7887,7 @@ def compare_folder(name: str, folder: Path, table: list[tuple[object, ...]]) -> 
     with running(MODEL_PATH=folder, CONTEXT_LENGTH=2 * LONG_ROPE_LENGTH, THREADS=1) as server:
         scores = served_scores(server, recipe, prompt)
         alone, together = alone_and_together(server, prompt)
-        drawn, drawn_together = alone_and_together(server, prompt, **SEEDED)
+        drawn, drawn_together = alone_and_together(server, prompt, **DRAWN)
     off_session = abs(scores - scores_of(plain_session(folder), prompt, reply)).max()
     is_exact = recipe.precision == "fp32" and "scales.json" not in str(recipe.options)
     off_torch = abs(scores - scores_of(of_transformers(model), prompt, reply)[-len(scores) :]).max()
@@ -7985,9 +7985,9 @@ def test_a_chat_has_the_tokens_that_transformers_makes_of_it(real: Any, messages
 
 
 @pytest.mark.folders
-@cases("named", REFUSED.keys())
+@cases("named", REFUSED_FOLDERS.keys())
 def test_what_cannot_be_served_is_refused_by_name(tmp_path: Path, named: str) -> None:
-    folder, _ = build(REFUSED[named], tmp_path)
+    folder, _ = build(REFUSED_FOLDERS[named], tmp_path)
     ended = run(cwd=tmp_path, MODEL_PATH=folder)
     error = json.loads(ended.stderr.splitlines()[-1])["error"]
     assert (ended.returncode, error["code"]) == (1, "model_loading_failed")
