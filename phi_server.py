@@ -11,11 +11,12 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Protobuf     what ONNX files are written in
     Model        the ONNX graph, its KV cache, one forward pass
     Thinking     what a model thinks, told from its answer
-    Prompt       tokenizer, control tokens, chat template, tools as text
+    Calls        how models call tools, and these calls told from text
+    Prompt       tokenizer, control tokens, chat template
     Grammar      schemas and tool calls as grammars, and the masks that force them
     Worker       the process that forks for each large body and each grammar
     Sampling     one row of logits to one token
-    Text         tokens to text, stop strings, tool calls
+    Text         tokens to text, stop strings
     Engine       continuous batching: slots and their KV; plan, forward, absorb, deliver
     HTTP         HTTP/1.1 on asyncio streams
     Routes       the OpenAI endpoints, and the objects they answer with
@@ -1725,33 +1726,10 @@ def overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-# ---- Prompt --------------------------------------------------------------------------------------
-# Texts to tokens, chats to prompts. Tokenizer and template renderer are onnxruntime-genai's; both
-# hold the GIL, so what a client can make long is left to the worker. In a chat only the template
-# writes control tokens: in what clients send, their texts are cut in two before it is encoded.
-
-# Letters in a row that are encoded together: the tokenizer's time grows with the square of a word's
-# length. 100,000 random letters took 3 s; in parts of this length they take 0.2 s.
-LONGEST_WORD = 2000
-WORD = re.compile(rf"[^\W\d_]{{1,{LONGEST_WORD}}}")
-
-# What normalizes as a whole: no ASCII character combines with what is before it. The time grows
-# with the square of the combining marks in a row: of 60,000 it took 6 s.
-NORMALIZED_TOGETHER = re.compile("[\0-\x7f]*[^\0-\x7f]{0,1000}")
-
-# A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control
-# token can span one.
-CUT = "\ufdd0"
-
-LONGEST_MARK = 16  # tokens, with white space behind it
-NO_VARIABLES: Mapping[str, Json] = {}
-
-# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders without a template.
-PHI_TEMPLATE = (
-    "{% for message in messages %}{% if message['content'] %}"
-    "{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-)
+# ---- Calls ---------------------------------------------------------------------------------------
+# Tools are called in the model's own words, which are learned from what its chat template makes of
+# probed calls. The same markup forces a call by a grammar, writes earlier ones into a prompt, and
+# tells those of a reply from its text as it streams.
 
 # A chat of these shows how a template writes calls, and what it leaves out; Mistral's templates
 # refuse calls without an id of nine letters and digits.
@@ -1770,11 +1748,6 @@ PROBE_REPLIES += [
 PROBED_CALL = re.compile(PROBE_NAME + r'(.*?)\{\s*"probedkey"\s*:\s*"probedvalue"\s*\}', re.DOTALL)
 PROBED_LIST = re.compile(rf"(.*?)\[\s*{PROBE_NAME}\(.*?\)\s*\](.*)", re.DOTALL)
 
-# Stands for the tools in the system's turn: onnxruntime-genai would parse their JSON, and write it
-# as a mixture of JSON and Python.
-TOOLS_HERE = "\ufdd1"
-TOOLS_PLACE = re.compile(rf"\[?['\"]?{TOOLS_HERE}['\"]?\]?")
-
 # Marks around calls that models are trained on though their templates do not show it.
 CALL_MARKS = {
     "<tool_call>": "</tool_call>",  # Hermes, Qwen
@@ -1783,6 +1756,7 @@ CALL_MARKS = {
     "<|tool_call_start|>": "<|tool_call_end|>",  # LFM2
     "functools": "",  # Firefunction
 }
+
 # Those of models that also write calls without a mark.
 BARE_MARKS = {"<|python_tag|>": "", "<|python_start|>": "<|python_end|>"}  # Llama 3, Llama 4
 
@@ -1864,6 +1838,318 @@ HERMES = CallMarkup(
     separator='}\n</tool_call>\n<tool_call>\n{"name": "',
     closing="}\n</tool_call>",
 )
+
+
+def call_object(call: ToolCall) -> dict[str, Json]:
+    """A past call as models write it; arguments that are not JSON stay text."""
+    try:
+        return {"name": call.name, "arguments": read_json(call.arguments)}
+    except ValueError:
+        return {"name": call.name, "arguments": call.arguments}
+
+
+def read_markup(around: list[str], one: str, two: str) -> CallMarkup | None:
+    """How a template writes calls, from what it makes of text (what is around that), of one call
+    and of two; None where it writes arguments in another way than JSON or Python.
+    """
+    before, after = around[0], around[-1]
+    if not one.startswith(before) or not one.endswith(after):
+        return None
+    one, two = (text.removeprefix(before).removesuffix(after) for text in (one, two))
+    if listed := PROBED_LIST.fullmatch(one):
+        return json_markup(listed[1].strip(), listed[2].strip())
+    call = PROBED_CALL.search(one)
+    if not call:
+        return None
+    opening, closing, separator = one[: call.start()], one[call.end() :], ""
+    begin = re.split(rf"\s|\[?\s*\{{|{PROBE_ID}", opening.lstrip(), maxsplit=1)[0]
+    end = re.sub(rf'^(\s*,\s*"id"\s*:\s*"{PROBE_ID}")?[\s}}\]]*', "", closing).strip()
+    if two.startswith(one[: call.end()]) and two.endswith(one[call.start() :]):
+        separator = two[call.end() : len(two) - len(one) + call.start()]
+    return CallMarkup(begin, end, opening, call[1], separator, closing)
+
+
+def known_markup(template: str, controls: Iterable[str]) -> CallMarkup:
+    """The markup whose mark a template names, or a tokenizer has."""
+    named = [mark for mark in CALL_MARKS if mark in template]
+    if not named and re.search(r"\[\w+\(\w+ ?=", template):  # [function(argument=value)]
+        return json_markup("", "")
+    begin = [*named, *(mark for mark in CALL_MARKS if mark in controls), HERMES.begin][0]
+    end = CALL_MARKS[begin]
+    is_whole = end in template or end in controls
+    return HERMES if begin == HERMES.begin else json_markup(begin, end if is_whole else "")
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of a tool call: its id and name come first, then parts of its arguments."""
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class ToolCallReader:
+    """Separates text from tool calls while a reply streams; none of their markup becomes text.
+
+    A small model may repeat a call until its tokens are used up. One that repeats an earlier call
+    is dropped, and the reply is over; it is held back as long as it may turn out to be one.
+    """
+
+    LIST_HEAD = re.compile(r"\s*\[\s*(\w+)\s*\(")  # of calls as Python writes them
+    ID = re.compile(r'"id"\s*:\s*"[^"]*"')
+    CLOSERS = " \t\n\r}],;"
+    LONGEST_HEAD = 200  # characters; without a complete head by then it is not a call
+    LONGEST_LIST = 16_384  # characters
+
+    def __init__(self, names: frozenset[str], is_forced: bool, markup: CallMarkup = HERMES) -> None:
+        self.names = names
+        self.is_forced = is_forced
+        self.markup = markup
+        self.marks = [mark for mark in (markup.begin, markup.end) if mark]
+        self.any_mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
+        self.read: Callable[[], str | CallDelta | None] = self.read_start
+        self.held = ""
+        self.gap = ""  # white space before a possible call; becomes text if it is not one
+        self.mark = ""  # before it; likewise
+        self.calls: list[tuple[str, str]] = []  # name and arguments of those that are complete
+        self.count = 0  # of calls that have been sent, at least in part
+        self.is_over = False
+        # of the call that is being read
+        self.name = ""
+        self.arguments = ""
+        self.sent: int | None = None  # characters of its arguments; None before its name is sent
+        self.depth = 0
+        self.quote = ""  # the one that will close the string
+        self.is_escaped = False
+
+    def push(self, text: str) -> list[str | CallDelta]:
+        """What a piece of the reply adds: text, and pieces of tool calls."""
+        self.held += text
+        deltas = []
+        while not self.is_over and (delta := self.read()) is not None:
+            deltas.append(delta)
+        return [delta for delta in deltas if delta]
+
+    def finish(self) -> list[str | CallDelta]:
+        """What was held back, for a call that did not come or was cut off."""
+        if self.is_over:
+            return []
+        if self.read == self.read_list and self.convert_list("]"):  # cut off behind a call
+            return self.push("")
+        if self.read == self.read_arguments:
+            if self.arguments.startswith('"'):
+                self.arguments = unquoted(self.arguments)
+            return [self.begin_call(), self.rest_of_call()] if self.sent is None else []
+        if self.is_forced:  # it can only be the beginning of a call that max_tokens has cut
+            return []
+        if self.read == self.read_head:
+            return [self.gap + self.mark + self.held]
+        if self.read == self.read_list:
+            return [self.gap + self.mark + self.arguments + self.held]
+        is_text = self.read != self.read_tail and not (self.calls and self.held.isspace())
+        return [self.held] if is_text and self.held else []
+
+    def read_start(self) -> str | CallDelta | None:
+        """White space before a reply, which may begin with a call that has no mark."""
+        text = self.held.lstrip()
+        if not text:
+            return None
+        self.read = self.read_text
+        if self.markup.is_bare and text[0] in "[{":
+            self.gap, self.held = self.held.removesuffix(text), text
+            self.read = self.read_head
+        return ""
+
+    def read_text(self) -> str | CallDelta | None:
+        """Text up to the next call; white space waits, since before a call it is markup."""
+        found = self.any_mark.search(self.held)
+        text = self.held[: found.start()] if found else self.held
+        if found and found[0] != self.markup.begin:  # a mark that only ends calls
+            self.held = self.held[found.end() :]
+            return text if self.count else text + found[0]
+        if found:
+            sent = text.rstrip()
+            self.gap, self.mark = text[len(sent) :], found[0]
+            self.held, self.read = self.held[found.end() :], self.read_head
+            return sent
+        begun = max((overlap(text, mark) for mark in self.marks), default=0)
+        sent = text[: len(text) - begun].rstrip()
+        self.held = text[len(sent) :]
+        return sent or None
+
+    def read_head(self) -> str | CallDelta | None:
+        """The beginning of a call up to its arguments, or the text that looked like one."""
+        head = self.markup.head.match(self.held) or self.LIST_HEAD.match(self.held)
+        name = head[head.lastindex or 0] if head else ""
+        if head and name in self.names:
+            self.name, self.arguments, self.sent = name, "", None
+            is_list = head.re is self.LIST_HEAD
+            self.held = self.held[0 if is_list else head.end() :].lstrip()
+            self.read = self.read_list if is_list else self.read_arguments
+            return ""
+        end = self.markup.end
+        if not head and not (end and end in self.held) and len(self.held) < self.LONGEST_HEAD:
+            return None
+        self.read = self.read_text
+        return self.gap + self.mark
+
+    def read_list(self) -> str | CallDelta | None:
+        """A list of calls as Python writes them, once it is whole; read on as JSON."""
+        if not self.take("\"'") and len(self.arguments) < self.LONGEST_LIST:
+            return None
+        if self.convert_list(""):
+            return ""
+        self.read = self.read_text
+        return self.gap + self.mark + self.arguments
+
+    def convert_list(self, end: str) -> bool:
+        """Puts the list that was read, with an end that it lacks, into JSON, if it is one."""
+        calls = calls_in_json(self.arguments + end, self.names)
+        self.held = calls + self.held
+        self.depth, self.quote = 0, ""
+        if calls:
+            self.read = self.read_head
+        return bool(calls)
+
+    def read_arguments(self) -> str | CallDelta | None:
+        """Arguments as far as they have come, to the bracket that closes them."""
+        is_complete = self.take('"')
+        if self.arguments.startswith('"'):  # JSON in a string
+            if not is_complete:
+                return None
+            self.arguments = unquoted(self.arguments)
+        if self.sent is None:
+            # Is it, or may it become, one that the reply has already? Complete arguments do not
+            # begin longer ones, which would have ended at the same bracket.
+            earlier = [arguments for name, arguments in self.calls if name == self.name]
+            if any(arguments.startswith(self.arguments) for arguments in earlier):
+                self.is_over = is_complete
+                return None
+            return self.begin_call()
+        if is_complete:
+            self.calls.append((self.name, self.arguments))
+            self.read = self.read_tail
+        return self.rest_of_call() or ("" if is_complete else None)
+
+    def take(self, quotes: str) -> bool:
+        """Moves what has come of arguments or a list to them; whether they are complete."""
+        if self.depth or self.quote or not self.arguments:  # not complete yet
+            ends = (i for i, one in enumerate(self.held, 1) if self.ends_with(one, quotes))
+            end = next(ends, len(self.held))
+            self.arguments, self.held = self.arguments + self.held[:end], self.held[end:]
+        return bool(self.arguments) and not self.depth and not self.quote
+
+    def begin_call(self) -> CallDelta:
+        """The first piece of a call."""
+        self.sent, self.count = 0, self.count + 1
+        return CallDelta(self.count - 1, new_id("call_"), self.name)
+
+    def rest_of_call(self) -> str | CallDelta:
+        """The arguments that have come and not been sent; '' when there are none."""
+        arguments = self.arguments[self.sent :]
+        self.sent = len(self.arguments)
+        return CallDelta(self.count - 1, arguments=arguments) if arguments else ""
+
+    def ends_with(self, character: str, quotes: str) -> bool:
+        """Whether this character closes the object, list or string that is being read."""
+        if self.quote:
+            if character == self.quote and not self.is_escaped:
+                self.quote = ""
+            self.is_escaped = character == "\\" and not self.is_escaped
+        elif character in quotes:
+            self.quote = character
+        else:
+            self.depth += (character in "([{") - (character in ")]}")
+        return self.depth == 0 and not self.quote
+
+    def read_tail(self) -> str | CallDelta | None:
+        """The end of a call: what closes it, up to the mark, the next of a list, or text."""
+        rest, end = self.held.lstrip(self.CLOSERS), self.markup.end
+        if found := self.ID.match(rest):
+            rest = rest[found.end() :].lstrip(self.CLOSERS)
+        self.held = rest
+        if not rest or overlap(rest, end) == len(rest) or (rest[0] == '"' and len(rest) < 40):
+            return None
+        self.read = self.read_text
+        if end and rest.startswith(end):
+            self.held = rest.removeprefix(end)
+        elif rest[0] == "{":
+            self.gap, self.mark, self.read = "", "", self.read_head
+        return ""
+
+
+def unquoted(arguments: str) -> str:
+    """Arguments as JSON that may stand in a string of JSON, whole or cut off."""
+    for end in ("", '"'):
+        with contextlib.suppress(ValueError):
+            return str(json.loads(arguments + end, strict=False))
+    return arguments
+
+
+# What ast.parse and ast.literal_eval raise for a text that is not plain values.
+NOT_PYTHON = (SyntaxError, TypeError, ValueError, RecursionError, MemoryError)
+JSON_WORDS = {"true": True, "false": False, "null": None}  # which models mix into Python
+
+
+def calls_in_json(text: str, names: frozenset[str]) -> str:
+    """A list of calls of these functions, as Python writes it, in JSON; '' if it is not one."""
+    calls = []
+    with contextlib.suppress(*NOT_PYTHON), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        listed = ast.parse(text, mode="eval").body
+        for call in listed.elts if isinstance(listed, ast.List) else ():
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+                return ""
+            given = {argument.arg: python_value(argument.value) for argument in call.keywords}
+            if call.func.id not in names or None in given:
+                return ""
+            calls.append({"name": call.func.id, "arguments": given})
+        return json.dumps(calls, ensure_ascii=False, allow_nan=False)
+    return ""
+
+
+def python_value(value: ast.expr) -> Json:
+    """The value of an expression; raises NOT_PYTHON unless it is a plain one."""
+    word = value.id if isinstance(value, ast.Name) else ""
+    return JSON_WORDS[word] if word in JSON_WORDS else ast.literal_eval(value)
+
+
+# ---- Prompt --------------------------------------------------------------------------------------
+# Texts to tokens, chats to prompts. Tokenizer and template renderer are onnxruntime-genai's; both
+# hold the GIL, so what a client can make long is left to the worker. In a chat only the template
+# writes control tokens: in what clients send, their texts are cut in two before it is encoded.
+
+# Letters in a row that are encoded together: the tokenizer's time grows with the square of a word's
+# length. 100,000 random letters took 3 s; in parts of this length they take 0.2 s.
+LONGEST_WORD = 2000
+WORD = re.compile(rf"[^\W\d_]{{1,{LONGEST_WORD}}}")
+
+# What normalizes as a whole: no ASCII character combines with what is before it. The time grows
+# with the square of the combining marks in a row: of 60,000 it took 6 s.
+NORMALIZED_TOGETHER = re.compile("[\0-\x7f]*[^\0-\x7f]{0,1000}")
+
+# A noncharacter (Unicode 23.7). A prompt is encoded in the parts between these, so that no control
+# token can span one.
+CUT = "\ufdd0"
+
+LONGEST_MARK = 16  # tokens, with white space behind it
+NO_VARIABLES: Mapping[str, Json] = {}
+
+# microsoft/Phi-3.5-mini-instruct, tokenizer_config.json; for folders without a template.
+PHI_TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] %}"
+    "{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+# Stands for the tools in the system's turn: onnxruntime-genai would parse their JSON, and write it
+# as a mixture of JSON and Python.
+TOOLS_HERE = "\ufdd1"
+TOOLS_PLACE = re.compile(rf"\[?['\"]?{TOOLS_HERE}['\"]?\]?")
+
+# For templates that do not know tools.
 TOOL_PROMPT = """\
 You may call functions. To call one, reply with nothing but a JSON object between tags, on lines \
 of their own:
@@ -2250,38 +2536,6 @@ def template_traits(
     )
 
 
-def read_markup(around: list[str], one: str, two: str) -> CallMarkup | None:
-    """How a template writes calls, from what it makes of text (what is around that), of one call
-    and of two; None where it writes arguments in another way than JSON or Python.
-    """
-    before, after = around[0], around[-1]
-    if not one.startswith(before) or not one.endswith(after):
-        return None
-    one, two = (text.removeprefix(before).removesuffix(after) for text in (one, two))
-    if listed := PROBED_LIST.fullmatch(one):
-        return json_markup(listed[1].strip(), listed[2].strip())
-    call = PROBED_CALL.search(one)
-    if not call:
-        return None
-    opening, closing, separator = one[: call.start()], one[call.end() :], ""
-    begin = re.split(rf"\s|\[?\s*\{{|{PROBE_ID}", opening.lstrip(), maxsplit=1)[0]
-    end = re.sub(rf'^(\s*,\s*"id"\s*:\s*"{PROBE_ID}")?[\s}}\]]*', "", closing).strip()
-    if two.startswith(one[: call.end()]) and two.endswith(one[call.start() :]):
-        separator = two[call.end() : len(two) - len(one) + call.start()]
-    return CallMarkup(begin, end, opening, call[1], separator, closing)
-
-
-def known_markup(template: str, controls: Iterable[str]) -> CallMarkup:
-    """The markup whose mark a template names, or a tokenizer has."""
-    named = [mark for mark in CALL_MARKS if mark in template]
-    if not named and re.search(r"\[\w+\(\w+ ?=", template):  # [function(argument=value)]
-        return json_markup("", "")
-    begin = [*named, *(mark for mark in CALL_MARKS if mark in controls), HERMES.begin][0]
-    end = CALL_MARKS[begin]
-    is_whole = end in template or end in controls
-    return HERMES if begin == HERMES.begin else json_markup(begin, end if is_whole else "")
-
-
 def template_input(
     messages: tuple[Message, ...], tools: tuple[Tool, ...], traits: TemplateTraits
 ) -> tuple[list[Json], list[Json]]:
@@ -2319,14 +2573,6 @@ def short_id(call_id: str) -> str:
     """A call's id for the template: nine letters and digits, since Mistral's refuse others."""
     is_short = re.fullmatch("[A-Za-z0-9]{9}", call_id)
     return call_id if is_short else hashlib.sha256(call_id.encode()).hexdigest()[:9]
-
-
-def call_object(call: ToolCall) -> dict[str, Json]:
-    """A past call as models write it; arguments that are not JSON stay text."""
-    try:
-        return {"name": call.name, "arguments": read_json(call.arguments)}
-    except ValueError:
-        return {"name": call.name, "arguments": call.arguments}
 
 
 def tool_object(tool: Tool) -> dict[str, Json]:
@@ -3344,7 +3590,7 @@ def truncated(weights: Floats, sampling: Sampling) -> Integers | None:
 
 # ---- Text ----------------------------------------------------------------------------------------
 # Tokens to text that may be sent: whole UTF-8 characters, nothing that could be the beginning of a
-# stop string, nothing after one. Calls of tools are told from text as they come.
+# stop string, nothing after one.
 
 NO_MARKS: Mapping[int, str] = {}
 ECHOED_TOGETHER = 256  # tokens of an echoed prompt in one piece; so none takes long to write
@@ -3428,242 +3674,6 @@ class TextStream:
         sent = len(text) - max(overlap(text, stop) for stop in self.stop)
         self.held = text[sent:]
         return text[:sent]
-
-
-@dataclass(frozen=True)
-class CallDelta:
-    """A piece of a tool call: its id and name come first, then parts of its arguments."""
-
-    index: int
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
-
-
-class ToolCallReader:
-    """Separates text from tool calls while a reply streams; none of their markup becomes text.
-
-    A small model may repeat a call until its tokens are used up. One that repeats an earlier call
-    is dropped, and the reply is over; it is held back as long as it may turn out to be one.
-    """
-
-    LIST_HEAD = re.compile(r"\s*\[\s*(\w+)\s*\(")  # of calls as Python writes them
-    ID = re.compile(r'"id"\s*:\s*"[^"]*"')
-    CLOSERS = " \t\n\r}],;"
-    LONGEST_HEAD = 200  # characters; without a complete head by then it is not a call
-    LONGEST_LIST = 16_384  # characters
-
-    def __init__(self, names: frozenset[str], is_forced: bool, markup: CallMarkup = HERMES) -> None:
-        self.names = names
-        self.is_forced = is_forced
-        self.markup = markup
-        self.marks = [mark for mark in (markup.begin, markup.end) if mark]
-        self.any_mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
-        self.read: Callable[[], str | CallDelta | None] = self.read_start
-        self.held = ""
-        self.gap = ""  # white space before a possible call; becomes text if it is not one
-        self.mark = ""  # before it; likewise
-        self.calls: list[tuple[str, str]] = []  # name and arguments of those that are complete
-        self.count = 0  # of calls that have been sent, at least in part
-        self.is_over = False
-        # of the call that is being read
-        self.name = ""
-        self.arguments = ""
-        self.sent: int | None = None  # characters of its arguments; None before its name is sent
-        self.depth = 0
-        self.quote = ""  # the one that will close the string
-        self.is_escaped = False
-
-    def push(self, text: str) -> list[str | CallDelta]:
-        """What a piece of the reply adds: text, and pieces of tool calls."""
-        self.held += text
-        deltas = []
-        while not self.is_over and (delta := self.read()) is not None:
-            deltas.append(delta)
-        return [delta for delta in deltas if delta]
-
-    def finish(self) -> list[str | CallDelta]:
-        """What was held back, for a call that did not come or was cut off."""
-        if self.is_over:
-            return []
-        if self.read == self.read_list and self.convert_list("]"):  # cut off behind a call
-            return self.push("")
-        if self.read == self.read_arguments:
-            if self.arguments.startswith('"'):
-                self.arguments = unquoted(self.arguments)
-            return [self.begin_call(), self.rest_of_call()] if self.sent is None else []
-        if self.is_forced:  # it can only be the beginning of a call that max_tokens has cut
-            return []
-        if self.read == self.read_head:
-            return [self.gap + self.mark + self.held]
-        if self.read == self.read_list:
-            return [self.gap + self.mark + self.arguments + self.held]
-        is_text = self.read != self.read_tail and not (self.calls and self.held.isspace())
-        return [self.held] if is_text and self.held else []
-
-    def read_start(self) -> str | CallDelta | None:
-        """White space before a reply, which may begin with a call that has no mark."""
-        text = self.held.lstrip()
-        if not text:
-            return None
-        self.read = self.read_text
-        if self.markup.is_bare and text[0] in "[{":
-            self.gap, self.held = self.held.removesuffix(text), text
-            self.read = self.read_head
-        return ""
-
-    def read_text(self) -> str | CallDelta | None:
-        """Text up to the next call; white space waits, since before a call it is markup."""
-        found = self.any_mark.search(self.held)
-        text = self.held[: found.start()] if found else self.held
-        if found and found[0] != self.markup.begin:  # a mark that only ends calls
-            self.held = self.held[found.end() :]
-            return text if self.count else text + found[0]
-        if found:
-            sent = text.rstrip()
-            self.gap, self.mark = text[len(sent) :], found[0]
-            self.held, self.read = self.held[found.end() :], self.read_head
-            return sent
-        begun = max((overlap(text, mark) for mark in self.marks), default=0)
-        sent = text[: len(text) - begun].rstrip()
-        self.held = text[len(sent) :]
-        return sent or None
-
-    def read_head(self) -> str | CallDelta | None:
-        """The beginning of a call up to its arguments, or the text that looked like one."""
-        head = self.markup.head.match(self.held) or self.LIST_HEAD.match(self.held)
-        name = head[head.lastindex or 0] if head else ""
-        if head and name in self.names:
-            self.name, self.arguments, self.sent = name, "", None
-            is_list = head.re is self.LIST_HEAD
-            self.held = self.held[0 if is_list else head.end() :].lstrip()
-            self.read = self.read_list if is_list else self.read_arguments
-            return ""
-        end = self.markup.end
-        if not head and not (end and end in self.held) and len(self.held) < self.LONGEST_HEAD:
-            return None
-        self.read = self.read_text
-        return self.gap + self.mark
-
-    def read_list(self) -> str | CallDelta | None:
-        """A list of calls as Python writes them, once it is whole; read on as JSON."""
-        if not self.take("\"'") and len(self.arguments) < self.LONGEST_LIST:
-            return None
-        if self.convert_list(""):
-            return ""
-        self.read = self.read_text
-        return self.gap + self.mark + self.arguments
-
-    def convert_list(self, end: str) -> bool:
-        """Puts the list that was read, with an end that it lacks, into JSON, if it is one."""
-        calls = calls_in_json(self.arguments + end, self.names)
-        self.held = calls + self.held
-        self.depth, self.quote = 0, ""
-        if calls:
-            self.read = self.read_head
-        return bool(calls)
-
-    def read_arguments(self) -> str | CallDelta | None:
-        """Arguments as far as they have come, to the bracket that closes them."""
-        is_complete = self.take('"')
-        if self.arguments.startswith('"'):  # JSON in a string
-            if not is_complete:
-                return None
-            self.arguments = unquoted(self.arguments)
-        if self.sent is None:
-            # Is it, or may it become, one that the reply has already? Complete arguments do not
-            # begin longer ones, which would have ended at the same bracket.
-            earlier = [arguments for name, arguments in self.calls if name == self.name]
-            if any(arguments.startswith(self.arguments) for arguments in earlier):
-                self.is_over = is_complete
-                return None
-            return self.begin_call()
-        if is_complete:
-            self.calls.append((self.name, self.arguments))
-            self.read = self.read_tail
-        return self.rest_of_call() or ("" if is_complete else None)
-
-    def take(self, quotes: str) -> bool:
-        """Moves what has come of arguments or a list to them; whether they are complete."""
-        if self.depth or self.quote or not self.arguments:  # not complete yet
-            ends = (i for i, one in enumerate(self.held, 1) if self.ends_with(one, quotes))
-            end = next(ends, len(self.held))
-            self.arguments, self.held = self.arguments + self.held[:end], self.held[end:]
-        return bool(self.arguments) and not self.depth and not self.quote
-
-    def begin_call(self) -> CallDelta:
-        """The first piece of a call."""
-        self.sent, self.count = 0, self.count + 1
-        return CallDelta(self.count - 1, new_id("call_"), self.name)
-
-    def rest_of_call(self) -> str | CallDelta:
-        """The arguments that have come and not been sent; '' when there are none."""
-        arguments = self.arguments[self.sent :]
-        self.sent = len(self.arguments)
-        return CallDelta(self.count - 1, arguments=arguments) if arguments else ""
-
-    def ends_with(self, character: str, quotes: str) -> bool:
-        """Whether this character closes the object, list or string that is being read."""
-        if self.quote:
-            if character == self.quote and not self.is_escaped:
-                self.quote = ""
-            self.is_escaped = character == "\\" and not self.is_escaped
-        elif character in quotes:
-            self.quote = character
-        else:
-            self.depth += (character in "([{") - (character in ")]}")
-        return self.depth == 0 and not self.quote
-
-    def read_tail(self) -> str | CallDelta | None:
-        """The end of a call: what closes it, up to the mark, the next of a list, or text."""
-        rest, end = self.held.lstrip(self.CLOSERS), self.markup.end
-        if found := self.ID.match(rest):
-            rest = rest[found.end() :].lstrip(self.CLOSERS)
-        self.held = rest
-        if not rest or overlap(rest, end) == len(rest) or (rest[0] == '"' and len(rest) < 40):
-            return None
-        self.read = self.read_text
-        if end and rest.startswith(end):
-            self.held = rest.removeprefix(end)
-        elif rest[0] == "{":
-            self.gap, self.mark, self.read = "", "", self.read_head
-        return ""
-
-
-def unquoted(arguments: str) -> str:
-    """Arguments as JSON that may stand in a string of JSON, whole or cut off."""
-    for end in ("", '"'):
-        with contextlib.suppress(ValueError):
-            return str(json.loads(arguments + end, strict=False))
-    return arguments
-
-
-# What ast.parse and ast.literal_eval raise for a text that is not plain values.
-NOT_PYTHON = (SyntaxError, TypeError, ValueError, RecursionError, MemoryError)
-JSON_WORDS = {"true": True, "false": False, "null": None}  # which models mix into Python
-
-
-def calls_in_json(text: str, names: frozenset[str]) -> str:
-    """A list of calls of these functions, as Python writes it, in JSON; '' if it is not one."""
-    calls = []
-    with contextlib.suppress(*NOT_PYTHON), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes that Python does not know
-        listed = ast.parse(text, mode="eval").body
-        for call in listed.elts if isinstance(listed, ast.List) else ():
-            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-                return ""
-            given = {argument.arg: python_value(argument.value) for argument in call.keywords}
-            if call.func.id not in names or None in given:
-                return ""
-            calls.append({"name": call.func.id, "arguments": given})
-        return json.dumps(calls, ensure_ascii=False, allow_nan=False)
-    return ""
-
-
-def python_value(value: ast.expr) -> Json:
-    """The value of an expression; raises NOT_PYTHON unless it is a plain one."""
-    word = value.id if isinstance(value, ast.Name) else ""
-    return JSON_WORDS[word] if word in JSON_WORDS else ast.literal_eval(value)
 
 
 # ---- Engine --------------------------------------------------------------------------------------

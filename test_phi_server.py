@@ -2547,6 +2547,165 @@ def test_the_marks_of_thinking_are_found(
     assert thinking == (found and phi_server.Thinking(*found))
 
 
+# ---- Calls ---------------------------------------------------------------------------------------
+
+
+def read_calls(
+    pieces: list[str], markup: Any = phi_server.HERMES
+) -> tuple[str, list[tuple[str, str]]]:
+    """The content that a reader finds in a reply, and the name and arguments of each call."""
+    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False, markup)
+    deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
+    assert all(deltas)
+    text = "".join(delta for delta in deltas if isinstance(delta, str))
+    calls: list[tuple[str, str]] = []
+    for delta in (delta for delta in deltas if not isinstance(delta, str)):
+        if delta.id:
+            assert (delta.index, delta.arguments) == (len(calls), "")
+            calls.append((delta.name, ""))
+        else:
+            assert delta.index == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + delta.arguments)
+    return text, calls
+
+
+JUNK_CALL = "<tool_call>junk</tool_call>"
+TWO_CALLS = CLOCK_CALL + "\n" + called("weather", '{"days": 1}')
+TRICKY = json.dumps({"city": 'a } \\ " ] { </tool_call> \\', "nested": [{"x": "}"}, []]})
+COMPACT_CALL = '<tool_call>{"name":"clock","parameters":{"a":1}}</tool_call>'
+CUT_CALL = called("weather", '{"city": "Par').removesuffix("}\n</tool_call>")
+
+
+@cases(
+    "text said calls",
+    {
+        "a call alone": (CLOCK_CALL, "", {"clock": "{}"}),
+        "text before": (f"Sure: \n\n{CLOCK_CALL}\n", "Sure:", {"clock": "{}"}),
+        "two calls": (TWO_CALLS, "", {"clock": "{}", "weather": '{"days": 1}'}),
+        "braces, quotes and markup": (
+            called("weather", TRICKY),
+            "",
+            {"weather": TRICKY},
+        ),
+        "compact": (COMPACT_CALL, "", {"clock": '{"a":1}'}),
+        "unfinished arguments": (CUT_CALL, "", {"weather": '{"city": "Par'}),
+        "an unfinished end": (CLOCK_CALL[:-4], "", {"clock": "{}"}),
+        "a call behind junk": (f"{JUNK_CALL}\n{CLOCK_CALL}", JUNK_CALL, {"clock": "{}"}),
+    },
+)
+def test_calls_are_found_in_a_reply_however_it_is_split(text: str, said: str, calls: Any) -> None:
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
+        assert read_calls(pieces) == (said, list(calls.items())), pieces
+
+
+@cases(
+    "text",
+    {
+        "text alone": "Hello there. \n",
+        "only the beginning of a tag": "1 < 2 <tool",
+        "another tag": "<tool_calls> a <tool_call",
+        "no JSON": f"a{JUNK_CALL} b",
+        "another function": called("other", '{"a": 1}'),
+        "an unfinished name": '<tool_call>\n{"name": "wea',
+        "no name": '<tool_call>\n{"arguments": {}}\n</tool_call>',
+        "a long way to no call": "<tool_call>" + "never " * 40,
+        "the space before no call": "a <tool_call>junk",
+    },
+)
+def test_what_only_looks_like_a_call_is_text_however_it_is_split(text: str) -> None:
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
+        assert read_calls(pieces) == (text, []), pieces
+
+
+BARE = phi_server.json_markup("", "").marked({1: "<|python_tag|>"})
+
+
+@cases(
+    "text said calls",
+    {
+        "a mark before": ('Hi <|python_tag|>{"name": "clock", "parameters": {}}', "Hi", ["{}"]),
+        "a list": ('\n[{"name": "clock", "parameters": {}}]', "", ["{}"]),
+        "values of Python": (
+            "[clock(a='x] ', n=-3, b=True, c=false, d={'k': None}, e=[1, (2,)])]",
+            "",
+            ['{"a": "x] ", "n": -3, "b": true, "c": false, "d": {"k": null}, "e": [1, [2]]}'],
+        ),
+        "a list cut off behind a call": ("[clock(a='x')", "", ['{"a": "x"}']),
+        "a repeated call": ("[clock(), clock(), clock(a=1)]", "", ["{}"]),
+        "text first": ('Call {"name": "clock", "parameters": {}}', None, []),
+        "another function": ('{"name": "other", "parameters": {}}', None, []),
+        "one other in a list": ("[clock(), other()] and", None, []),
+        "an expression": ("[clock(a=open('x'))]", None, []),
+        "arguments without names": ("[clock('x')]", None, []),
+        "arguments from elsewhere": ("[clock(**{'a': 1})]", None, []),
+        "a number beyond 64 bits": ("[clock(a=1e999)]", None, []),
+        "too deep": (f"[clock(a={'-' * 9000}1)]", None, []),
+        "other JSON": ('{"a": [1, 2]}', None, []),
+        "a note": ("[1] Smith", None, []),
+        "arguments in a string": (
+            '{"name": "clock", "parameters": "{\\"a\\": 1}"}',
+            "",
+            ['{"a": 1}'],
+        ),
+    },
+)
+def test_a_reply_may_begin_with_a_call_without_a_mark(text: str, said: Any, calls: Any) -> None:
+    expected = (text if said is None else said, [("clock", arguments) for arguments in calls])
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(min(len(text), 200)))]:
+        assert read_calls(pieces, BARE) == expected, pieces
+
+
+def test_replies_of_any_form_are_read_alike_however_they_are_split() -> None:
+    chance = random.Random(1)
+    bits = ["{", "}", "[", "]", '"', "'", ",", " ", "<tool_call>", "</tool_call>", "clock", "("]
+    texts = [CLOCK_CALL, TWO_CALLS, "[clock(a='x')]", '{"name": "clock", "parameters": {}}']
+    for _ in range(2000):
+        text = chance.choice(texts)
+        for _ in range(chance.randrange(4)):
+            i = chance.randrange(len(text) + 1)
+            text = text[:i] + chance.choice(bits) + text[i + chance.randrange(4) :]
+        markup, cut = chance.choice([phi_server.HERMES, BARE]), chance.randrange(len(text) + 1)
+        said, calls = read_calls([text], markup)
+        assert read_calls([text[:cut], text[cut:]], markup) == (said, calls)
+        assert read_calls(list(text), markup) == (said, calls)
+        assert calls or said.strip() == text.strip()
+
+
+def test_a_call_streams_as_it_comes() -> None:
+    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False)
+    assert reader.push("Well, <") == ["Well,"]
+    assert reader.push('tool_call>{"name": "weather", "arguments": ') == []
+    name, arguments = reader.push('{"city"')
+    assert (name.name, name.arguments) == ("weather", "")
+    assert (arguments.name, arguments.arguments) == ("", '{"city"')
+    assert [delta.arguments for delta in reader.push(': "Rome"}}</')] == [': "Rome"}']
+
+
+@cases(
+    "text calls",
+    {
+        "at once": (f"{CLOCK_CALL}\n{CLOCK_CALL}\n{CLOCK_CALL}", {"clock": "{}"}),
+        "after another": (f"{TWO_CALLS}\n{CLOCK_CALL}", {"clock": "{}", "weather": '{"days": 1}'}),
+        "text behind it": (f"{CLOCK_CALL}\n{CLOCK_CALL} and more", {"clock": "{}"}),
+    },
+)
+def test_a_call_that_repeats_an_earlier_one_is_dropped_and_ends_the_reply(
+    text: str, calls: Any
+) -> None:
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
+        assert read_calls(pieces) == ("", list(calls.items())), pieces
+    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False)
+    reader.push(text)
+    assert reader.is_over
+
+
+def test_a_call_that_begins_like_an_earlier_one_is_sent_once_it_differs() -> None:
+    text = called("weather", '{"days": 1}') + "\n" + called("weather", '{"days": 12}')
+    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
+        expected = [("weather", '{"days": 1}'), ("weather", '{"days": 12}')]
+        assert read_calls(pieces) == ("", expected), pieces
+
+
 # ---- Prompt --------------------------------------------------------------------------------------
 
 
@@ -4063,162 +4222,6 @@ def test_a_token_comes_with_the_first_text_that_it_is_part_of(
     assert [pick.token for pick, _ in places] == expected
     starts = [len(tokenizer.codec.decode(tokens[:i]).rstrip("\ufffd")) for i in range(len(places))]
     assert [place for _, place in places] == starts
-
-
-def read_calls(
-    pieces: list[str], markup: Any = phi_server.HERMES
-) -> tuple[str, list[tuple[str, str]]]:
-    """The content that a reader finds in a reply, and the name and arguments of each call."""
-    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False, markup)
-    deltas = [delta for piece in pieces for delta in reader.push(piece)] + reader.finish()
-    assert all(deltas)
-    text = "".join(delta for delta in deltas if isinstance(delta, str))
-    calls: list[tuple[str, str]] = []
-    for delta in (delta for delta in deltas if not isinstance(delta, str)):
-        if delta.id:
-            assert (delta.index, delta.arguments) == (len(calls), "")
-            calls.append((delta.name, ""))
-        else:
-            assert delta.index == len(calls) - 1
-            calls[-1] = (calls[-1][0], calls[-1][1] + delta.arguments)
-    return text, calls
-
-
-JUNK_CALL = "<tool_call>junk</tool_call>"
-TWO_CALLS = CLOCK_CALL + "\n" + called("weather", '{"days": 1}')
-TRICKY = json.dumps({"city": 'a } \\ " ] { </tool_call> \\', "nested": [{"x": "}"}, []]})
-COMPACT_CALL = '<tool_call>{"name":"clock","parameters":{"a":1}}</tool_call>'
-CUT_CALL = called("weather", '{"city": "Par').removesuffix("}\n</tool_call>")
-
-
-@cases(
-    "text said calls",
-    {
-        "a call alone": (CLOCK_CALL, "", {"clock": "{}"}),
-        "text before": (f"Sure: \n\n{CLOCK_CALL}\n", "Sure:", {"clock": "{}"}),
-        "two calls": (TWO_CALLS, "", {"clock": "{}", "weather": '{"days": 1}'}),
-        "braces, quotes and markup": (
-            called("weather", TRICKY),
-            "",
-            {"weather": TRICKY},
-        ),
-        "compact": (COMPACT_CALL, "", {"clock": '{"a":1}'}),
-        "unfinished arguments": (CUT_CALL, "", {"weather": '{"city": "Par'}),
-        "an unfinished end": (CLOCK_CALL[:-4], "", {"clock": "{}"}),
-        "a call behind junk": (f"{JUNK_CALL}\n{CLOCK_CALL}", JUNK_CALL, {"clock": "{}"}),
-    },
-)
-def test_calls_are_found_in_a_reply_however_it_is_split(text: str, said: str, calls: Any) -> None:
-    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
-        assert read_calls(pieces) == (said, list(calls.items())), pieces
-
-
-@cases(
-    "text",
-    {
-        "text alone": "Hello there. \n",
-        "only the beginning of a tag": "1 < 2 <tool",
-        "another tag": "<tool_calls> a <tool_call",
-        "no JSON": f"a{JUNK_CALL} b",
-        "another function": called("other", '{"a": 1}'),
-        "an unfinished name": '<tool_call>\n{"name": "wea',
-        "no name": '<tool_call>\n{"arguments": {}}\n</tool_call>',
-        "a long way to no call": "<tool_call>" + "never " * 40,
-        "the space before no call": "a <tool_call>junk",
-    },
-)
-def test_what_only_looks_like_a_call_is_text_however_it_is_split(text: str) -> None:
-    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
-        assert read_calls(pieces) == (text, []), pieces
-
-
-BARE = phi_server.json_markup("", "").marked({1: "<|python_tag|>"})
-
-
-@cases(
-    "text said calls",
-    {
-        "a mark before": ('Hi <|python_tag|>{"name": "clock", "parameters": {}}', "Hi", ["{}"]),
-        "a list": ('\n[{"name": "clock", "parameters": {}}]', "", ["{}"]),
-        "values of Python": (
-            "[clock(a='x] ', n=-3, b=True, c=false, d={'k': None}, e=[1, (2,)])]",
-            "",
-            ['{"a": "x] ", "n": -3, "b": true, "c": false, "d": {"k": null}, "e": [1, [2]]}'],
-        ),
-        "a list cut off behind a call": ("[clock(a='x')", "", ['{"a": "x"}']),
-        "a repeated call": ("[clock(), clock(), clock(a=1)]", "", ["{}"]),
-        "text first": ('Call {"name": "clock", "parameters": {}}', None, []),
-        "another function": ('{"name": "other", "parameters": {}}', None, []),
-        "one other in a list": ("[clock(), other()] and", None, []),
-        "an expression": ("[clock(a=open('x'))]", None, []),
-        "arguments without names": ("[clock('x')]", None, []),
-        "arguments from elsewhere": ("[clock(**{'a': 1})]", None, []),
-        "a number beyond 64 bits": ("[clock(a=1e999)]", None, []),
-        "too deep": (f"[clock(a={'-' * 9000}1)]", None, []),
-        "other JSON": ('{"a": [1, 2]}', None, []),
-        "a note": ("[1] Smith", None, []),
-        "arguments in a string": (
-            '{"name": "clock", "parameters": "{\\"a\\": 1}"}',
-            "",
-            ['{"a": 1}'],
-        ),
-    },
-)
-def test_a_reply_may_begin_with_a_call_without_a_mark(text: str, said: Any, calls: Any) -> None:
-    expected = (text if said is None else said, [("clock", arguments) for arguments in calls])
-    for pieces in [list(text), *([text[:i], text[i:]] for i in range(min(len(text), 200)))]:
-        assert read_calls(pieces, BARE) == expected, pieces
-
-
-def test_replies_of_any_form_are_read_alike_however_they_are_split() -> None:
-    chance = random.Random(1)
-    bits = ["{", "}", "[", "]", '"', "'", ",", " ", "<tool_call>", "</tool_call>", "clock", "("]
-    texts = [CLOCK_CALL, TWO_CALLS, "[clock(a='x')]", '{"name": "clock", "parameters": {}}']
-    for _ in range(2000):
-        text = chance.choice(texts)
-        for _ in range(chance.randrange(4)):
-            i = chance.randrange(len(text) + 1)
-            text = text[:i] + chance.choice(bits) + text[i + chance.randrange(4) :]
-        markup, cut = chance.choice([phi_server.HERMES, BARE]), chance.randrange(len(text) + 1)
-        said, calls = read_calls([text], markup)
-        assert read_calls([text[:cut], text[cut:]], markup) == (said, calls)
-        assert read_calls(list(text), markup) == (said, calls)
-        assert calls or said.strip() == text.strip()
-
-
-def test_a_call_streams_as_it_comes() -> None:
-    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False)
-    assert reader.push("Well, <") == ["Well,"]
-    assert reader.push('tool_call>{"name": "weather", "arguments": ') == []
-    name, arguments = reader.push('{"city"')
-    assert (name.name, name.arguments) == ("weather", "")
-    assert (arguments.name, arguments.arguments) == ("", '{"city"')
-    assert [delta.arguments for delta in reader.push(': "Rome"}}</')] == [': "Rome"}']
-
-
-@cases(
-    "text calls",
-    {
-        "at once": (f"{CLOCK_CALL}\n{CLOCK_CALL}\n{CLOCK_CALL}", {"clock": "{}"}),
-        "after another": (f"{TWO_CALLS}\n{CLOCK_CALL}", {"clock": "{}", "weather": '{"days": 1}'}),
-        "text behind it": (f"{CLOCK_CALL}\n{CLOCK_CALL} and more", {"clock": "{}"}),
-    },
-)
-def test_a_call_that_repeats_an_earlier_one_is_dropped_and_ends_the_reply(
-    text: str, calls: Any
-) -> None:
-    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
-        assert read_calls(pieces) == ("", list(calls.items())), pieces
-    reader = phi_server.ToolCallReader(frozenset(["weather", "clock"]), False)
-    reader.push(text)
-    assert reader.is_over
-
-
-def test_a_call_that_begins_like_an_earlier_one_is_sent_once_it_differs() -> None:
-    text = called("weather", '{"days": 1}') + "\n" + called("weather", '{"days": 12}')
-    for pieces in [list(text), *([text[:i], text[i:]] for i in range(len(text)))]:
-        expected = [("weather", '{"days": 1}'), ("weather", '{"days": 12}')]
-        assert read_calls(pieces) == ("", expected), pieces
 
 
 @both_ways
