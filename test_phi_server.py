@@ -1884,6 +1884,9 @@ def long_rope_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactor
     """The demo model with LongRoPE."""
     folder = changed(model_folder, tmp_path_factory.mktemp("long_rope"), filename="long.onnx")
     (folder / "long.onnx").write_bytes(long_rope_graph(model_folder / "model.onnx"))
+    # Not a link: onnxruntime takes weights from the graph's own folder alone.
+    (folder / "model.onnx.data").unlink()
+    shutil.copy(model_folder / "model.onnx.data", folder)
     return folder
 
 
