@@ -4029,16 +4029,12 @@ class Plan:
     """One call of the graph: a chunk of one prompt, or the next token of all that decode."""
 
     is_chunk: bool
-    slots: list[Slot]  # whose sequences are fed, all in one cache
+    kv: KvCache
+    slots: list[Slot]  # of that cache, whose sequences are fed
     low: int  # the span's first row; what is fed to rows of others is thrown away
     tokens: Integers  # [rows, count]
     lengths: Integers  # [rows]
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
-
-    @property
-    def kv(self) -> KvCache:
-        """The cache that the call works on."""
-        return self.slots[0].kv
 
     @property
     def count(self) -> int:
@@ -4257,9 +4253,10 @@ class Engine:
 
     def call(self, is_chunk: bool, slots: list[Slot], low: int, tokens: Integers) -> Plan:
         """Completes a plan with what the span's rows hold, and with the chores so far."""
-        lengths = self.slots.extend(slots[0].kv, low, *tokens.shape)
+        kv = slots[0].kv
+        lengths = self.slots.extend(kv, low, *tokens.shape)
         chores, self.slots.chores = self.slots.chores, []
-        return Plan(is_chunk, slots, low, tokens, lengths, chores)
+        return Plan(is_chunk, kv, slots, low, tokens, lengths, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
         """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
