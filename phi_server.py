@@ -1477,10 +1477,13 @@ class Model:
         self.warm_up()
 
     def warm_up(self) -> None:
-        """Runs the graph once, so that a wrong one fails now; raises ModelLoadingFailed."""
+        """Runs the graph, so that a wrong one fails now; raises ModelLoadingFailed."""
+        call = (0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64))
         try:
-            tokens = np.full((1, 2), self.config.start_token, np.int64)
-            self.forward(self.caches[0], 0, tokens, np.zeros(1, np.int64))
+            self.forward(self.caches[0], *call)
+            started = time.perf_counter()  # once its memory is taken
+            self.forward(self.caches[0], *call)
+            self.step_seconds = time.perf_counter() - started
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"cannot be run as a text decoder: {error}"
             if not self.config.appends_kv:
@@ -4051,9 +4054,10 @@ class Pace:
     """How long replies take, learned from those before: when the next one is likely to end."""
 
     LONGEST = 60  # seconds to wait; OpenAI's clients do not keep to more
+    CAUTION = 1.5  # those who come too early are refused again, and give up after twice
 
-    def __init__(self) -> None:
-        self.step_seconds = 0.05  # from one token of a sequence to its next
+    def __init__(self, step_seconds: float) -> None:
+        self.step_seconds = step_seconds  # from one token of a sequence to its next
         self.reply_tokens = 100.0  # of a whole reply
         self.promised: list[float] = []  # when those who were refused come again, in order
 
@@ -4077,7 +4081,7 @@ class Pace:
         rests = sorted(rests) or [0.0]
         rounds, place = divmod(len(self.promised), len(rests))
         seconds = rests[place] + rounds * rests[-1]
-        whole = max(1, min(math.ceil(seconds), self.LONGEST))
+        whole = max(1, min(math.ceil(self.CAUTION * seconds), self.LONGEST))
         self.promised.append(now + whole)
         return whole
 
@@ -4106,7 +4110,7 @@ class Engine:
         self.steps = 0
         self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
-        self.pace = Pace()
+        self.pace = Pace(model.step_seconds)
 
     def submit(self, sequences: list[Sequence]) -> None:
         """Takes a request's sequences in; raises ApiError at most_requests, or when draining."""
@@ -4193,7 +4197,7 @@ class Engine:
         if prefilling:
             slot = self.next_prompt(prefilling)
             self.metrics.cached_tokens.add(self.slots.reuse_prefix(slot))
-            count = self.chunk_length(slot.pending, bool(decoding))
+            count = self.chunk_length(slot.pending, len({slot.kv for slot in decoding}))
             if count:
                 return self.plan_chunk(slot, count)
         if not decoding:
@@ -4225,9 +4229,12 @@ class Engine:
         ready = [slot for slot in prefilling if slot.running.leader not in sequences]
         return min(ready, key=lambda slot: slot.used)
 
-    def chunk_length(self, pending: int, shared: bool) -> int:
-        """How many of a prompt's pending tokens to prefill now; 0 when others must decode first."""
-        seconds = SHARED_SECONDS - self.prefill_seconds if shared else ALONE_SECONDS
+    def chunk_length(self, pending: int, shared: int) -> int:
+        """How many of a prompt's pending tokens to prefill now; 0 when others must decode first.
+
+        Those that decode share the time in as many steps as caches have them.
+        """
+        seconds = SHARED_SECONDS / shared - self.prefill_seconds if shared else ALONE_SECONDS
         count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
         if shared and count <= 0 and self.prefill_seconds:
             return 0

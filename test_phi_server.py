@@ -4504,9 +4504,9 @@ def test_requests_above_the_batch_wait_in_line_with_their_streams_open() -> None
 
 
 def test_who_is_refused_is_told_when_a_place_is_likely_to_be_free() -> None:
-    pace = phi_server.Pace()
-    assert [pace.promise([4.2, 1.5]) for _ in range(5)] == [2, 5, 6, 9, 10]
-    assert [phi_server.Pace().promise(rests) for rests in ([], [0.2], [900.0])] == [1, 1, 60]
+    pace = phi_server.Pace(0.05)
+    assert [pace.promise([4.2, 1.5]) for _ in range(5)] == [3, 7, 9, 13, 15]
+    assert [phi_server.Pace(0.05).promise(rests) for rests in ([], [0.2], [900.0])] == [1, 1, 60]
 
 
 def test_the_rest_of_a_reply_follows_from_its_prompt_its_limit_and_those_before(
@@ -4594,6 +4594,7 @@ class Ledger:
     """
 
     context_length = 120
+    step_seconds = 0.05
     is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
