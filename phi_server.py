@@ -35,7 +35,7 @@ A streamed chat walks through it like this. Read these first:
           plan                         Slots.admit; a chunk of a prompt, or a token for all
           forward                      Model.forward, Sampler.pick, in the executor
           absorb, deliver              tokens to TextStream to the reply's outlet
-        Api.events, ChatWriter         pieces of text to chunks
+        Api.events, ChatWriter         pieces of text to chunks, thoughts and calls told apart
       Connection.send_event            bytes out
 """
 

@@ -3826,7 +3826,8 @@ def test_a_killed_worker_is_back_for_the_next_request() -> None:
 @on_linux
 @cases("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_worker_and_all_that_it_forked_end_with_the_server(number: int) -> None:
-    guided = {"response_format": schema_format({"type": "array", "items": {"type": "string"}})}
+    long = {"type": "array", "items": {"type": "string"}, "minItems": 100}
+    guided = {"response_format": schema_format(long)}
     with running(DRAIN_SECONDS=0) as server, stream_forever(server, STORY, **guided) as wire:
         wire.read_until(FIRST_TEXT)
         family = processes_of(server.process.pid)
