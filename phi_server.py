@@ -1770,6 +1770,9 @@ JSON_HEAD = (
 )
 
 
+CLOSERS = " \t\n\r}],;"  # what may stand behind a call's arguments, apart from marks
+
+
 @dataclass(frozen=True)
 class CallMarkup:
     """How a model writes calls: opening, name, middle, arguments, maybe more calls, closing."""
@@ -1783,11 +1786,22 @@ class CallMarkup:
     is_bare: bool = False  # whether a reply may begin with a call without the mark
     tokens: Mapping[int, str] = field(default_factory=dict)  # control tokens in all that
 
+    @property
+    def inner(self) -> str:
+        """What stands between the mark and a name."""
+        return self.opening.lstrip().removeprefix(self.begin).lstrip("[ \n")
+
+    @functools.cached_property
+    def between(self) -> str:
+        """The mark between two calls, "" where there is none or it is the one behind all calls."""
+        mark = self.separator.lstrip(CLOSERS).removesuffix(self.inner).rstrip()
+        is_end = bool(self.end) and mark.startswith(self.end)
+        return "" if is_end or mark.startswith("{") or PROBE_ID in mark else mark
+
     @functools.cached_property
     def head(self) -> re.Pattern[str]:
         """Matches what stands between the mark and the arguments; its last group is the name."""
-        opening = self.opening.lstrip().removeprefix(self.begin).lstrip("[ \n")
-        own = rf'{loose(opening)}([^\s"<>{{}}]+?){loose(self.middle)}'
+        own = rf'{loose(self.inner)}([^\s"<>{{}}]+?){loose(self.middle)}'
         return re.compile(rf'\s*\[?\s*(?:{JSON_HEAD}|{own})\s*(?=[{{"])')
 
     def marked(self, controls: Mapping[int, str]) -> CallMarkup:
@@ -1902,9 +1916,8 @@ class ToolCallReader:
 
     LIST_HEAD = re.compile(r"\s*\[\s*(\w+)\s*\(")  # of calls as Python writes them
     ID = re.compile(r'"id"\s*:\s*"[^"]*"')
-    CLOSERS = " \t\n\r}],;"
     LONGEST_HEAD = 200  # characters; without a complete head by then it is not a call
-    LONGEST_LIST = 16_384  # characters
+    LONGEST_LIST = 4096  # characters; to read them takes 50 ms at most
 
     def __init__(self, names: frozenset[str], is_forced: bool, markup: CallMarkup = HERMES) -> None:
         self.names = names
@@ -2069,16 +2082,18 @@ class ToolCallReader:
 
     def read_tail(self) -> str | CallDelta | None:
         """The end of a call: what closes it, up to the mark, the next of a list, or text."""
-        rest, end = self.held.lstrip(self.CLOSERS), self.markup.end
+        rest, end, between = self.held.lstrip(CLOSERS), self.markup.end, self.markup.between
         if found := self.ID.match(rest):
-            rest = rest[found.end() :].lstrip(self.CLOSERS)
+            rest = rest[found.end() :].lstrip(CLOSERS)
         self.held = rest
-        if not rest or overlap(rest, end) == len(rest) or (rest[0] == '"' and len(rest) < 40):
+        is_begun = any(overlap(rest, mark) == len(rest) for mark in (end, between))
+        if not rest or is_begun or (rest[0] == '"' and len(rest) < 40):
             return None
         self.read = self.read_text
         if end and rest.startswith(end):
             self.held = rest.removeprefix(end)
-        elif rest[0] == "{":
+        elif rest[0] == "{" or (between and rest.startswith(between)):
+            self.held = rest.removeprefix(between)
             self.gap, self.mark, self.read = "", "", self.read_head
         return ""
 
@@ -2150,6 +2165,7 @@ PHI_TEMPLATE = (
 # Stands for the tools in the system's turn: onnxruntime-genai would parse their JSON, and write it
 # as a mixture of JSON and Python.
 TOOLS_HERE = "\ufdd1"
+RESERVED = re.compile(f"[{CUT}{TOOLS_HERE}]")
 TOOLS_PLACE = re.compile(rf"\[?['\"]?{TOOLS_HERE}['\"]?\]?")
 
 # For templates that do not know tools.
@@ -2262,14 +2278,19 @@ class Tokenizer:
         turns, offered = template_input(messages, tools, self.traits)
         chat = [self.disarmed_turn(turn) for turn in turns]
         plain = self.disarmed(offered, self.control_starts)
+        # As JSON in the first turn: as source of the template, a list takes time by its square.
+        names = variables.keys() & set(re.findall(r"\w+", self.template))
+        given = {name: self.disarmed(variables[name], self.control_starts) for name in names}
+        chat[0] |= {"template_variables": given} if given else {}
+        places = {name: f"messages[0]['template_variables']['{name}']" for name in given}
+        assignments = "".join(f"{{% set {name} = {place} %}}" for name, place in places.items())
         try:
-            assignments = self.assignments(variables)
             text = self.apply_template(json_text(chat), json_text(plain), assignments)
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
             raise invalid_value("messages", refused) from None
-        if not self.traits.takes_tools_in_system:
+        if not (tools and self.traits.takes_tools_in_system):
             return text
         functions = [tool_object(tool)["function"] for tool in tools]
         told = json_text(self.disarmed(functions, self.control_starts))
@@ -2280,14 +2301,6 @@ class Tokenizer:
         given = {"template_str": assignments + self.template, "add_generation_prompt": True}
         given |= {"tools": tools} if tools != "[]" else {}
         return str(self.codec.apply_chat_template(turns, **given))
-
-    def assignments(self, variables: Mapping[str, Json]) -> str:
-        """What sets those of some variables that the template mentions, in its own language."""
-        known = [name for name in variables if re.search(rf"\b{name}\b", self.template)]
-        # It reads JSON: null is no name that it knows, and so its none.
-        plain = {name: self.disarmed(variables[name], self.control_starts) for name in known}
-        texts = {name: json_text(value) for name, value in plain.items()}
-        return "".join(f"{{% set {name} = {text} %}}" for name, text in texts.items())
 
     def reply_thinking(self, prompt: list[int]) -> Thinking | None:
         """The thinking of a reply to a prompt; None for a model without any."""
@@ -2312,7 +2325,7 @@ class Tokenizer:
         if isinstance(value, list):
             return [self.disarmed(each, starts) for each in value]
         if isinstance(value, str):
-            text = self.normalized(well_formed(value).replace(CUT, ""))
+            text = self.normalized(RESERVED.sub("", well_formed(value)))
             return starts.sub(rf"\g<0>{CUT}", text)
         return value
 
@@ -2612,19 +2625,23 @@ def plain_turn(message: Message, markup: CallMarkup) -> Message:
 def one_call_each(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """A chat with a turn for each call, in front of its result."""
     turns: list[Message] = []
-    waiting: dict[str, Message] = {}  # for their results
+    waiting: list[Message] = []  # for their results
     for message in messages:
+        answered = [turn for turn in waiting if turn.tool_calls[0].id == message.tool_call_id]
         if message.role != "tool":
-            turns += waiting.values()
-            waiting = {}
-        elif message.tool_call_id in waiting:
-            turns.append(waiting.pop(message.tool_call_id))
-        calls = message.tool_calls
-        if len(calls) > 1:
-            waiting = {call.id: dataclasses.replace(message, tool_calls=(call,)) for call in calls}
+            turns += waiting
+            waiting = []
+        elif answered:
+            waiting.remove(answered[0])
+            turns.append(answered[0])
+        if len(message.tool_calls) > 1:
+            bare = dataclasses.replace(message, content="", reasoning="")
+            heads = itertools.chain([message], itertools.repeat(bare))
+            pairs = zip(heads, message.tool_calls, strict=False)
+            waiting = [dataclasses.replace(head, tool_calls=(call,)) for head, call in pairs]
         else:
             turns.append(message)
-    return (*turns, *waiting.values())
+    return (*turns, *waiting)
 
 
 def tool_prompt(offered: list[Json]) -> str:
@@ -4082,7 +4099,8 @@ class Pace:
         rounds, place = divmod(len(self.promised), len(rests))
         seconds = rests[place] + rounds * rests[-1]
         whole = max(1, min(math.ceil(self.CAUTION * seconds), self.LONGEST))
-        self.promised.append(now + whole)
+        if whole < self.LONGEST:  # else it is no promise, and the list stays short
+            self.promised.append(now + whole)
         return whole
 
 
@@ -4129,6 +4147,8 @@ class Engine:
         self.requests -= 1
         for sequence in sequences:
             sequence.close("cancelled")
+        # At once, though others wait in front of them: they hold prompts.
+        self.waiting = deque(each for each in self.waiting if not each.is_closed)
 
     def rest_of(self, slot: Slot) -> float:
         """Seconds that a slot's sequence is likely to need to its end."""

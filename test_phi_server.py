@@ -3278,6 +3278,12 @@ OWN_WORDS = {
         "<|/tools|>",
         '<|tools|>[{"clock": {}}, {"weather": {"city": "Rome"}}]<|/tools|>',
     ),
+    "marks around each in a section": (
+        "<|calls|>{% for c in m.tool_calls %}<|call|>{{ c.function.name }}<|of|>"
+        "{{ c.function.arguments|tojson }}<|end|>{% endfor %}<|/calls|>",
+        '<|calls|><|call|>clock<|of|>{}<|end|><|call|>weather<|of|>{"city": "Rome"}<|end|>'
+        "<|/calls|>",
+    ),
     "a mark that the template names alone": (
         "{# it is <|tool_call|> #}",
         '<|tool_call|>[{"name": "clock", "arguments": {}}, '
@@ -3350,6 +3356,17 @@ def test_a_template_that_takes_one_call_a_turn_gets_each_before_its_result(
     call = 'assistant:{"name": "weather", "parameters": {"city": "Rome"}};tool:'
     prompt = rendered(tokenizer, template, messages=TWO_RESULTS[1:])
     assert prompt == f"user:How is Rome?;{call}Sunny.;{call}Hot.;user:Thanks.;"
+
+
+def test_calls_without_ids_stay_whole_where_each_has_a_turn() -> None:
+    calls = tuple(phi_server.ToolCall("", name, "{}") for name in ("a", "b"))
+    said = phi_server.Message("assistant", "Look.", calls, reasoning="Hmm")
+    results = [phi_server.Message("tool", text) for text in ("1", "2")]
+    turns = phi_server.one_call_each((said, *results))
+    told = [
+        (turn.content, turn.reasoning, [call.name for call in turn.tool_calls]) for turn in turns
+    ]
+    assert told == [("Look.", "Hmm", ["a"]), ("1", "", []), ("", "", ["b"]), ("2", "", [])]
 
 
 def test_tools_may_belong_into_the_systems_turn(tokenizer: Any) -> None:
@@ -3470,6 +3487,8 @@ VARIABLES = {
     "text": ("a\n\"b\" 'c' \\d é🙂", '"a\\n\\"b\\" \'c\' \\\\d é🙂"'),
     "statements": ("%} {{ messages }} {# -%}", '"%} {{ messages }} {# -%}"'),
     "an object": ({"a": {"b": [None, True]}}, '{"a": {"b": [null, true]}}'),
+    "a small number": (1.5e-7, "1.5e-07"),
+    "a control character": ("\x01", '"\\u0001"'),
 }
 
 
@@ -3477,6 +3496,13 @@ VARIABLES = {
 def test_a_template_gets_the_variables_it_mentions(tokenizer: Any, value: Any, text: str) -> None:
     given = {"known": value, "unknown": 1}
     assert rendered(tokenizer, "{{ known | tojson }}", chat_template_kwargs=given) == text
+
+
+def test_a_long_variable_is_read_in_linear_time(tokenizer: Any) -> None:
+    started = time.perf_counter()
+    given = {"known": [1] * 50_000, **{f"unknown_{i}": 1 for i in range(2000)}}
+    assert rendered(tokenizer, "{{ known | length }}", chat_template_kwargs=given) == "50000"
+    assert time.perf_counter() - started < 1
 
 
 def test_without_variables_a_template_has_its_own_defaults(tokenizer: Any) -> None:
@@ -4508,6 +4534,22 @@ def test_who_is_refused_is_told_when_a_place_is_likely_to_be_free() -> None:
     pace = phi_server.Pace(0.05)
     assert [pace.promise([4.2, 1.5]) for _ in range(5)] == [3, 7, 9, 13, 15]
     assert [phi_server.Pace(0.05).promise(rests) for rests in ([], [0.2], [900.0])] == [1, 1, 60]
+
+
+def test_who_ignores_the_promise_costs_others_no_more_than_its_bound() -> None:
+    pace = phi_server.Pace(0.05)
+    assert [pace.promise([5.0]) for _ in range(1000)][-1] == 60
+    assert len(pace.promised) < 10
+
+
+def test_who_leaves_the_line_leaves_nothing_in_it(engine: Any) -> None:
+    engine.batch_size = 1
+    first, second, third = (sequence([i] * 40) for i in range(3))
+    for each in (first, second, third):
+        engine.submit([each])
+    step(engine)
+    engine.withdraw([third])
+    assert (list(engine.waiting), engine.requests) == ([second], 2)
 
 
 def test_the_rest_of_a_reply_follows_from_its_prompt_its_limit_and_those_before(
