@@ -2975,7 +2975,8 @@ READY = b"!"  # a process waits for a job; also what carries a socket to a proce
 FORKS = sys.platform == "linux"  # macOS's frameworks do not survive a fork
 MOST_JOBS = 4  # of a kind at a time: compiling grammars, reading large bodies
 MOST_SPAWNED_GUIDES = 8  # of one request, where each takes a process of 130 MB
-# Bodies up to this size are read in the server: the worst take 17 ms there, a fork takes 5.
+# Bodies up to this size are read in the server: the worst take 30 ms there, of which 21 are a long
+# template's (Qwen3's), which a fork would need as well; to fork takes 5.
 INLINE_BYTES = 4096
 LARGE_BYTES = 64 * 1024  # which take at most 0.2 s of CPU time, and so do not wait for a place
 PREPARE_LIMITS = (20.0, 1 << 30)  # seconds of CPU time, bytes; 4 MiB of one word take 10 s
