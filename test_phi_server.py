@@ -2440,18 +2440,18 @@ def test_copying_kv_touches_the_tokens_asked_for(cache: Any) -> None:
 
 def test_swapping_kv_exchanges_two_rows(cache: Any) -> None:
     cache.arrays[1][0] = 5
-    cache.swap(0, 2, 20)
+    cache.swap(0, 2, 20, 10)
     assert (cache.arrays[1][2, :, :20] == 5).all()
-    assert (cache.arrays[1][0, :, :20] == 1).all()
-    assert (cache.arrays[1][0, :, 20:] == 5).all()
+    assert (cache.arrays[1][2, :, 20:] == 1).all()
+    assert (cache.arrays[1][0, :, :10] == 1).all()
+    assert (cache.arrays[1][0, :, 10:] == 5).all()
 
 
 @on_linux  # other systems give memory back in their own time
 def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
-    cache.release(1, 0, 63)
-    cache.release(1, 1, 64)
+    cache.release(1, 1)
     assert all((array == 1).all() for array in cache.arrays)
-    cache.release(1, 0, 64)
+    cache.release(1, 0)
     assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
 
 
@@ -4922,26 +4922,17 @@ def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
     return choices
 
 
-def check_slots(engine: Any, kv_tokens: int) -> None:
+def check_slots(engine: Any) -> None:
     """Rows hold what their slots say, and no more memory than KV_MEMORY allows."""
     model, slots = engine.model, engine.slots.all
-    page, rows = model.caches[0].tokens_per_page, len(slots)
-    reserved = {slot: -(-slot.sequence.limit // page) * page for slot in slots if slot.sequence}
-    kept = [slot for slot in slots if not slot.sequence]
-    assert sorted(slot.row for slot in slots) == list(range(rows))
-    assert all(slot.kv.resident[slot.row] <= reserved[slot] for slot in reserved)
-    # a page of each row of each cache is for throwaway tokens
-    assert sum(sum(kv.resident) for kv in model.caches) <= kv_tokens + page * rows * len(
-        model.caches
-    )
-    most = kv_tokens + page * len(kept) * len(model.caches)
-    assert sum(reserved.values()) + engine.slots.resident(kept) <= most
+    assert sorted(slot.row for slot in slots) == list(range(len(slots)))
+    assert sum(sum(kv.resident) for kv in model.caches) <= engine.slots.most_pages
     for kv, slot in itertools.product(model.caches, slots):
         sums, kernels = (array[slot.row, 0, :, 0] for array in kv.arrays)
         if sys.platform.startswith("linux"):  # others give memory back in their own time
-            assert not sums[kv.resident[slot.row] :].any()
+            assert not sums[kv.tokens_in(kv.resident[slot.row]) :].any()
         if slot.kv is not kv:
-            assert kv.resident[slot.row] <= page
+            assert kv.resident[slot.row] <= 1
             continue
         held = len(slot.tokens)
         assert sums[:held].tolist() == model.sums(kv, slot.tokens)
@@ -4989,8 +4980,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
     chance, steps = random.Random(kv_tokens), 2000
     model: Any = Ledger(original)
     kv = model.caches[0]
-    pages = kv_tokens // kv.tokens_per_page + kv.rows * len(model.caches)
-    kv_bytes = pages * kv.tokens_per_page * kv.bytes_per_token
+    kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
     engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
     running: list[list[Any]] = []
     ended: list[Any] = []
@@ -5012,7 +5002,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
             if chance.random() < 0.01:
                 picks[-1] = None
             engine.absorb(plan, picks, plan.count * chance.choice([0.001, 0.01, 0.02]))
-            check_slots(engine, kv_tokens)
+            check_slots(engine)
         if chance.random() < 0.005:
             engine.fail()
         engine.deliver()
@@ -5085,9 +5075,8 @@ def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
 @pytest.fixture(scope="module")
 def tight_server(model: Any) -> Iterator[Server]:
     """A server whose KV memory holds little more than one reply: 96 tokens and a part of a page."""
-    page = model.caches[0].tokens_per_page
-    tokens = 96 + page // 2 + 4 * page  # a page of each of its four rows is for throwaway tokens
-    kv_memory = tokens * model.caches[0].bytes_per_token
+    kv = model.caches[0]
+    kv_memory = (kv.pages(96) + phi_server.THROWAWAY_PAGES) * kv.page_bytes + kv.page_bytes // 2
     with running(KV_MEMORY=kv_memory, BATCH_SIZE=4, CACHE_SLOTS=0) as server:
         yield server
 
