@@ -334,7 +334,7 @@ ANSWER = "The capital of France is Paris."  # the demo model's
 QUESTIONS = ["Name three colours.", "What is the capital of Italy?"]
 QUESTIONS += ["Write a line about rain.", "What is 2 + 2?"]
 STORY = "Write a long story about a lighthouse keeper."
-LONG_CHAT = {"messages": turns("a " * 5000)}  # more than the context holds
+LONG_CHAT = {"messages": turns("a " * 9000)}  # more than the context holds
 
 
 def chat(server: Server, *contents: str, **fields: object) -> Any:
@@ -370,6 +370,7 @@ def events(server: Server, path: str, **fields: object) -> list[Any]:
     assert reply.status == 200
     blocks = reply.body.decode().split("\n\n")
     assert blocks.pop() == ""
+    blocks = [block for block in blocks if block != ": keepalive"]
     assert all(block.startswith("data: ") for block in blocks)
     data = [block.removeprefix("data: ") for block in blocks]
     return [text if text == "[DONE]" else json.loads(text) for text in data]
@@ -820,7 +821,7 @@ def model(model_folder: Path) -> Any:
         "32 requests": ("MAX_CONCURRENT_REQUESTS", "", 32),
         "one request": ("MAX_CONCURRENT_REQUESTS", "1", 1),
         "eight at once": ("BATCH_SIZE", "", 8),
-        "context length": ("CONTEXT_LENGTH", "", 4096),
+        "context length": ("CONTEXT_LENGTH", "", 0),
         "threads": ("THREADS", "3", 3),
         "no kept conversation": ("CACHE_SLOTS", "0", 0),
         "memory bound": ("KV_MEMORY", "2GiB", "2GiB"),
@@ -1134,15 +1135,15 @@ def test_what_is_not_supported_is_named(
 @cases(
     "path fields param tokens",
     {
-        "chat too long": (CHAT, LONG_CHAT, "messages", "50.."),
-        "prompt too long": (TEXT, {"prompt": [100] * 4096}, "prompt", "4096"),
+        "chat too long": (CHAT, LONG_CHAT, "messages", "90.."),
+        "prompt too long": (TEXT, {"prompt": [100] * 8192}, "prompt", "8192"),
     },
 )
 def test_a_prompt_that_fills_the_context_is_refused(
     server: Server, path: str, fields: Any, param: str, tokens: str
 ) -> None:
     message = (
-        "This model's maximum context length is 4096 tokens. However, your "
+        "This model's maximum context length is 8192 tokens. However, your "
         f"{param} resulted in {tokens} tokens. Please reduce the length of the {param}.$"
     )
     assert refused(post(server, path, fields), 400, "context_length_exceeded", param, message)
@@ -4910,7 +4911,7 @@ def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
     prompt = (shared + chance.choices(range(16), k=chance.randint(1, 80)))[:120]
     fields = {
         "seed": chance.choice([None, 1]),
-        "limit": min(len(prompt) + chance.choice([0, 5, 20, 60]), 120),
+        "limit": min(len(prompt) + chance.choice([0, 5, 20, 60, 110]), 120),
         "top_logprobs": chance.choice([None, None, 0]),
         "echoes": chance.random() < 0.3,
         "eos_tokens": frozenset(chance.choice([[], [], [14]])),
@@ -4920,6 +4921,17 @@ def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
     for index in range(1, chance.choice([1, 1, 1, 3])):
         choices.append(sequence(prompt, index=index, leader=choices[0], **fields))
     return choices
+
+
+def check_line(engine: Any) -> None:
+    """Sequences wait in the order in which they came, and none runs before those set aside."""
+    waiting = [each for each in engine.waiting if not each.is_closed]
+    arrivals = [each.arrival for each in waiting]
+    assert arrivals == sorted(arrivals)
+    aside = [each.arrival for each in waiting if each.was_set_aside]
+    assert aside == arrivals[: len(aside)]
+    running = [each.arrival for each in engine.slots.sequences]
+    assert max(running, default=-1) < min(arrivals, default=math.inf)
 
 
 def check_slots(engine: Any) -> None:
@@ -4973,10 +4985,11 @@ def check_replies(model: Any, choices: list[Any]) -> None:
 
 
 @cases("original", {"one cache": None, "two caches": 61})
-@cases("kv_tokens", [128, 256, 384, 768])
+@cases("kv_tokens room", [(128, 1), (256, 1), (256, 256), (384, 1), (768, 256)])
 def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
-    kv_tokens: int, original: int | None
+    kv_tokens: int, room: int, original: int | None, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(phi_server, "ROOM", room)
     chance, steps = random.Random(kv_tokens), 2000
     model: Any = Ledger(original)
     kv = model.caches[0]
@@ -5003,6 +5016,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
                 picks[-1] = None
             engine.absorb(plan, picks, plan.count * chance.choice([0.001, 0.01, 0.02]))
             check_slots(engine)
+            check_line(engine)
         if chance.random() < 0.005:
             engine.fail()
         engine.deliver()
@@ -5015,6 +5029,8 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
                 check_replies(model, request)
     assert (engine.requests, running) == (0, [])
     assert {each.sampler.state for each in ended} <= {"new", "closed"}
+    finished = [each for each in ended if each.finish_reason in ("stop", "length")]
+    assert any(each.was_set_aside for each in finished) == (room < 256)
 
 
 TRAP = 13_666  # a token that the forward pass below cannot bear
@@ -5099,6 +5115,53 @@ def test_sequences_wait_in_line_for_kv_memory(tight_server: Server) -> None:
             assert eventually(lambda: metric(tight_server, "waiting_sequences") == 1)
             assert metric(tight_server, "running_sequences") == 1
     assert soon_idle(tight_server)
+
+
+# ---- Engine: sequences set aside -----------------------------------------------------------------
+
+SHORT_OF_ROOM = "import sys, phi_server; phi_server.ROOM = 16; sys.exit(phi_server.main([]))"
+LONG_REPLY = {"temperature": 1, "ignore_eos": True, "logprobs": True}
+CROWD = {
+    "chat": (CHAT, LONG_REPLY | {"messages": turns("Tell me about owls."), "seed": 1}),
+    "three choices": (CHAT, LONG_REPLY | {"messages": turns("Sing!"), "seed": 2, "n": 3}),
+    "a schema": (CHAT, COLOUR | {"messages": turns("Name three colours in three words.")}),
+    "echo": (TEXT, ECHO | {"max_tokens": 200}),
+    "one token": (
+        TEXT,
+        LONG_REPLY | {"prompt": [100], "logprobs": 1, "seed": 4, "max_tokens": 200},
+    ),
+}
+
+
+@pytest.fixture
+def crowded_server(model: Any) -> Iterator[Server]:
+    """A server whose KV memory holds three contexts for its eight rows."""
+    kv = model.caches[0]
+    kv_memory = (3 * kv.pages(128) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    fields = {"CONTEXT_LENGTH": 128, "KV_MEMORY": kv_memory, "CACHE_SLOTS": 0}
+    with running(script=SHORT_OF_ROOM, **fields) as server:
+        yield server
+
+
+def test_twenty_clients_in_the_kv_memory_of_three_get_the_replies_they_get_alone(
+    crowded_server: Server,
+) -> None:
+    asked = [*CROWD.values()] * 4
+    calls = [functools.partial(ask, crowded_server, path, True, **each) for path, each in asked]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        coming = [pool.submit(call) for call in calls]
+        resident = []
+        while not all(reply.done() for reply in coming):
+            resident.append(metric(crowded_server, "kv_resident_bytes"))
+            time.sleep(0.02)
+        replies = [reply.result() for reply in coming]
+    alone = [ask(crowded_server, path, **each) for path, each in CROWD.values()]
+    assert replies == alone * 4
+    assert metric(crowded_server, "set_aside_sequences_total") > 10
+    limit = metric(crowded_server, "kv_limit_bytes")
+    assert 0.9 * limit < max(resident) <= limit
+    assert metric(crowded_server, "rejected_requests_total") == 0
+    assert soon_idle(crowded_server)
 
 
 def test_a_reply_may_fill_the_kv_memory(tight_server: Server) -> None:
