@@ -125,7 +125,10 @@ class SettingsError(Exception):
 
 
 def setting(default: Any, meaning: str, *allowed: float | str) -> Any:
-    """Declares one setting: its default, one-line meaning, and its two bounds or its choices."""
+    """Declares one setting: its default, one-line meaning, and its two bounds or its choices.
+
+    The default may lie outside the bounds.
+    """
     return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
@@ -141,7 +144,7 @@ class Settings:
     max_concurrent_requests: int = setting(32, "requests accepted at once; more get 429", 1, 1024)
     batch_size: int = setting(8, "replies computed at once; the others wait in line", 1, 256)
     context_length: int = setting(
-        0, "tokens of a prompt and its reply; 0: the model's, as far as KV_MEMORY goes", 0, 1 << 20
+        0, "tokens of a prompt and its reply; 0: the model's, as far as KV_MEMORY goes", 16, 1 << 20
     )
     threads: int = setting(0, "threads of the model; 0: as CPU affinity and quota allow", 0, 1024)
     cache_slots: int = setting(8, "conversations whose KV is kept besides the running ones", 0, 256)
@@ -198,7 +201,7 @@ def convert(declared: dataclasses.Field[Any], text: str) -> object:
     except ValueError:  # not a number at all
         raise SettingsError(f"{name}: expected {what}, but got {text!r}") from None
     low, high = allowed
-    if not low <= value <= high:
+    if value != default and not low <= value <= high:
         raise SettingsError(f"{name}: expected {what} from {low:,} to {high:,}, but got {text}")
     return value
 
@@ -1534,6 +1537,7 @@ class Model:
             started = time.perf_counter()  # once its memory is taken
             self.forward(self.caches[0], *call)
             self.step_seconds = time.perf_counter() - started
+            self.caches[0].release(0, 0)
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"cannot be run as a text decoder: {error}"
             if not self.config.appends_kv:

@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -4642,11 +4643,11 @@ class Ledger:
     is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
-    def __init__(self, original: int | None = 61) -> None:
-        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64, window=0)
+    def __init__(self, original: int | None = 61, head_size: int = 64) -> None:
+        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=head_size, window=0)
         bounds = [(original, 0)] if original else []
         bounds += [(self.context_length, (original or -1) + 1)]
-        head = np.dtype((np.float32, 64))
+        head = np.dtype((np.float32, head_size))
         caches = [phi_server.KvCache(config, head, 6, *bound) for bound in bounds]
         self.caches, self.steps = caches, dict(zip(caches, (1, 2), strict=False))
 
@@ -4942,7 +4943,8 @@ def check_slots(engine: Any) -> None:
     for kv, slot in itertools.product(model.caches, slots):
         sums, kernels = (array[slot.row, 0, :, 0] for array in kv.arrays)
         if sys.platform.startswith("linux"):  # others give memory back in their own time
-            assert not sums[kv.tokens_in(kv.resident[slot.row]) :].any()
+            written = -(-kv.resident[slot.row] * mmap.PAGESIZE // kv.head_bytes)
+            assert not sums[written:].any()
         if slot.kv is not kv:
             assert kv.resident[slot.row] <= 1
             continue
@@ -4985,13 +4987,26 @@ def check_replies(model: Any, choices: list[Any]) -> None:
 
 
 @cases("original", {"one cache": None, "two caches": 61})
-@cases("kv_tokens room", [(128, 1), (256, 1), (256, 256), (384, 1), (768, 256)])
+@cases(
+    "kv_tokens room head_size page",
+    {
+        "one sequence": (128, 1, 64, 4096),
+        "two": (256, 1, 64, 4096),
+        "two that reserve all": (256, 256, 64, 4096),
+        "three": (384, 1, 64, 4096),
+        "six that reserve all": (768, 256, 64, 4096),
+        "heads that do not divide a page": (256, 1, 96, 4096),
+        "pages of 16 KiB": (256, 1, 96, 16384),
+        "pages of 64 KiB": (768, 1, 96, 65536),
+    },
+)
 def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
-    kv_tokens: int, room: int, original: int | None, monkeypatch: Any
+    kv_tokens: int, room: int, head_size: int, page: int, original: int | None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(phi_server, "ROOM", room)
+    monkeypatch.setattr(mmap, "PAGESIZE", max(page, mmap.PAGESIZE))
     chance, steps = random.Random(kv_tokens), 2000
-    model: Any = Ledger(original)
+    model: Any = Ledger(original, head_size)
     kv = model.caches[0]
     kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
     engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
@@ -5030,7 +5045,8 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
     assert (engine.requests, running) == (0, [])
     assert {each.sampler.state for each in ended} <= {"new", "closed"}
     finished = [each for each in ended if each.finish_reason in ("stop", "length")]
-    assert any(each.was_set_aside for each in finished) == (room < 256)
+    # A page of 64 KiB holds any of them.
+    assert any(each.was_set_aside for each in finished) == (room < 256 and page < 65536)
 
 
 TRAP = 13_666  # a token that the forward pass below cannot bear
@@ -5141,6 +5157,114 @@ def crowded_server(model: Any) -> Iterator[Server]:
     fields = {"CONTEXT_LENGTH": 128, "KV_MEMORY": kv_memory, "CACHE_SLOTS": 0}
     with running(script=SHORT_OF_ROOM, **fields) as server:
         yield server
+
+
+def crowded(model: Any, kv_tokens: int, monkeypatch: Any) -> Any:
+    """An engine with KV memory for so many tokens, that admits whatever fits."""
+    monkeypatch.setattr(phi_server, "ROOM", 1)
+    kv = model.caches[0]
+    kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    return phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
+
+
+def until_set_aside(engine: Any, sequence: Any) -> None:
+    while not sequence.was_set_aside:
+        assert step(engine)
+
+
+@cases(
+    "seed others_limit reused chunk",
+    {
+        "in chunks": (None, 110, 16, 49),
+        "in chunks behind what is left": (None, 70, 48, 17),
+        "with a seed one a step behind its prompt": (1, 110, 16, 24),
+        "with a seed one a step behind what is left": (1, 70, 48, 0),
+    },
+)
+def test_the_youngest_is_set_aside_and_what_made_way_is_computed_again(
+    seed: int | None, others_limit: int, reused: int, chunk: int, monkeypatch: Any
+) -> None:
+    engine = crowded(Ledger(None), 128, monkeypatch)
+    old, young = (sequence([token] * 40, seed, limit=110) for token in (1, 2))
+    old.limit, young.lookup = others_limit, None
+    engine.submit([old])
+    engine.submit([young])
+    until_set_aside(engine, young)
+    assert (len(young.tokens), young.sampler.state) == (65, "begun")
+    fed = []
+    while plan := step(engine):
+        assert old.finish_reason or old in engine.slots.sequences
+        fed += [(plan.is_chunk, plan.count) for slot in plan.slots if slot.sequence is young]
+    assert fed == [(True, chunk)] * bool(chunk) + [(False, 1)] * (109 - reused - chunk)
+    for each in (old, young):
+        assert each.tokens[40:] == engine.model.followers(each.tokens)[39:-1]
+    assert (young.cached_tokens, young.finish_reason) == (0, "length")
+    assert engine.metrics.prompt_tokens.values[""] == 80
+    assert engine.metrics.set_aside.values[""] == 1
+
+
+def test_kept_kv_makes_way_from_its_end_before_a_sequence_is_set_aside(monkeypatch: Any) -> None:
+    engine = crowded(Ledger(None), 128, monkeypatch)
+    for token in (1, 2):
+        row_of(engine, sequence([token] * 40, limit=41))
+    running = sequence([3] * 20, limit=100)
+    engine.submit([running])
+    kept = []
+    while step(engine):
+        lengths = {slot.tokens[0]: len(slot.tokens) for slot in engine.slots.all if slot.tokens}
+        kept.append((lengths.get(1, 0), lengths.get(2, 0)))
+    assert kept[0] == (40, 40)
+    assert kept == sorted(kept, reverse=True)
+    assert all(second == 40 for first, second in kept if first)
+    assert kept[-1] == (0, 16)
+    assert not running.was_set_aside
+
+
+@cases("leaves", {"the client leaves": True, "the engine fails": False})
+def test_a_sequence_that_was_set_aside_leaves_nothing_behind(
+    leaves: bool, monkeypatch: Any
+) -> None:
+    engine = crowded(Ledger(None), 128, monkeypatch)
+    old, young = sequence([1] * 40, limit=110), sequence([2] * 40, limit=100)
+    engine.submit([old, young])
+    until_set_aside(engine, young)
+    if leaves:
+        engine.withdraw([young])
+    else:
+        engine.fail()
+    assert not engine.waiting
+    assert young.sampler.state == "closed"
+    assert young.finish_reason == ("cancelled" if leaves else "error")
+
+
+def test_a_row_that_is_not_used_takes_no_memory_of_any_page_size(monkeypatch: Any) -> None:
+    monkeypatch.setattr(mmap, "PAGESIZE", 65536)
+    engine = crowded(Ledger(None), 110, monkeypatch)
+    alone = sequence([1] * 40, seed=1)
+    engine.submit([alone])
+    highest = 0
+    while step(engine):
+        highest = max(highest, engine.slots.resident(engine.slots.all))
+    assert len(alone.tokens) == 110
+    assert highest == engine.slots.most_pages == 2
+
+
+@on_linux
+def test_released_kv_is_given_back_also_where_heads_do_not_divide_a_page(
+    model_folder: Path,
+) -> None:
+    served = phi_server.ModelConfig.read(model_folder)
+    config = dataclasses.replace(served, layers=1, kv_heads=2, head_size=96)
+    cache = phi_server.KvCache(config, np.dtype((np.float32, 96)), 3, 60, 0)
+    for array in cache.arrays:
+        array[:] = 1
+    cache.release(1, 30)
+    per_page = mmap.PAGESIZE / cache.head_bytes
+    first = math.ceil(cache.pages(30) * per_page)
+    for array in cache.arrays:
+        assert (array[1, :, :30] == 1).all()
+        assert not array[1, :, first:].any()
+        assert (array[[0, 2]] == 1).all()
 
 
 def test_twenty_clients_in_the_kv_memory_of_three_get_the_replies_they_get_alone(
