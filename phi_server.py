@@ -125,7 +125,10 @@ class SettingsError(Exception):
 
 
 def setting(default: Any, meaning: str, *allowed: float | str) -> Any:
-    """Declares one setting: its default, one-line meaning, and its two bounds or its choices."""
+    """Declares one setting: its default, one-line meaning, and its two bounds or its choices.
+
+    The default may lie outside the bounds.
+    """
     return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
 
 
@@ -140,7 +143,9 @@ class Settings:
     server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
     max_concurrent_requests: int = setting(32, "requests accepted at once; more get 429", 1, 1024)
     batch_size: int = setting(8, "replies computed at once; the others wait in line", 1, 256)
-    context_length: int = setting(4096, "tokens of a prompt and its reply at most", 16, 1 << 20)
+    context_length: int = setting(
+        0, "tokens of a prompt and its reply; 0: the model's, as far as KV_MEMORY goes", 16, 1 << 20
+    )
     threads: int = setting(0, "threads of the model; 0: as CPU affinity and quota allow", 0, 1024)
     cache_slots: int = setting(8, "conversations whose KV is kept besides the running ones", 0, 256)
     kv_memory: str = setting(
@@ -199,7 +204,7 @@ def convert(declared: dataclasses.Field[Any], text: str) -> object:
     except ValueError:  # not a number at all
         raise SettingsError(f"{name}: expected {what}, but got {text!r}") from None
     low, high = allowed
-    if not low <= value <= high:
+    if value != default and not low <= value <= high:
         raise SettingsError(f"{name}: expected {what} from {low:,} to {high:,}, but got {text}")
     return value
 
@@ -591,6 +596,8 @@ class Metrics:
         self.waiting = gauge("waiting_sequences", waiting)
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of admitted sequences.")
         self.cached_tokens = counter("cached_tokens_total", "Prompt tokens whose KV was reused.")
+        aside = "Sequences set aside for a while, for want of KV memory."
+        self.set_aside = counter("set_aside_sequences_total", aside)
         self.generated_tokens = counter("generated_tokens_total", "Tokens sampled.")
         speed = "Prefill speed, averaged over recent long chunks."
         self.prefill_speed = gauge("prefill_tokens_per_second", speed)
@@ -604,7 +611,7 @@ class Metrics:
         whole = "From a request to its whole reply."
         self.duration = Histogram("generation_duration_seconds", whole, SECONDS)
         self.kv_resident = gauge("kv_resident_bytes", "KV memory in use, running and kept.")
-        self.kv_reserved = gauge("kv_reserved_bytes", "KV memory promised to running sequences.")
+        self.kv_reserved = gauge("kv_reserved_bytes", "KV memory of running sequences so far.")
         self.kv_limit = gauge("kv_limit_bytes", "The bound that KV_MEMORY sets.")
 
     def render(self) -> bytes:
@@ -1523,6 +1530,8 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
+LEAST_CONTEXT = 16  # tokens
+THROWAWAY_PAGES = 1  # of every head, for what a decode step writes to a row that does not decode
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
@@ -1682,11 +1691,11 @@ class KvCache:
         # So that a head's tokens are whole pages.
         whole = mmap.PAGESIZE // math.gcd(head.itemsize, mmap.PAGESIZE)
         self.capacity = round_up(max(length, config.window), whole)
-        self.resident = [0] * rows  # tokens by row whose memory is written and not given back
+        self.resident = [0] * rows  # pages of every head, by row, written and not given back
         self.in_float = [0] * rows  # leading tokens by row that a FloatKv has too
-        self.head_bytes = head.itemsize  # in one array
+        self.head_bytes = head.itemsize  # of one token in one array
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
-        self.tokens_per_page = max(1, mmap.PAGESIZE // self.head_bytes)
+        self.page_bytes = page_bytes(config)
         shape = (rows, config.kv_heads, self.capacity)
         size = rows * config.kv_heads * self.capacity * self.head_bytes
         self.memory = [virtual_memory(size) for _ in range(2 * config.layers)]
@@ -1698,30 +1707,58 @@ class KvCache:
         for array in self.arrays:
             array[target, :, start:stop] = array[source, :, start:stop]
 
-    def swap(self, a: int, b: int, tokens: int) -> None:
-        """Exchanges the KV of the first `tokens` tokens of two rows."""
+    def swap(self, a: int, b: int, of_a: int, of_b: int) -> None:
+        """Exchanges the KV of the first tokens of two rows; gives back what is behind them."""
         self.in_float[a] = self.in_float[b] = 0
-        for array in self.arrays:
-            array[[a, b], :, :tokens] = array[[b, a], :, :tokens]
+        # One array after the other, so that two rows of a long one's size are never needed.
+        for array, memory in zip(self.arrays, self.memory, strict=True):
+            moved = array[a, :, :of_a].copy()
+            array[a, :, :of_b] = array[b, :, :of_b]
+            array[b, :, :of_a] = moved
+            self.release_in(memory, a, of_b)
+            self.release_in(memory, b, of_a)
 
-    def release(self, row: int, start: int, stop: int) -> None:
-        """Gives the whole pages of tokens start..stop of a row back to the system."""
-        self.in_float[row] = min(self.in_float[row], start)
-        kv_heads = self.arrays[0].shape[1]
+    def release(self, row: int, tokens: int) -> None:
+        """Gives the pages of a row behind its first tokens back to the system."""
+        self.in_float[row] = min(self.in_float[row], tokens)
+        for memory in self.memory:
+            self.release_in(memory, row, tokens)
+
+    def release_in(self, memory: mmap.mmap, row: int, tokens: int) -> None:
+        """The same in the memory of one array."""
+        kv_heads, size = self.arrays[0].shape[1], self.capacity * self.head_bytes
+        kept = self.pages(tokens) * mmap.PAGESIZE
         for head in range(row * kv_heads, (row + 1) * kv_heads):
-            first = round_up((head * self.capacity + start) * self.head_bytes, mmap.PAGESIZE)
-            end = (head * self.capacity + stop) * self.head_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-            if first < end:
-                for memory in self.memory:
-                    release_pages(memory, first, end - first)
+            if kept < size:
+                release_pages(memory, head * size + kept, size - kept)
 
     def note(self, row: int, written: int) -> None:
         """Notes that a row is written as far as so many tokens, if it was not before."""
-        self.resident[row] = max(self.resident[row], self.whole_pages(written))
+        self.resident[row] = max(self.resident[row], self.pages(written))
 
-    def whole_pages(self, tokens: int) -> int:
-        """The number of tokens rounded up to whole pages, at most a row."""
-        return min(round_up(tokens, self.tokens_per_page), self.capacity)
+    def pages(self, tokens: int) -> int:
+        """How many pages the first tokens of a row take in every head."""
+        return -(-tokens * self.head_bytes // mmap.PAGESIZE)
+
+    def tokens_in(self, pages: int) -> int:
+        """How many tokens of a row so many pages hold."""
+        return pages * mmap.PAGESIZE // self.head_bytes
+
+
+def page_bytes(config: ModelConfig) -> int:
+    """Bytes of one page in every head of every array, by which KV memory is taken."""
+    return 2 * config.layers * config.kv_heads * mmap.PAGESIZE
+
+
+def tokens_within(kv_bytes: int, config: ModelConfig, head: np.dtype[Any]) -> int:
+    """Tokens of the longest sequence that KV memory holds; raises SettingsError below 16."""
+    size = page_bytes(config)
+    tokens = (kv_bytes // size - THROWAWAY_PAGES) * mmap.PAGESIZE // head.itemsize
+    if tokens < LEAST_CONTEXT:
+        pages = -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) + THROWAWAY_PAGES
+        fault = f"{kv_bytes:,} bytes hold fewer than {LEAST_CONTEXT} tokens"
+        raise SettingsError(f"KV_MEMORY: {fault}; expected at least {pages * size:,}")
+    return tokens
 
 
 def round_up(number: int, unit: int) -> int:
@@ -1754,11 +1791,17 @@ class FloatKv(KvCache):
     a chunk needs and finds missing is made from the int8 KV.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, most_tokens: int, least_width: int) -> None:
-        """`least_width` is that of the attention mask in any call."""
-        self.most_tokens = most_tokens
-        self.border = most_tokens // CHUNK_BORDER * CHUNK_BORDER  # where a prompt's chunk must end
+    def __init__(
+        self, config: ModelConfig, rows: int, most_pages: int, most_tokens: int, least_width: int
+    ) -> None:
+        """Takes bounds in pages of every head, of all rows, and in tokens, of one.
+
+        `least_width` is that of the attention mask in any call.
+        """
         head = np.dtype((np.float32, (config.head_size,)))
+        self.most_pages = most_pages
+        tokens = min(most_tokens, most_pages * mmap.PAGESIZE // head.itemsize - 1)
+        self.border = tokens // CHUNK_BORDER * CHUNK_BORDER  # where a prompt's chunk must end
         super().__init__(config, head, rows, max(self.border + 1, least_width), 0)
         shape = (1, config.kv_heads, 1, config.head_size)
         self.scales = [np.ones(shape, np.float32) for _ in self.arrays]  # of int8, by array
@@ -1770,7 +1813,7 @@ class FloatKv(KvCache):
             kv.in_float[row] = 0
         # Prompts are prefilled in turn: the one that was worked on last is needed last.
         for other in reversed([*self.origins]):
-            if stop + sum(self.resident) - self.resident[row] > self.most_tokens:
+            if self.pages(stop) + sum(self.resident) - self.resident[row] > self.most_pages:
                 self.close(other)
         self.origins[row] = kv
         self.note(row, stop)
@@ -1789,7 +1832,7 @@ class FloatKv(KvCache):
         """Gives the memory of a row back to the system."""
         if origin := self.origins.pop(row, None):
             origin.in_float[row] = 0
-        self.release(row, 0, self.resident[row])
+        self.release(row, 0)
         self.resident[row] = 0
 
 
@@ -1798,9 +1841,14 @@ class KvChoice:
     """How the KV is to be stored, and what int8 needs."""
 
     kind: str = "model"  # or int8, or auto
-    float_bytes: int = 0  # for the float32 copies of prompts that are being prefilled
+    memory: str = "50%"  # as KV_MEMORY
     text: list[int] = field(default_factory=list)  # tokens to calibrate with
     folder: Path = Path()  # where scales are kept
+
+
+# Bytes of a token's float32 KV from which on int8 is chosen: what decoding gains by it is a twentieth
+# of the time at 100 tokens of Phi-3.5's context, a third at 3,800. Smaller models gain little.
+LARGE_KV = 1 << 17
 
 
 class Model:
@@ -1814,18 +1862,19 @@ class Model:
         threads: int,
         choice: KvChoice = KvChoice(),
     ) -> None:
-        """Loads the graph; raises ModelLoadingFailed."""
+        """Loads the graph; raises ModelLoadingFailed, or SettingsError for too little KV memory.
+
+        A context length of 0 is what the model was trained for, as far as KV memory holds it.
+        """
         self.config = config
-        self.context_length = min(context_length, config.context_length)
         graph = read_graph(config)
         self.operators = graph.operators
         self.fingerprint = fingerprint(config, graph)
         original = original_length(graph, config.inputs["attention_mask"])
         self.heads = self.choose_kv(graph, choice.kind)
-        self.is_pruned = graph.output_shape(config.outputs["logits"])[1:2] == [
-            1
-        ]  # to the last token
-        self.chooses = not self.is_pruned and choose_logits(graph, config.outputs["logits"])
+        port = config.outputs["logits"]
+        self.is_pruned = graph.output_shape(port)[1:2] == [1]  # to a row's last token
+        self.chooses = not self.is_pruned and choose_logits(graph, port)
         folder = locate_weights(graph, config.graph.parent)
         self.session = load_session(config, threads, graph.file(), folder)
         inputs = {port.name: port for port in self.session.get_inputs()}
@@ -1833,22 +1882,31 @@ class Model:
         positions = inputs.get(config.inputs["position_ids"])
         # None without that input; before rows and tokens it may have axes such as time and space.
         self.position_axes = positions and [*positions.shape[:-2], 1, 1]
-        bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
-        if original and original < self.context_length:
-            bounds = [(original, 0), (self.context_length, original + 1)]
         head = kv_head(inputs[config.inputs["past_key_names"] % 0], config.head_size)
-        try:
-            self.caches = [KvCache(config, head, rows, *bound) for bound in bounds]
-            self.floats = self.make_floats(choice.float_bytes, rows) if self.heads else None
-        except (OSError, ValueError, OverflowError) as error:
-            fault = f"no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS: {error}"
-            raise ModelLoadingFailed(fault) from None
+        kv_bytes = memory_bound(choice.memory, free_memory())
+        float_bytes = kv_bytes // 3 if self.heads else 0
+        self.kv_bytes = kv_bytes - float_bytes
+        longest = min(config.context_length, tokens_within(self.kv_bytes, config, head))
+        self.context_length = min(context_length or longest, longest)
+        while True:
+            bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
+            if original and original < self.context_length:
+                bounds = [(original, 0), (self.context_length, original + 1)]
+            try:
+                self.caches = [KvCache(config, head, rows, *bound) for bound in bounds]
+                self.floats = self.make_floats(float_bytes, rows) if self.heads else None
+                break
+            except (OSError, ValueError, OverflowError) as error:
+                if context_length or self.context_length < 2 * LEAST_CONTEXT:
+                    fault = "no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS"
+                    raise ModelLoadingFailed(f"{fault}: {error}") from None
+                self.context_length //= 2  # nobody asked for it
         self.mask_memory = virtual_memory(8 * rows * self.caches[-1].capacity)  # int64
         # What bindings keep: the limits of int8, which attention, and positions that are not read.
         self.limits = np.array(-127, np.float32), np.array(127, np.float32)
         self.flags = np.array(False), np.array(True)
         self.no_positions = np.zeros((1, 1), np.int64)
-        self.logits_dtype = port_dtype(outputs[config.outputs["logits"]])
+        self.logits_dtype = port_dtype(outputs[port])
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
@@ -1860,7 +1918,8 @@ class Model:
     def choose_kv(self, graph: OnnxGraph, kind: str) -> Heads | None:
         """Makes the graph keep int8 KV if that is chosen; raises ModelLoadingFailed."""
         past, present = kv_names(self.config)
-        if kind == "model":
+        size = 2 * self.config.layers * self.config.kv_heads * self.config.head_size * 4
+        if kind == "model" or (kind == "auto" and size < LARGE_KV):
             return None
         heads = quantize_kv(graph, past, present, self.config.kv_heads, self.config.head_size)
         if kind == "int8" and not heads:
@@ -1868,18 +1927,12 @@ class Model:
             raise ModelLoadingFailed(f"KV_CACHE_TYPE: {self.config.graph} stays as it is: {fault}")
         return heads
 
-    @property
-    def float_bytes(self) -> int:
-        """What the float32 copies of KV take at most."""
-        return self.floats.most_tokens * self.floats.bytes_per_token if self.floats else 0
-
     def make_floats(self, size: int, rows: int) -> FloatKv:
         """The float32 copies of int8 KV, of so many bytes in all."""
-        config = self.config
-        tokens = size // (2 * config.layers * config.kv_heads * config.head_size * 4)
-        widths = [kv.least_width for kv in self.caches]
-        most = min(tokens, self.context_length)
-        return FloatKv(config, rows, most, max(widths))
+        width = max(kv.least_width for kv in self.caches)
+        return FloatKv(
+            self.config, rows, size // page_bytes(self.config), self.context_length, width
+        )
 
     def warm_up(self) -> None:
         """Runs the graph, so that a wrong one fails now; raises ModelLoadingFailed."""
@@ -1892,6 +1945,7 @@ class Model:
             started = time.perf_counter()  # once its memory is taken
             self.forward(*call)
             self.step_seconds = time.perf_counter() - started
+            self.caches[0].release(0, 0)
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"cannot be run as a text decoder: {error}"
             if not self.config.appends_kv:
@@ -2020,7 +2074,7 @@ class Model:
             choice.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=choice.folder, delete=False) as file:
                 np.save(file, np.stack(floats.scales))
-            os.replace(file.name, path)
+            Path(file.name).replace(path)
         except OSError as error:
             logger.warning(
                 f"the scales of int8 KV cannot be kept, so each start finds them: {error}"
@@ -2120,7 +2174,7 @@ def fingerprint(config: ModelConfig, graph: OnnxGraph) -> str:
 def load_session(
     config: ModelConfig, threads: int, graph: bytes, weights: Path
 ) -> onnxruntime.InferenceSession:
-    """Loads a graph whose weights lie in a folder; raises ModelLoadingFailed if it is no decoder."""
+    """Loads a graph with the folder of its weights; raises ModelLoadingFailed for no decoder."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -4279,6 +4333,7 @@ class TextStream:
 # So: chunks begin at multiples of CHUNK_BORDER and never have one token, a span with a seeded
 # sequence has an even number of rows, and a seeded sequence reuses only prefilled KV.
 
+ROOM = 256  # tokens by which all can grow when one is admitted, so that none is set aside soon
 LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
 # Of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon.
 ALONE_SECONDS = 1.0
@@ -4353,6 +4408,8 @@ class Sequence:
     # as it goes
     echo: list[Piece] = field(default_factory=list, init=False)  # of the prompt, to be delivered
     cached_tokens: int = field(default=0, init=False)
+    arrival: int = field(default=0, init=False)  # its place among all that were submitted
+    was_set_aside: bool = field(default=False, init=False)  # so its sampler has begun
     finish_reason: str = field(default="", init=False)  # stop, length, cancelled, error or shutdown
     is_closed: bool = field(default=False, init=False)
     first_token: float = field(default=0.0, init=False)  # when it was sampled, by perf_counter()
@@ -4378,6 +4435,14 @@ class Sequence:
         """How many of them were spent on thinking."""
         thoughts = self.sampler.thoughts
         return min(thoughts.count, self.completion_tokens) if thoughts else 0
+
+    def chunked(self, kv: KvCache) -> int:
+        """How many of its tokens are fed to a cache in chunks; those behind them, one a step.
+
+        With a seed these are what the first computation prefilled, so that KV which is computed
+        again is the same to the bit.
+        """
+        return max(self.prompt_tokens, kv.least_width) if self.is_seeded else len(self.tokens)
 
     def draft(self, most: int) -> list[int]:
         """Guesses its tokens up to the `most`-th, short of the limit by one; [] without a guess."""
@@ -4415,6 +4480,7 @@ class Slot:
     sequence: Sequence | None = None
     tokens: list[int] = field(default_factory=list)  # whose KV the row holds
     prefilled: int = 0  # how many of them, from the first on, were prefilled rather than decoded
+    author: Sequence | None = None  # that was set aside, whose own KV this still is
     used: int = 0  # the step that worked on it last
 
     @property
@@ -4425,35 +4491,35 @@ class Slot:
 
     @property
     def pending(self) -> int:
-        """Tokens still to be fed: 1 while its sequence decodes, more while it is prefilled."""
-        return len(self.sequence.tokens) - len(self.tokens) if self.sequence else 0
+        """Tokens still to be fed: 1 while its sequence samples one a step, else more."""
+        return len(self.running.tokens) - len(self.tokens)
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens still to be fed in chunks."""
+        return self.running.chunked(self.kv) - len(self.tokens)
 
     def keep(self, most: int) -> None:
         """Forgets all but its first `most` tokens."""
         self.tokens, self.prefilled = self.tokens[:most], min(self.prefilled, most)
 
 
-# KV memory is counted in tokens, by whole pages. A running sequence reserves its limit, however
-# little of that is written, so that it never stops for want of memory. A slot without one costs
-# what is resident: what its row has written and not given back. A sequence is admitted only when
-# all limits and what the other slots keep fit into KV_MEMORY together. From then on the sum can
-# only fall: no row holds more than its sequence's limit (admit and tighten trim it to that), so a
-# slot that is vacated costs at most what its sequence had reserved. One thing comes on top: a row
-# within a span gets a throwaway token behind its own, or as the first one if its own lie in the
-# other cache, perhaps in a new page. For that, a page of each row of each cache is set aside.
+# KV memory is counted in pages of every head. What counts is what is written and not given back,
+# and for a running sequence at least the pages of its tokens so far, so that a prompt that was
+# admitted can be prefilled. Behind them it grows as it generates: when a plan finds that what is
+# taken exceeds KV_MEMORY, kept KV is given back, least recently used first and from its end; then
+# the youngest sequence is set aside, which leaves its slot, and waits in front of those that never
+# had one. The oldest is never set aside, and KV_MEMORY holds any sequence alone, so all come to
+# their end. One page is left free by plans, for what a decode step of one sequence writes to
+# another row: a throwaway token behind that one's own, or as its first.
 class Slots:
     """Owns the rows of the KV caches: which sequence has which, what they hold, their memory."""
 
-    def __init__(self, caches: list[KvCache], context_length: int, kv_bytes: int) -> None:
-        """Takes caches by length; raises SettingsError for memory of fewer than 16 tokens."""
+    def __init__(self, caches: list[KvCache], kv_bytes: int) -> None:
+        """Takes caches by length, of which kv_bytes hold a row."""
         self.caches, kv = caches, caches[0]
         self.all = [Slot(row, kv) for row in range(kv.rows)]
-        pages = kv_bytes // (kv.bytes_per_token * kv.tokens_per_page)
-        self.most_tokens = (pages - kv.rows * len(caches)) * kv.tokens_per_page
-        self.context_length = min(context_length, self.most_tokens)
-        if self.context_length < 16:
-            size = f"{kv.bytes_per_token:,} bytes each"
-            raise SettingsError(f"KV_MEMORY: {kv_bytes:,} bytes hold fewer than 16 tokens ({size})")
+        self.most_pages = kv_bytes // kv.page_bytes
         self.chores: list[Callable[[], None]] = []  # for the executor, before its next call
 
     @property
@@ -4462,17 +4528,63 @@ class Slots:
         return [slot.sequence for slot in self.all if slot.sequence]
 
     def resident(self, slots: Iterable[Slot]) -> int:
-        """Tokens of slots whose memory is written and not given back."""
+        """Pages of slots that are written and not given back."""
         return sum(kv.resident[slot.row] for slot in slots for kv in self.caches)
+
+    def taken(self, slot: Slot, kv: KvCache, span: range, count: int) -> int:
+        """Pages of a slot, as they are once a call has written `count` tokens to each row."""
+        pages = 0
+        for cache in self.caches:
+            written = 0
+            if slot.kv is cache and slot.sequence:
+                written = len(slot.sequence.tokens)
+            if cache is kv and slot.row in span:
+                written = max(written, count + (len(slot.tokens) if slot.kv is cache else 0))
+            pages += max(cache.resident[slot.row], cache.pages(written))
+        return pages
+
+    def fit(self, span: range, kv: KvCache, count: int, spared: Slot | None = None) -> bool:
+        """Gives back memory until a call fits, that of `spared` last; whether it does then.
+
+        Without a call (an empty span) what a throwaway token takes is left free.
+        """
+        excess = sum(self.taken(slot, kv, span, count) for slot in self.all) - self.most_pages
+        excess += 0 if span else THROWAWAY_PAGES
+        if excess <= 0:
+            return True
+        idle = [slot for slot in self.all if not slot.sequence]
+        idle.sort(key=lambda slot: (slot is spared, slot.used))
+        for slot in [slot for slot in self.all if slot.sequence] + idle:
+            before = self.taken(slot, kv, span, count)
+            if slot.sequence:
+                self.resize(slot, len(slot.sequence.tokens))
+            else:
+                self.shorten(slot, excess)
+            excess -= before - self.taken(slot, kv, span, count)
+            if excess <= 0:
+                return True
+        return False
+
+    @property
+    def reserved(self) -> int:
+        """Pages of running sequences."""
+        running = (slot for slot in self.all if slot.sequence)
+        return sum(self.taken(slot, slot.kv, range(0), 0) for slot in running)
+
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether KV memory holds a sequence, and it and those that run can grow by ROOM."""
+        kv, all_of_them = self.caches[0], [sequence, *self.sequences]
+        needed = sum(kv.pages(min(each.limit, len(each.tokens) + ROOM)) for each in all_of_them)
+        return needed + THROWAWAY_PAGES <= self.most_pages
 
     def cache_for(self, sequence: Sequence) -> KvCache:
         """The first cache whose rows can hold a sequence's tokens; later ones are longer."""
         return next(kv for kv in self.caches if len(sequence.tokens) <= kv.length)
 
     def admit(self, sequence: Sequence) -> Slot | None:
-        """Gives a sequence a slot and what that holds of its prompt; None when it must wait."""
+        """Gives a sequence a slot and what that holds of its tokens; None when it must wait."""
         idle = [slot for slot in self.all if not slot.sequence]
-        if not idle:
+        if not idle or not self.has_room(sequence):
             return None
         holder, shared = self.find_prefix(sequence)
         # A slot that is mostly shared holds this conversation, or one that has hardly begun. Any
@@ -4482,49 +4594,49 @@ class Slots:
             slot = holder
         else:
             slot = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
-        if not self.make_room(sequence, slot, holder):
-            return None
-        sequence.cached_tokens = shared if slot is holder else 0
-        slot.keep(sequence.cached_tokens)
-        slot.sequence, slot.kv = sequence, self.cache_for(sequence)
-        self.resize(slot, sequence.limit)
-        sequence.sampler.begin()
+        slot.keep(shared if slot is holder else 0)
+        if not sequence.was_set_aside:
+            sequence.cached_tokens = len(slot.tokens)
+            sequence.sampler.begin()
+        slot.sequence, slot.author, slot.kv = sequence, None, self.cache_for(sequence)
+        self.resize(slot, len(sequence.tokens))
+        self.fit(range(0), slot.kv, 0, spared=holder)
         return slot
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
-        """The slot, idle or busy, with most of a prompt, and how many of its tokens to reuse."""
+        """The slot, idle or busy, with most of a sequence, and how many of its tokens to reuse."""
         best: tuple[Slot | None, int] = None, 0
-        if sequence.scores_prompt:  # all its logits are wanted, so all must be computed
+        # If all logits of a prompt are wanted, all must be computed.
+        if sequence.scores_prompt and not sequence.completion_tokens:
             return best
         kv = self.cache_for(sequence)
         for slot in (slot for slot in self.all if slot.kv is kv):
-            shared = common_prefix(slot.tokens, sequence.tokens)
-            shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
-            shared = min(shared, sequence.prompt_tokens - 2) // CHUNK_BORDER * CHUNK_BORDER
+            shared = self.reusable(slot, sequence)
             if shared > best[1]:
                 best = slot, shared
         return best
 
-    def make_room(self, sequence: Sequence, chosen: Slot, spared: Slot | None) -> bool:
-        """Drops kept KV, least recently used first and `spared` last, until a sequence fits."""
-        running = [sequence, *self.sequences]
-        needed = sum(self.caches[-1].whole_pages(each.limit) for each in running)
-        if needed > self.most_tokens:  # what is kept would be lost for nothing
-            return False
-        kept = [slot for slot in self.all if not slot.sequence and slot is not chosen]
-        for slot in sorted(kept, key=lambda slot: (slot is spared, slot.used)):
-            if needed + self.resident(kept) <= self.most_tokens:
-                break
-            slot.keep(0)
-            self.resize(slot, 0)
-        return True
+    def reusable(self, slot: Slot, sequence: Sequence) -> int:
+        """How many tokens of a slot a sequence may take over; two are left to be prefilled."""
+        shared, chunked = common_prefix(slot.tokens, sequence.tokens), sequence.chunked(slot.kv)
+        if slot.author is sequence and shared >= chunked:  # it decoded the rest itself
+            return shared
+        shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
+        return min(shared, chunked - 2) // CHUNK_BORDER * CHUNK_BORDER
 
     def vacate(self, slot: Slot) -> None:
         """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
         slot.running.sampler.close()
         slot.sequence = None
-        # A throwaway token must fit behind them.
-        slot.keep(min(self.context_length, slot.kv.length) - 1)
+        slot.keep(slot.kv.length - 1)  # a throwaway token must fit behind them
+
+    def set_aside(self) -> Sequence:
+        """Takes the slot of the youngest sequence, whose KV is kept as long as there is room."""
+        running = (slot for slot in self.all if slot.sequence)
+        slot = max(running, key=lambda slot: slot.running.arrival)
+        slot.author, slot.sequence = slot.running, None
+        slot.author.was_set_aside = True
+        return slot.author
 
     def move_outgrown(self) -> None:
         """Gives sequences that have outgrown their cache the same row of another, still empty."""
@@ -4532,13 +4644,13 @@ class Slots:
             if slot.sequence and slot.kv is not self.cache_for(slot.sequence):
                 slot.kv = self.cache_for(slot.sequence)
                 slot.keep(0)
-                self.resize(slot, slot.sequence.limit)
+                self.resize(slot, 0)
 
     def reset(self) -> None:
         """Frees and empties all slots after a fault: which chores were done is unknown."""
         self.chores = []
         for kv in self.caches:
-            kv.resident = [kv.capacity] * kv.rows
+            kv.resident = [kv.pages(kv.capacity)] * kv.rows
         for slot in self.all:
             if slot.sequence:
                 self.vacate(slot)
@@ -4556,7 +4668,8 @@ class Slots:
         slot.tokens = sequence.tokens[:shared]
         if slot.prefilled == start:
             slot.prefilled = min(source.prefilled, shared)
-        if sequence.completion_tokens:  # its prompt had been fed before, in another cache
+        # Not if its prompt had been fed before, in another cache or before it was set aside.
+        if sequence.completion_tokens or sequence.was_set_aside:
             return 0
         sequence.cached_tokens += shared - start
         return shared - start
@@ -4569,14 +4682,11 @@ class Slots:
             return
         last = next(slot for slot in decoding if slot.row == max(rows))
         other = next(slot for slot in self.all if slot.row == gap)
-        for kv in {last.kv, other.kv}:
-            tokens = max(len(slot.tokens) for slot in (last, other) if slot.kv is kv)
-            self.chores.append(functools.partial(kv.swap, last.row, other.row, tokens))
-            kv.note(last.row, kv.resident[other.row])
-            kv.note(other.row, kv.resident[last.row])
+        for kv in self.caches:
+            held = [len(slot.tokens) if slot.kv is kv else 0 for slot in (last, other)]
+            self.chores.append(functools.partial(kv.swap, last.row, other.row, *held))
+            kv.resident[other.row], kv.resident[last.row] = map(kv.pages, held)
         last.row, other.row = other.row, last.row
-        for slot in (last, other):
-            self.resize(slot, slot.sequence.limit if slot.sequence else len(slot.tokens))
 
     def extend(self, kv: KvCache, low: int, rows: int, count: int) -> Integers:
         """Lengths [rows] of the rows from `low` on, before a call writes `count` tokens to each."""
@@ -4587,13 +4697,19 @@ class Slots:
                 kv.note(slot.row, int(lengths[slot.row - low]) + count)
         return lengths
 
+    def shorten(self, slot: Slot, pages: int) -> None:
+        """Gives back so many pages of what is kept in a slot, or all, from its end."""
+        kv = slot.kv
+        slot.keep(kv.tokens_in(max(0, kv.resident[slot.row] - pages)))
+        self.resize(slot, len(slot.tokens))
+
     def resize(self, slot: Slot, most: int) -> None:
         """Gives back a slot's memory past `most` tokens, and all in a cache that is not its own."""
         for kv in self.caches:
-            written, stop = kv.resident[slot.row], kv.whole_pages(most) if kv is slot.kv else 0
-            if written > stop:
-                self.chores.append(functools.partial(kv.release, slot.row, stop, written))
-                kv.resident[slot.row] = stop
+            kept = most if kv is slot.kv else 0
+            if kv.resident[slot.row] > kv.pages(kept):
+                self.chores.append(functools.partial(kv.release, slot.row, kept))
+                kv.resident[slot.row] = kv.pages(kept)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -4675,19 +4791,19 @@ class Engine:
     def __init__(
         self, model: Model, metrics: Metrics, most_requests: int, batch_size: int, kv_bytes: int
     ) -> None:
-        """Raises SettingsError for memory of fewer than 16 tokens."""
         self.model = model
         self.metrics = metrics
         self.most_requests = most_requests
         self.batch_size = batch_size
-        self.slots = Slots(model.caches, model.context_length, kv_bytes - model.float_bytes)
-        self.context_length = self.slots.context_length
+        self.slots = Slots(model.caches, kv_bytes)
+        self.context_length = model.context_length
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self.wake = asyncio.Event()
         # as it runs
         self.requests = 0
+        self.arrivals = itertools.count()  # of sequences
         self.is_draining = False
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: deque[Sequence] = deque()  # first those that were set aside, by arrival
         # to deliver: a token, and why its sequence ends
         self.sampled: list[tuple[Sequence, Pick | None, str]] = []
         self.steps = 0
@@ -4704,6 +4820,8 @@ class Engine:
             rests = [self.rest_of(slot) for slot in self.slots.all if slot.sequence]
             raise overloaded(self.most_requests, self.pace.promise(rests))
         self.requests += 1
+        for sequence in sequences:
+            sequence.arrival = next(self.arrivals)
         self.waiting += sequences
         self.wake.set()
 
@@ -4712,7 +4830,13 @@ class Engine:
         self.requests -= 1
         for sequence in sequences:
             sequence.close("cancelled")
-        # At once, though others wait in front of them: they hold prompts.
+        self.drop_closed()  # at once, though others wait in front of them: they hold prompts
+
+    def drop_closed(self) -> None:
+        """Takes those that are closed out of the line."""
+        for sequence in self.waiting:
+            if sequence.is_closed and sequence.was_set_aside:
+                sequence.sampler.close()
         self.waiting = deque(each for each in self.waiting if not each.is_closed)
 
     def rest_of(self, slot: Slot) -> float:
@@ -4730,14 +4854,14 @@ class Engine:
     def observe(self) -> None:
         """Brings the gauges up to date."""
         busy = [sequence for sequence in self.slots.sequences if not sequence.finish_reason]
-        size = self.slots.caches[0].bytes_per_token
+        size = self.slots.caches[0].page_bytes
         self.metrics.running.set(len(busy))
         self.metrics.waiting.set(sum(not sequence.is_closed for sequence in self.waiting))
         self.metrics.kv_resident.set(size * self.slots.resident(self.slots.all))
-        self.metrics.kv_reserved.set(size * sum(sequence.limit for sequence in busy))
+        self.metrics.kv_reserved.set(size * self.slots.reserved)
         self.metrics.prefill_speed.set(self.prefill_speed)
         self.metrics.memory.set(resident_memory())
-        self.metrics.kv_limit.set(size * self.slots.most_tokens)
+        self.metrics.kv_limit.set(size * self.slots.most_pages)
 
     async def run(self) -> None:
         """Generates until cancelled; a step that raises fails all sequences, but not the engine."""
@@ -4776,13 +4900,18 @@ class Engine:
                 self.pace.learn_reply(slot.sequence)
                 self.slots.vacate(slot)
         self.slots.move_outgrown()
+        while not self.slots.fit(range(0), self.model.caches[0], 0):
+            self.waiting.appendleft(self.slots.set_aside())
+            self.metrics.set_aside.add()
         self.admit()
-        decoding = [slot for slot in self.slots.all if slot.pending == 1]
-        prefilling = [slot for slot in self.slots.all if slot.pending > 1]
+        running = [slot for slot in self.slots.all if slot.sequence]
+        # A single token is never prefilled.
+        decoding = [slot for slot in running if slot.to_prefill <= 1]
+        prefilling = [slot for slot in running if slot.to_prefill > 1]
         if prefilling:
             slot = self.next_prompt(prefilling)
             self.metrics.cached_tokens.add(self.slots.reuse_prefix(slot))
-            count = self.chunk_length(slot.pending, len({slot.kv for slot in decoding}))
+            count = self.chunk_length(slot.to_prefill, len({slot.kv for slot in decoding}))
             start = len(slot.tokens)
             count = self.model.chunk_end(start, start + count) - start
             if count:
@@ -4797,15 +4926,16 @@ class Engine:
 
     def admit(self) -> None:
         """Gives waiting sequences slots, in order, up to batch_size and as KV memory allows."""
-        while self.waiting:
+        while self.waiting and len(self.slots.sequences) < self.batch_size:
             sequence = self.waiting[0]
-            if not sequence.is_closed:
-                if len(self.slots.sequences) >= self.batch_size:
-                    return
-                slot = self.slots.admit(sequence)
-                if slot is None:
-                    return
-                slot.used = self.steps
+            if sequence.is_closed:
+                self.drop_closed()
+                continue
+            slot = self.slots.admit(sequence)
+            if slot is None:
+                return
+            slot.used = self.steps
+            if not sequence.was_set_aside:
                 self.metrics.prompt_tokens.add(sequence.prompt_tokens)
                 self.metrics.cached_tokens.add(sequence.cached_tokens)
             self.waiting.popleft()
@@ -4837,13 +4967,22 @@ class Engine:
     def plan_decode(self, decoding: list[Slot], draft: list[int]) -> Plan:
         """A call that feeds every decoding slot its last token, and the draft to an only one."""
         self.slots.tighten(decoding)
+        kv, span = decoding[0].kv, self.span_of(decoding)
+        if not self.slots.fit(span, kv, 1 + len(draft)):  # but one token of one sequence does
+            decoding, draft = [min(decoding, key=lambda slot: slot.used)], []
+            span = self.span_of(decoding)
+            self.slots.fit(span, kv, 1)
+        tokens = np.full((len(span), 1 + len(draft)), THROWAWAY, np.int64)
+        for slot in decoding:
+            tokens[slot.row - span.start] = [slot.running.tokens[len(slot.tokens)], *draft]
+        return self.call(False, decoding, span.start, tokens)
+
+    def span_of(self, decoding: list[Slot]) -> range:
+        """The rows from the first to the last slot, an even number if one has a seed."""
         low, high = min(slot.row for slot in decoding), max(slot.row for slot in decoding) + 1
         if (high - low) % 2 and any(slot.running.is_seeded for slot in decoding):
             low, high = (low, high + 1) if high < len(self.slots.all) else (low - 1, high)
-        tokens = np.full((high - low, 1 + len(draft)), THROWAWAY, np.int64)
-        for slot in decoding:
-            tokens[slot.row - low] = [slot.running.tokens[-1], *draft]
-        return self.call(False, decoding, low, tokens)
+        return range(low, high)
 
     def call(self, is_chunk: bool, slots: list[Slot], low: int, tokens: Integers) -> Plan:
         """Completes a plan with what the span's rows hold, and with the chores so far."""
@@ -4876,14 +5015,14 @@ class Engine:
         return picks, seconds
 
     def sample(self, plan: Plan, slot: Slot, logits: npt.NDArray[Any]) -> list[Pick]:
-        """A slot's next tokens by its logits [count, vocab]; [] while its prompt is unfinished."""
+        """A slot's next tokens by its logits [count, vocab]; [] while older ones are to be fed."""
         sequence = slot.running
         if plan.is_chunk:
             if sequence.scores_prompt and not sequence.completion_tokens:
                 sequence.score_prompt(len(slot.tokens) + 1, logits)
-            if plan.count < slot.pending:
-                return []
             logits = logits[-1:]
+        if plan.count < slot.pending:
+            return []
         if sequence.echoes and not sequence.completion_tokens:
             # Here and not in deliver: 4,000 tokens take 9 ms.
             leader = sequence.leader or sequence
@@ -4906,7 +5045,7 @@ class Engine:
                 sequence.finish_reason = "error"
                 self.sampled.append((sequence, None, "error"))
                 continue
-            start, kept = len(slot.tokens), plan.count if plan.is_chunk else len(picked)
+            start, kept = len(slot.tokens), plan.count if plan.is_chunk else len(picked) or 1
             slot.tokens += plan.tokens[slot.row - plan.low][:kept].tolist()
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
@@ -4968,7 +5107,7 @@ class Engine:
         """Ends all sequences with an error, but for those that had come to their end before."""
         self.deliver()
         self.end("error")
-        self.waiting.clear()
+        self.drop_closed()
         self.slots.reset()
 
 
@@ -6632,7 +6771,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def load_model(settings: Settings, config: ModelConfig, choice: KvChoice) -> Model:
-    """Loads a model with a row for each conversation; raises ModelLoadingFailed."""
+    """Loads a model with a row for each conversation; raises what Model does."""
     rows = settings.batch_size + settings.cache_slots
     threads = settings.threads or usable_cpus()
     with startup_step(f"Loading {served_name(settings, config.folder)} from {config.folder}"):
@@ -6664,25 +6803,25 @@ def moving_average(values: list[float], width: int = 3) -> list[float]:
 
 Der Zug nach München fährt heute von Gleis 7 ab, nicht von Gleis 12. L'été dernier, nous avons
 marché jusqu'à la mer sans croiser personne. ¿Cuánto cuesta el billete de ida y vuelta? Сегодня
-утром шёл снег, а к вечеру стало тепло. 今日は朝から雨が降っています。 这个问题的答案很简单:三十七。
+утром шёл снег, к вечеру стало тепло. 今日は朝から雨が降っています。 这个问题的答案很简单:三十七。
 الكتاب على الطاولة. मौसम आज अच्छा है। 오늘은 회의가 없습니다.
 
 Theorem. If n is even, then n^2 is even. Proof. Write n = 2k; then n^2 = 4k^2 = 2(2k^2). QED.
 SELECT city, COUNT(*) AS visits FROM log WHERE day >= '2024-03-01' GROUP BY city ORDER BY visits;
-User: Summarise the meeting in one sentence. Assistant: The team moved the launch to 14 May because
-two suppliers are late, and Priya will tell the customers by Friday.
-<p class="note">Once upon a time &amp; never again</p> https://example.org/a?b=c#d 1234567890 3.14159
+User: Summarise the meeting in one sentence. Assistant: The team moved the launch to 14 May, as two
+suppliers are late, and Priya will tell the customers by Friday.
+<p class="note">Once upon a time &amp; never again</p> https://example.org/a?b=c 1234567890 3.14159
 """
 
 
-def kv_choice(settings: Settings, tokenizer: Tokenizer, kv_bytes: int) -> KvChoice:
-    """How KV is to be stored; a third of its memory is for prompts that are being prefilled."""
+def kv_choice(settings: Settings, tokenizer: Tokenizer) -> KvChoice:
+    """How KV is to be stored, as the settings say."""
     try:
         folder = cache_folder()
     except RuntimeError:  # a user without a home folder
         folder = Path(tempfile.gettempdir())
     text = tokenizer.encode(CALIBRATION_TEXT)
-    return KvChoice(settings.kv_cache_type, kv_bytes // 3, text, folder / "kv-scales")
+    return KvChoice(settings.kv_cache_type, settings.kv_memory, text, folder / "kv-scales")
 
 
 def default_sampling(chosen: tuple[str, ...], own: Sampling) -> Sampling:
@@ -6716,11 +6855,9 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
     tokenizer, metrics = Tokenizer(config.folder), Metrics()
     check_template(tokenizer)
-    kv_bytes = memory_bound(settings.kv_memory, free_memory())
-    choice = kv_choice(settings, tokenizer, kv_bytes)
-    model = load_model(settings, config, choice)
+    model = load_model(settings, config, kv_choice(settings, tokenizer))
     limits = (settings.max_concurrent_requests, settings.batch_size)
-    engine = Engine(model, metrics, *limits, kv_bytes)
+    engine = Engine(model, metrics, *limits, model.kv_bytes)
     return Api(settings, tokenizer, worker, engine, sampling)
 
 

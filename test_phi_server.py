@@ -19,6 +19,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -334,7 +335,7 @@ ANSWER = "The capital of France is Paris."  # the demo model's
 QUESTIONS = ["Name three colours.", "What is the capital of Italy?"]
 QUESTIONS += ["Write a line about rain.", "What is 2 + 2?"]
 STORY = "Write a long story about a lighthouse keeper."
-LONG_CHAT = {"messages": turns("a " * 5000)}  # more than the context holds
+LONG_CHAT = {"messages": turns("a " * 9000)}  # more than the context holds
 
 
 def chat(server: Server, *contents: str, **fields: object) -> Any:
@@ -370,6 +371,7 @@ def events(server: Server, path: str, **fields: object) -> list[Any]:
     assert reply.status == 200
     blocks = reply.body.decode().split("\n\n")
     assert blocks.pop() == ""
+    blocks = [block for block in blocks if block != ": keepalive"]
     assert all(block.startswith("data: ") for block in blocks)
     data = [block.removeprefix("data: ") for block in blocks]
     return [text if text == "[DONE]" else json.loads(text) for text in data]
@@ -822,7 +824,7 @@ def model(model_folder: Path) -> Any:
         "32 requests": ("MAX_CONCURRENT_REQUESTS", "", 32),
         "one request": ("MAX_CONCURRENT_REQUESTS", "1", 1),
         "eight at once": ("BATCH_SIZE", "", 8),
-        "context length": ("CONTEXT_LENGTH", "", 4096),
+        "context length": ("CONTEXT_LENGTH", "", 0),
         "threads": ("THREADS", "3", 3),
         "no kept conversation": ("CACHE_SLOTS", "0", 0),
         "memory bound": ("KV_MEMORY", "2GiB", "2GiB"),
@@ -1136,15 +1138,15 @@ def test_what_is_not_supported_is_named(
 @cases(
     "path fields param tokens",
     {
-        "chat too long": (CHAT, LONG_CHAT, "messages", "50.."),
-        "prompt too long": (TEXT, {"prompt": [100] * 4096}, "prompt", "4096"),
+        "chat too long": (CHAT, LONG_CHAT, "messages", "90.."),
+        "prompt too long": (TEXT, {"prompt": [100] * 8192}, "prompt", "8192"),
     },
 )
 def test_a_prompt_that_fills_the_context_is_refused(
     server: Server, path: str, fields: Any, param: str, tokens: str
 ) -> None:
     message = (
-        "This model's maximum context length is 4096 tokens. However, your "
+        "This model's maximum context length is 8192 tokens. However, your "
         f"{param} resulted in {tokens} tokens. Please reduce the length of the {param}.$"
     )
     assert refused(post(server, path, fields), 400, "context_length_exceeded", param, message)
@@ -2442,18 +2444,18 @@ def test_copying_kv_touches_the_tokens_asked_for(cache: Any) -> None:
 
 def test_swapping_kv_exchanges_two_rows(cache: Any) -> None:
     cache.arrays[1][0] = 5
-    cache.swap(0, 2, 20)
+    cache.swap(0, 2, 20, 10)
     assert (cache.arrays[1][2, :, :20] == 5).all()
-    assert (cache.arrays[1][0, :, :20] == 1).all()
-    assert (cache.arrays[1][0, :, 20:] == 5).all()
+    assert (cache.arrays[1][2, :, 20:] == 1).all()
+    assert (cache.arrays[1][0, :, :10] == 1).all()
+    assert (cache.arrays[1][0, :, 10:] == 5).all()
 
 
 @on_linux  # other systems give memory back in their own time
 def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
-    cache.release(1, 0, 63)
-    cache.release(1, 1, 64)
+    cache.release(1, 1)
     assert all((array == 1).all() for array in cache.arrays)
-    cache.release(1, 0, 64)
+    cache.release(1, 0)
     assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
 
 
@@ -4643,11 +4645,11 @@ class Ledger:
     is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
-    def __init__(self, original: int | None = 61) -> None:
-        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=64, window=0)
+    def __init__(self, original: int | None = 61, head_size: int = 64) -> None:
+        config: Any = SimpleNamespace(layers=1, kv_heads=1, head_size=head_size, window=0)
         bounds = [(original, 0)] if original else []
         bounds += [(self.context_length, (original or -1) + 1)]
-        head = np.dtype((np.float32, 64))
+        head = np.dtype((np.float32, head_size))
         caches = [phi_server.KvCache(config, head, 6, *bound) for bound in bounds]
         self.caches, self.steps = caches, dict(zip(caches, (1, 2), strict=False))
 
@@ -4917,7 +4919,7 @@ def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
     prompt = (shared + chance.choices(range(16), k=chance.randint(1, 80)))[:120]
     fields = {
         "seed": chance.choice([None, 1]),
-        "limit": min(len(prompt) + chance.choice([0, 5, 20, 60]), 120),
+        "limit": min(len(prompt) + chance.choice([0, 5, 20, 60, 110]), 120),
         "top_logprobs": chance.choice([None, None, 0]),
         "echoes": chance.random() < 0.3,
         "eos_tokens": frozenset(chance.choice([[], [], [14]])),
@@ -4929,26 +4931,29 @@ def random_request(chance: random.Random, known: list[list[int]]) -> list[Any]:
     return choices
 
 
-def check_slots(engine: Any, kv_tokens: int) -> None:
+def check_line(engine: Any) -> None:
+    """Sequences wait in the order in which they came, and none runs before those set aside."""
+    waiting = [each for each in engine.waiting if not each.is_closed]
+    arrivals = [each.arrival for each in waiting]
+    assert arrivals == sorted(arrivals)
+    aside = [each.arrival for each in waiting if each.was_set_aside]
+    assert aside == arrivals[: len(aside)]
+    running = [each.arrival for each in engine.slots.sequences]
+    assert max(running, default=-1) < min(arrivals, default=math.inf)
+
+
+def check_slots(engine: Any) -> None:
     """Rows hold what their slots say, and no more memory than KV_MEMORY allows."""
     model, slots = engine.model, engine.slots.all
-    page, rows = model.caches[0].tokens_per_page, len(slots)
-    reserved = {slot: -(-slot.sequence.limit // page) * page for slot in slots if slot.sequence}
-    kept = [slot for slot in slots if not slot.sequence]
-    assert sorted(slot.row for slot in slots) == list(range(rows))
-    assert all(slot.kv.resident[slot.row] <= reserved[slot] for slot in reserved)
-    # a page of each row of each cache is for throwaway tokens
-    assert sum(sum(kv.resident) for kv in model.caches) <= kv_tokens + page * rows * len(
-        model.caches
-    )
-    most = kv_tokens + page * len(kept) * len(model.caches)
-    assert sum(reserved.values()) + engine.slots.resident(kept) <= most
+    assert sorted(slot.row for slot in slots) == list(range(len(slots)))
+    assert sum(sum(kv.resident) for kv in model.caches) <= engine.slots.most_pages
     for kv, slot in itertools.product(model.caches, slots):
         sums, kernels = (array[slot.row, 0, :, 0] for array in kv.arrays)
         if sys.platform.startswith("linux"):  # others give memory back in their own time
-            assert not sums[kv.resident[slot.row] :].any()
+            written = -(-kv.resident[slot.row] * mmap.PAGESIZE // kv.head_bytes)
+            assert not sums[written:].any()
         if slot.kv is not kv:
-            assert kv.resident[slot.row] <= page
+            assert kv.resident[slot.row] <= 1
             continue
         held = len(slot.tokens)
         assert sums[:held].tolist() == model.sums(kv, slot.tokens)
@@ -4989,15 +4994,28 @@ def check_replies(model: Any, choices: list[Any]) -> None:
 
 
 @cases("original", {"one cache": None, "two caches": 61})
-@cases("kv_tokens", [128, 256, 384, 768])
+@cases(
+    "kv_tokens room head_size page",
+    {
+        "one sequence": (128, 1, 64, 4096),
+        "two": (256, 1, 64, 4096),
+        "two that reserve all": (256, 256, 64, 4096),
+        "three": (384, 1, 64, 4096),
+        "six that reserve all": (768, 256, 64, 4096),
+        "heads that do not divide a page": (256, 1, 96, 4096),
+        "pages of 16 KiB": (256, 1, 96, 16384),
+        "pages of 64 KiB": (768, 1, 96, 65536),
+    },
+)
 def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
-    kv_tokens: int, original: int | None
+    kv_tokens: int, room: int, head_size: int, page: int, original: int | None, monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr(phi_server, "ROOM", room)
+    monkeypatch.setattr(mmap, "PAGESIZE", max(page, mmap.PAGESIZE))
     chance, steps = random.Random(kv_tokens), 2000
-    model: Any = Ledger(original)
+    model: Any = Ledger(original, head_size)
     kv = model.caches[0]
-    pages = kv_tokens // kv.tokens_per_page + kv.rows * len(model.caches)
-    kv_bytes = pages * kv.tokens_per_page * kv.bytes_per_token
+    kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
     engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
     running: list[list[Any]] = []
     ended: list[Any] = []
@@ -5019,7 +5037,8 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
             if chance.random() < 0.01:
                 picks[-1] = None
             engine.absorb(plan, picks, plan.count * chance.choice([0.001, 0.01, 0.02]))
-            check_slots(engine, kv_tokens)
+            check_slots(engine)
+            check_line(engine)
         if chance.random() < 0.005:
             engine.fail()
         engine.deliver()
@@ -5032,6 +5051,9 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
                 check_replies(model, request)
     assert (engine.requests, running) == (0, [])
     assert {each.sampler.state for each in ended} <= {"new", "closed"}
+    finished = [each for each in ended if each.finish_reason in ("stop", "length")]
+    # A page of 64 KiB holds any of them.
+    assert any(each.was_set_aside for each in finished) == (room < 256 and page < 65536)
 
 
 TRAP = 13_666  # a token that the forward pass below cannot bear
@@ -5092,9 +5114,8 @@ def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
 @pytest.fixture(scope="module")
 def tight_server(model: Any) -> Iterator[Server]:
     """A server whose KV memory holds little more than one reply: 96 tokens and a part of a page."""
-    page = model.caches[0].tokens_per_page
-    tokens = 96 + page // 2 + 4 * page  # a page of each of its four rows is for throwaway tokens
-    kv_memory = tokens * model.caches[0].bytes_per_token
+    kv = model.caches[0]
+    kv_memory = (kv.pages(96) + phi_server.THROWAWAY_PAGES) * kv.page_bytes + kv.page_bytes // 2
     with running(KV_MEMORY=kv_memory, BATCH_SIZE=4, CACHE_SLOTS=0) as server:
         yield server
 
@@ -5117,6 +5138,161 @@ def test_sequences_wait_in_line_for_kv_memory(tight_server: Server) -> None:
             assert eventually(lambda: metric(tight_server, "waiting_sequences") == 1)
             assert metric(tight_server, "running_sequences") == 1
     assert soon_idle(tight_server)
+
+
+# ---- Engine: sequences set aside -----------------------------------------------------------------
+
+SHORT_OF_ROOM = "import sys, phi_server; phi_server.ROOM = 16; sys.exit(phi_server.main([]))"
+LONG_REPLY = {"temperature": 1, "ignore_eos": True, "logprobs": True}
+CROWD = {
+    "chat": (CHAT, LONG_REPLY | {"messages": turns("Tell me about owls."), "seed": 1}),
+    "three choices": (CHAT, LONG_REPLY | {"messages": turns("Sing!"), "seed": 2, "n": 3}),
+    "a schema": (CHAT, COLOUR | {"messages": turns("Name three colours in three words.")}),
+    "echo": (TEXT, ECHO | {"max_tokens": 200}),
+    "one token": (
+        TEXT,
+        LONG_REPLY | {"prompt": [100], "logprobs": 1, "seed": 4, "max_tokens": 200},
+    ),
+}
+
+
+@pytest.fixture
+def crowded_server(model: Any) -> Iterator[Server]:
+    """A server whose KV memory holds three contexts for its eight rows."""
+    kv = model.caches[0]
+    kv_memory = (3 * kv.pages(128) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    fields = {"CONTEXT_LENGTH": 128, "KV_MEMORY": kv_memory, "CACHE_SLOTS": 0}
+    with running(script=SHORT_OF_ROOM, **fields) as server:
+        yield server
+
+
+def crowded(model: Any, kv_tokens: int, monkeypatch: Any) -> Any:
+    """An engine with KV memory for so many tokens, that admits whatever fits."""
+    monkeypatch.setattr(phi_server, "ROOM", 1)
+    kv = model.caches[0]
+    kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    return phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
+
+
+def until_set_aside(engine: Any, sequence: Any) -> None:
+    while not sequence.was_set_aside:
+        assert step(engine)
+
+
+@cases(
+    "seed others_limit reused chunk",
+    {
+        "in chunks": (None, 110, 16, 49),
+        "in chunks behind what is left": (None, 70, 48, 17),
+        "with a seed one a step behind its prompt": (1, 110, 16, 24),
+        "with a seed one a step behind what is left": (1, 70, 48, 0),
+    },
+)
+def test_the_youngest_is_set_aside_and_what_made_way_is_computed_again(
+    seed: int | None, others_limit: int, reused: int, chunk: int, monkeypatch: Any
+) -> None:
+    engine = crowded(Ledger(None), 128, monkeypatch)
+    old, young = (sequence([token] * 40, seed, limit=110) for token in (1, 2))
+    old.limit, young.lookup = others_limit, None
+    engine.submit([old])
+    engine.submit([young])
+    until_set_aside(engine, young)
+    assert (len(young.tokens), young.sampler.state) == (65, "begun")
+    fed = []
+    while plan := step(engine):
+        assert old.finish_reason or old in engine.slots.sequences
+        fed += [(plan.is_chunk, plan.count) for slot in plan.slots if slot.sequence is young]
+    assert fed == [(True, chunk)] * bool(chunk) + [(False, 1)] * (109 - reused - chunk)
+    for each in (old, young):
+        assert each.tokens[40:] == engine.model.followers(each.tokens)[39:-1]
+    assert (young.cached_tokens, young.finish_reason) == (0, "length")
+    assert engine.metrics.prompt_tokens.values[""] == 80
+    assert engine.metrics.set_aside.values[""] == 1
+
+
+def test_kept_kv_makes_way_from_its_end_before_a_sequence_is_set_aside(monkeypatch: Any) -> None:
+    engine = crowded(Ledger(None), 128, monkeypatch)
+    for token in (1, 2):
+        row_of(engine, sequence([token] * 40, limit=41))
+    running = sequence([3] * 20, limit=100)
+    engine.submit([running])
+    kept = []
+    while step(engine):
+        lengths = {slot.tokens[0]: len(slot.tokens) for slot in engine.slots.all if slot.tokens}
+        kept.append((lengths.get(1, 0), lengths.get(2, 0)))
+    assert kept[0] == (40, 40)
+    assert kept == sorted(kept, reverse=True)
+    assert all(second == 40 for first, second in kept if first)
+    assert kept[-1] == (0, 16)
+    assert not running.was_set_aside
+
+
+@cases("leaves", {"the client leaves": True, "the engine fails": False})
+def test_a_sequence_that_was_set_aside_leaves_nothing_behind(
+    leaves: bool, monkeypatch: Any
+) -> None:
+    engine = crowded(Ledger(None), 128, monkeypatch)
+    old, young = sequence([1] * 40, limit=110), sequence([2] * 40, limit=100)
+    engine.submit([old, young])
+    until_set_aside(engine, young)
+    if leaves:
+        engine.withdraw([young])
+    else:
+        engine.fail()
+    assert not engine.waiting
+    assert young.sampler.state == "closed"
+    assert young.finish_reason == ("cancelled" if leaves else "error")
+
+
+def test_a_row_that_is_not_used_takes_no_memory_of_any_page_size(monkeypatch: Any) -> None:
+    monkeypatch.setattr(mmap, "PAGESIZE", 65536)
+    engine = crowded(Ledger(None), 110, monkeypatch)
+    alone = sequence([1] * 40, seed=1)
+    engine.submit([alone])
+    highest = 0
+    while step(engine):
+        highest = max(highest, engine.slots.resident(engine.slots.all))
+    assert len(alone.tokens) == 110
+    assert highest == engine.slots.most_pages == 2
+
+
+@on_linux
+def test_released_kv_is_given_back_also_where_heads_do_not_divide_a_page(
+    model_folder: Path,
+) -> None:
+    served = phi_server.ModelConfig.read(model_folder)
+    config = dataclasses.replace(served, layers=1, kv_heads=2, head_size=96)
+    cache = phi_server.KvCache(config, np.dtype((np.float32, 96)), 3, 60, 0)
+    for array in cache.arrays:
+        array[:] = 1
+    cache.release(1, 30)
+    per_page = mmap.PAGESIZE / cache.head_bytes
+    first = math.ceil(cache.pages(30) * per_page)
+    for array in cache.arrays:
+        assert (array[1, :, :30] == 1).all()
+        assert not array[1, :, first:].any()
+        assert (array[[0, 2]] == 1).all()
+
+
+def test_twenty_clients_in_the_kv_memory_of_three_get_the_replies_they_get_alone(
+    crowded_server: Server,
+) -> None:
+    asked = [*CROWD.values()] * 4
+    calls = [functools.partial(ask, crowded_server, path, True, **each) for path, each in asked]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        coming = [pool.submit(call) for call in calls]
+        resident = []
+        while not all(reply.done() for reply in coming):
+            resident.append(metric(crowded_server, "kv_resident_bytes"))
+            time.sleep(0.02)
+        replies = [reply.result() for reply in coming]
+    alone = [ask(crowded_server, path, **each) for path, each in CROWD.values()]
+    assert replies == alone * 4
+    assert metric(crowded_server, "set_aside_sequences_total") > 10
+    limit = metric(crowded_server, "kv_limit_bytes")
+    assert 0.9 * limit < max(resident) <= limit
+    assert metric(crowded_server, "rejected_requests_total") == 0
+    assert soon_idle(crowded_server)
 
 
 def test_a_reply_may_fill_the_kv_memory(tight_server: Server) -> None:
