@@ -1151,6 +1151,11 @@ def json_text(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def to_json(value: object) -> bytes:
+    """Compact JSON in UTF-8; a lone surrogate of the client's own becomes '?'."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def new_id(prefix: str) -> str:
     """A fresh id of the prefix and 32 hexadecimal digits."""
     return prefix + secrets.token_hex(16)
@@ -1188,7 +1193,7 @@ class Item:
     @property
     def stored(self) -> StoredItem:
         """The item as a store keeps it."""
-        return self.id, json_text(self.value).encode("utf-8", "replace")
+        return self.id, to_json(self.value)
 
 
 @dataclass(frozen=True)
@@ -3563,13 +3568,12 @@ def prepare_response(
     served.check(request.chat.generation.model)
     items, prompt = fitting(request, tokenizer, served)
     prepared = prepared_chat(request.chat, prompt, tokenizer, "text.format.schema")
-    echoed = json_text(request.echoed).encode("utf-8", "replace")
     stored = tuple(item.stored for item in items) if request.is_stored else ()
     return PreparedResponse(
         **vars(prepared),
         items=stored,
         is_stored=request.is_stored,
-        echoed=echoed,
+        echoed=to_json(request.echoed),
         ignored_tools=request.ignored_tools,
     )
 
@@ -5906,11 +5910,6 @@ def error_event(error: ApiError) -> bytes:
     return sse(error.body())
 
 
-def to_json(value: object) -> bytes:
-    """Compact JSON in UTF-8; a lone surrogate of the client's own becomes '?'."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
 def json_parts(value: object) -> Iterator[bytes]:
     """Parts of a value's JSON; bytes in it are JSON already, in a list also of several elements."""
     if isinstance(value, bytes):
@@ -6082,7 +6081,7 @@ class OutputItem:
         if self.kind == "function_call":
             head |= {**self.call, "arguments": self.text}
         elif self.kind == "message":
-            head |= {"role": "assistant", "content": content}
+            head |= {"role": "assistant", "status": self.status, "content": content}
         else:
             head |= {"summary": [], "content": content}
         return head | {"status": self.status}
@@ -6126,6 +6125,15 @@ class OutputItem:
         last = {"type": "response.output_item.done", "output_index": self.place}
         parts = self.part_event("response.content_part.done")
         return [done, *parts, {**last, "item": self.whole()}]
+
+
+def scores_of_text(text: str, scores: list[Choice]) -> list[Choice]:
+    """Log probabilities without those of marks before a text."""
+    size, start = len(text.encode()), len(scores)
+    while size > 0 and start:
+        start -= 1
+        size -= len(scores[start]["bytes"])
+    return scores[start:]
 
 
 class ResponseWriter(Writer):
@@ -6172,11 +6180,10 @@ class ResponseWriter(Writer):
         events: list[Choice] = []
         for choice in choices:
             delta, scores = choice["delta"], choice["logprobs"] or {}
-            logprobs = [to_json(scores["content"])[1:-1]] if scores.get("content") else []
             if "reasoning_content" in delta:
                 events += self.text("reasoning", delta["reasoning_content"])
             if delta.get("content"):
-                events += self.text("message", delta["content"], logprobs)
+                events += self.text("message", delta["content"], scores.get("content", []))
             for call in delta.get("tool_calls", ()):
                 function = call["function"]
                 if "id" in call:
@@ -6186,11 +6193,14 @@ class ResponseWriter(Writer):
                     events.append(self.output[-1].push(function["arguments"], []))
         return events
 
-    def text(self, kind: str, text: str, logprobs: Iterable[bytes] = ()) -> list[Choice]:
+    def text(self, kind: str, text: str, scores: Iterable[Choice] = ()) -> list[Choice]:
         """The events of text of a message or of thoughts, in a new item behind another kind."""
-        is_new = not self.output or self.output[-1].kind != kind
-        events = self.begin_item(kind, {}) if is_new else []
-        return [*events, self.output[-1].push(text, [*logprobs])]
+        scores, events = [*scores], []
+        if not self.output or self.output[-1].kind != kind:
+            scores = scores_of_text(text, scores) if self.output else scores
+            events = self.begin_item(kind, {})
+        logprobs = [to_json(scores)[1:-1]] if scores else []
+        return [*events, self.output[-1].push(text, logprobs)]
 
     def begin_item(self, kind: str, call: Mapping[str, Json]) -> list[Choice]:
         """The events of the end of an item and the beginning of the next one."""
