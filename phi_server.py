@@ -1115,7 +1115,7 @@ def parse_response_format(
     named = part_of_type(wanted, "json_schema", is_flat).required("name")
     named.string("name")
     named.boolean("strict")
-    return named.object("schema").values
+    return (named.required("schema") if is_flat else named).object("schema").values
 
 
 def parse_variables(fields: Fields, effort: str) -> dict[str, Json]:
