@@ -1522,8 +1522,11 @@ class Shelf:
     def add(
         self, response_id: str, response: bytes, given: list[StoredItem], made: list[StoredItem]
     ) -> None:
-        """Puts a response there."""
-        ids = tuple(self.keep(*item) for item in [*given, *made])
+        """Puts a response there; an id stands for one place in it, by which a list is paged."""
+        known: dict[str, None] = {}
+        for item_id, value in [*given, *made]:
+            known[self.keep(new_id("item_") if item_id in known else item_id, value)] = None
+        ids = tuple(known)
         stored = StoredResponse(response, ids[: len(given)], ids[len(given) :])
         self.responses[response_id] = stored
         self.size += len(response) + STORED_OVERHEAD
