@@ -8751,7 +8751,7 @@ def test_the_readme_shows_the_two_commands(readme: str, command: str) -> None:
     assert f"pip install -r requirements.txt && {command}" in readme
 
 
-@cases("path", ["/v1/models", CHAT, TEXT, "/health", "/metrics"])
+@cases("path", ["/v1/models", CHAT, TEXT, RESPONSES, "/health", "/metrics"])
 def test_the_readme_names_every_endpoint(readme: str, path: str) -> None:
     assert path in readme
 
@@ -8761,7 +8761,7 @@ def test_the_readmes_security_table_names_tests_that_exist(readme: str) -> None:
     cells = [row.replace("\\|", "").split("|")[3] for row in rows]
     named = [name for cell in cells for name in re.findall("`([a-z_]+)`", cell)]
     tests = [name for name in globals() if name.startswith("test_")]
-    assert len(rows) == 14
+    assert len(rows) == 15
     assert [name for name in named if not any(name in test for test in tests)] == []
 
 
