@@ -7677,8 +7677,12 @@ def test_a_response_that_waits_shows_that_it_is_alive_by_events() -> None:
             waiting.send(posting(server, RESPONSES, {"input": "Hi", "stream": True}))
             for number in range(4):
                 kind = "response.in_progress" if number else "response.created"
-                event = waiting.read_until(f'"type":"{kind}"'.encode())
-                assert json.loads(event.removeprefix(b"data: "))["sequence_number"] == number
+                line = waiting.read_until(b": ")  # of an event or a comment
+                while not line.startswith((b"event: ", b":")):
+                    line = waiting.read_until(b": ")
+                assert line == f"event: {kind}\n".encode()
+                event = json.loads(waiting.read_until(b"data: ").removeprefix(b"data: "))
+                assert (event["type"], event["sequence_number"]) == (kind, number)
 
 
 def test_a_response_that_an_error_cuts_short_ends_with_its_last_event() -> None:
@@ -7718,6 +7722,12 @@ def test_a_response_that_an_error_cuts_short_ends_with_its_last_event() -> None:
 )
 def test_a_path_of_the_responses_api_is_a_route(path: str, route: str) -> None:
     assert phi_server.find_route(path)[0] == route
+
+
+def test_a_web_page_may_delete_a_response(server: Server) -> None:
+    asked = ("Origin: https://a.example", "Access-Control-Request-Method: DELETE")
+    (reply,) = exchange(server, request(f"OPTIONS {RESPONSES}/resp_1", *asked), 1)
+    assert "DELETE" in reply.headers["access-control-allow-methods"].split(", ")
 
 
 # Bodies near a valid one, see the test of the same name for chats.
