@@ -8,6 +8,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Errors       every error a client can get, one constructor each
     Metrics      what GET /metrics shows
     Requests     JSON bodies, checked and made into dataclasses
+    Items        requests of the Responses API, and the store of earlier responses
     Protobuf     what ONNX files are written in
     Model        the ONNX graph, its KV cache, one forward pass
     Thinking     what a model thinks, told from its answer
@@ -20,6 +21,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Engine       continuous batching: slots and their KV; plan, forward, absorb, deliver
     HTTP         HTTP/1.1 on asyncio streams
     Routes       the OpenAI endpoints, and the objects they answer with
+    Responses    the endpoints of the Responses API, its items and events
     Server       exchanges, routing, keys, hosts, CORS, log lines, shutdown
     Demo model   a small model from a Python package (skip at first reading)
     Main         start to end
@@ -92,7 +94,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 try:
     import fcntl
@@ -154,6 +156,7 @@ class Settings:
     kv_cache_type: str = setting(
         "auto", "how KV is stored; int8: a quarter of float32's memory", "auto", "model", "int8"
     )
+    response_store: int = setting(256, "newest responses kept for each key; 0 keeps none", 0, 65536)
     sampling_defaults: tuple[str, ...] = setting(
         (), "for silent requests: temperature=0.7,top_p=0.9; unset: the folder's generation_config"
     )
@@ -445,6 +448,23 @@ def unknown_model(model: str, served: str) -> ApiError:
     return ApiError(404, "model_not_found", f"{message} This server serves `{served}`.", "model")
 
 
+def unknown_previous(response_id: str) -> ApiError:
+    """400: a request goes on from a response that is not stored."""
+    message = f"Previous response with id '{response_id}' not found."
+    return ApiError(400, "previous_response_not_found", message, "previous_response_id")
+
+
+def unknown_item(param: str, item_id: str) -> ApiError:
+    """400: a request refers to an item that is not stored."""
+    return ApiError(400, "item_not_found", f"Item with id '{item_id}' not found.", param)
+
+
+def unknown_response(response_id: str) -> ApiError:
+    """404: a response is not stored, or is another key's."""
+    message = f"Response with id '{response_id}' not found."
+    return ApiError(404, "response_not_found", message)
+
+
 def unauthorized(key: str) -> ApiError:
     """401: no key was sent, or an unknown one; the message never shows the whole key."""
     challenge = {"WWW-Authenticate": 'Bearer realm="phi_server"'}
@@ -669,7 +689,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call, and its path in the request, for errors."""
+    """A function that the model may call, and its schema's path in the request, for errors."""
 
     path: str
     name: str
@@ -838,7 +858,8 @@ def parse_chat(body: bytes, vocab_size: int, defaults: Sampling = OPENAI_SAMPLIN
     schema = parse_response_format(fields)
     sampling = parse_sampling(fields, vocab_size, defaults)
     generation = parse_generation(fields, sampling, max_tokens, shown_logprobs)
-    return ChatRequest(messages, tools, schema, parse_variables(fields), generation)
+    variables = parse_variables(fields, fields.choice("reasoning_effort", EFFORTS))
+    return ChatRequest(messages, tools, schema, variables, generation)
 
 
 def parse_completion(
@@ -1037,9 +1058,15 @@ def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
     return tokens
 
 
-def parse_tools(fields: Fields) -> ToolUse:
-    """The tools that the reply may call, with tool_choice and parallel_tool_calls."""
-    tools = tuple(parse_tool(tool) for tool in fields.objects("tools"))
+def parse_tools(fields: Fields, is_flat: bool = False) -> ToolUse:
+    """The tools that the reply may call, with tool_choice and parallel_tool_calls.
+
+    In the Responses API they are flat: what belongs to a type stands beside it, not in an object of
+    the type's name. Other tools than functions are left out there: clients offer all they know.
+    """
+    given = fields.objects("tools")
+    given = [tool for tool in given if is_function(tool)] if is_flat else given
+    tools = tuple(parse_tool(tool, is_flat) for tool in given)
     is_parallel = fields.boolean("parallel_tool_calls", default=True)
     choice = fields.value("tool_choice", (str, dict), "one of a string or object")
     if not tools and choice not in (None, "none", "auto"):
@@ -1050,53 +1077,67 @@ def parse_tools(fields: Fields) -> ToolUse:
     chosen = fields.object("tool_choice").required("type")
     if chosen.choice("type", ("function", "allowed_tools", "custom")) == "custom":
         raise unsupported("tool_choice.type", NO_CUSTOM_TOOLS)
-    if chosen.has("allowed_tools"):
-        allowed = chosen.object("allowed_tools").required("mode").required("tools")
+    if chosen.has("allowed_tools") or (is_flat and chosen.values["type"] == "allowed_tools"):
+        allowed = part_of_type(chosen, "allowed_tools", is_flat).required("mode").required("tools")
         is_forced = allowed.choice("mode", ("auto", "required")) == "required"
-        names = [chosen_name(tool, tools) for tool in allowed.objects("tools")]
+        listed = [tool for tool in allowed.objects("tools") if not is_flat or is_function(tool)]
+        names = [chosen_name(tool, tools, is_flat) for tool in listed]
     else:
-        names, is_forced, is_parallel = [chosen_name(chosen, tools)], True, False
+        names, is_forced, is_parallel = [chosen_name(chosen, tools, is_flat)], True, False
     offered = tuple(tool for tool in tools if tool.name in names)
     return ToolUse(offered, is_forced, is_parallel)
 
 
-def chosen_name(fields: Fields, tools: tuple[Tool, ...]) -> str:
+def is_function(tool: Fields) -> bool:
+    """Whether a tool is a function; raises ApiError when it has no type."""
+    return tool.required("type").string("type") == "function"
+
+
+def part_of_type(fields: Fields, kind: str, is_flat: bool) -> Fields:
+    """What belongs to an object's type: in an object of the type's name, or flat beside it."""
+    return fields if is_flat else fields.required(kind).object(kind)
+
+
+def chosen_name(fields: Fields, tools: tuple[Tool, ...], is_flat: bool) -> str:
     """The name of a function that tool_choice names; raises ApiError unless the tools have it."""
-    name = fields.required("function").object("function").required("name").string("name")
+    name = part_of_type(fields, "function", is_flat).required("name").string("name")
     if not any(tool.name == name for tool in tools):
         raise invalid_value("tool_choice", f"there is no function '{name}' among the tools.")
     return name
 
 
-def parse_tool(fields: Fields) -> Tool:
+def parse_tool(fields: Fields, is_flat: bool) -> Tool:
     """One function; OpenAI's names are ASCII, but a grammar can spell any."""
     if fields.required("type").choice("type", ("function", "custom")) == "custom":
         raise unsupported(fields.param("type"), NO_CUSTOM_TOOLS)
-    function = fields.required("function").object("function").required("name")
+    function = part_of_type(fields, "function", is_flat).required("name")
     name = function.string("name")
     if not re.fullmatch(r"[^\s\x00-\x1f\x7f\"'\\<>{}]{1,64}", name):
         expected = "1 to 64 characters, none of them white space, a quote, a backslash or a bracket"
         reason = f"expected {expected}, but got '{name}' instead."
         raise invalid_value(function.param("name"), reason)
     parameters = function.object("parameters").values or NO_PARAMETERS
-    return Tool(fields.path, name, function.string("description"), parameters)
+    path = function.param("parameters")
+    return Tool(path, name, function.string("description"), parameters)
 
 
-def parse_response_format(fields: Fields) -> dict[str, Json] | None:
-    """The JSON schema that the reply must fit, None for plain text."""
-    if not fields.has("response_format"):
+def parse_response_format(
+    fields: Fields, name: str = "response_format", is_flat: bool = False
+) -> dict[str, Json] | None:
+    """The JSON schema that the reply must fit, None for plain text; `is_flat` as in parse_tools."""
+    if not fields.has(name):
         return None
-    wanted = fields.object("response_format").required("type")
+    wanted = fields.object(name).required("type")
     kind = wanted.choice("type", ("text", "json_object", "json_schema"))
     if kind != "json_schema":
         return {"type": "object"} if kind == "json_object" else None
-    named = wanted.required("json_schema").object("json_schema").required("name")
+    named = part_of_type(wanted, "json_schema", is_flat).required("name")
     named.string("name")
     named.boolean("strict")
-    return named.object("schema").values
+    return (named.required("schema") if is_flat else named).object("schema").values
 
 
-def parse_variables(fields: Fields) -> dict[str, Json]:
+def parse_variables(fields: Fields, effort: str) -> dict[str, Json]:
     """What a request sets of the chat template's variables: values by their names."""
     given = fields.object("chat_template_kwargs")
     for name in given.values:
@@ -1104,7 +1145,6 @@ def parse_variables(fields: Fields) -> dict[str, Json]:
             raise invalid_value(given.param(name), "expected letters, digits and underscores.")
         if name in OWN_VARIABLES:
             raise invalid_value(given.param(name), "the server sets this variable.")
-    effort = fields.choice("reasoning_effort", EFFORTS)
     chosen: dict[str, Json] = {"reasoning_effort": effort} if effort else {}
     if effort == "none":
         chosen["enable_thinking"] = False
@@ -1130,9 +1170,465 @@ def json_text(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def to_json(value: object) -> bytes:
+    """Compact JSON in UTF-8; a lone surrogate of the client's own becomes '?'."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
 def new_id(prefix: str) -> str:
     """A fresh id of the prefix and 32 hexadecimal digits."""
     return prefix + secrets.token_hex(16)
+
+
+# ---- Items ---------------------------------------------------------------------------------------
+# The Responses API writes a conversation as items: messages, calls and their results, thoughts. An
+# item is read into one form, in which it is kept for later requests, listed, and made into a turn.
+# So a conversation gives the same prompt whether a client sends it again or refers to it.
+
+ITEM_IDS = {"message": "msg_", "function_call": "fc_"}
+ITEM_IDS |= {"function_call_output": "fco_", "reasoning": "rs_"}
+ITEM_ROLES = ("user", "assistant", "system", "developer")
+ITEM_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
+ITEM_ID = re.compile("[A-Za-z0-9_-]{1,64}")
+# OpenAI's bounds of what a client may attach to a response.
+MOST_METADATA, LONGEST_METADATA_NAME, LONGEST_METADATA_VALUE = 16, 64, 512
+
+LOGPROBS_INCLUDED = "message.output_text.logprobs"
+# Of all stored responses; a long conversation whose client sends it again takes all it has each
+# time.
+STORE_BYTES = 64 << 20
+STORED_OVERHEAD = 300  # bytes of an item or a response besides its JSON
+
+StoredItem = tuple[str, bytes]  # an item's id, and the JSON of the rest
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item of a response's input, read."""
+
+    id: str
+    value: dict[str, Json]
+
+    @property
+    def stored(self) -> StoredItem:
+        """The item as a store keeps it."""
+        return self.id, to_json(self.value)
+
+
+@dataclass(frozen=True)
+class References:
+    """The ids by which a request refers to what earlier ones have left."""
+
+    previous: str = ""  # the response from which it goes on
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What a store had of a request's references."""
+
+    previous: tuple[StoredItem, ...] | None = ()  # input and output; None for an unknown response
+    items: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of JSON."""
+        values = [*self.items.values(), *(value for _, value in self.previous or ())]
+        return sum(map(len, values))
+
+
+@dataclass(frozen=True)
+class ResponseRequest:
+    """A checked body of POST /v1/responses."""
+
+    chat: ChatRequest  # without turns: these depend on how many items there is room for
+    instructions: tuple[Message, ...]
+    items: tuple[Item, ...]  # those of the previous response first
+    is_truncated: bool  # whether the oldest items may be dropped
+    is_stored: bool
+    echoed: dict[str, Json]  # the fields that the response repeats
+    ignored_tools: tuple[str, ...]  # types
+
+
+def parse_references(fields: Fields) -> References:
+    """Collects the ids that a body of POST /v1/responses refers to; raises ApiError."""
+    given = fields.value("input", (str, list), "one of a string or array of objects")
+    items = fields.objects("input") if isinstance(given, list) else []
+    known = [item.string("id") for item in items if is_reference(item)]
+    return References(fields.string("previous_response_id"), tuple(filter(None, known)))
+
+
+def parse_response(
+    fields: Fields, vocab_size: int, defaults: Sampling, recalled: Recalled
+) -> ResponseRequest:
+    """Checks a body of POST /v1/responses; raises ApiError."""
+    fields.required("model").required("input")
+    for name in ("conversation", "prompt"):
+        if fields.has(name):
+            raise unsupported(name, "this server keeps no such object; send what it stands for.")
+    if fields.boolean("background"):
+        raise unsupported("background", "responses are computed while their client waits.")
+    items, told = parse_items(fields, recalled), fields.string("instructions")
+    tools, text = parse_tools(fields, is_flat=True), fields.object("text")
+    schema = parse_response_format(text, "format", is_flat=True)
+    effort = fields.object("reasoning").choice("effort", EFFORTS)
+    top_logprobs = fields.integer("top_logprobs", 0, 20) or 0
+    sampling = parse_sampling(fields, vocab_size, defaults)
+    fields.object("stream_options")
+    generation = Generation(
+        model=fields.string("model"),
+        n=1,
+        max_tokens=fields.integer("max_output_tokens", 1, MOST_TOKENS),
+        stop=parse_stop(fields),
+        ignore_eos=fields.boolean("ignore_eos"),
+        top_logprobs=top_logprobs if LOGPROBS_INCLUDED in parse_included(fields) else None,
+        stream=fields.boolean("stream"),
+        include_usage=False,
+        sampling=sampling,
+    )
+    truncation = fields.choice("truncation", ("auto", "disabled")) or "disabled"
+    offered = fields.objects("tools")
+    echoed = {
+        "instructions": told or None,
+        "max_output_tokens": generation.max_tokens,
+        "metadata": parse_metadata(fields.object("metadata")),
+        "parallel_tool_calls": fields.boolean("parallel_tool_calls", default=True),
+        "previous_response_id": fields.string("previous_response_id") or None,
+        "reasoning": {"effort": effort or None, "summary": None},
+        "temperature": sampling.temperature,
+        "text": {"format": echoed_format(text.object("format"))},
+        "tool_choice": fields.values.get("tool_choice") or "auto",
+        "tools": [echoed_tool(tool) for tool in offered if is_function(tool)],
+        "top_logprobs": top_logprobs,
+        "top_p": sampling.top_p,
+        "truncation": truncation,
+        "user": fields.string("user") or None,
+    }
+    return ResponseRequest(
+        chat=ChatRequest((), tools, schema, parse_variables(fields, effort), generation),
+        instructions=(Message("system", told),) if told else (),
+        items=items,
+        is_truncated=truncation == "auto",
+        is_stored=fields.boolean("store", default=True),
+        echoed=echoed,
+        ignored_tools=tuple(tool.string("type") for tool in offered if not is_function(tool)),
+    )
+
+
+def parse_included(fields: Fields) -> list[Json]:
+    """What a response is to have besides the usual; what this server does not know is ignored."""
+    included = fields.value("include", (list,), "an array of strings") or []
+    for i, name in enumerate(included):
+        if not isinstance(name, str):
+            raise wrong_type(f"include[{i}]", "a string", JSON_NAMES[type(name)])
+    return list(included)
+
+
+def parse_metadata(fields: Fields) -> dict[str, str]:
+    """The strings, by their names, that a client attaches to a response."""
+    if len(fields.values) > MOST_METADATA:
+        reason = f"expected at most {MOST_METADATA} pairs, but got {len(fields.values)}."
+        raise invalid_value(fields.path, reason)
+    metadata = {}
+    for name in fields.values:
+        text = fields.required(name).string(name)
+        if len(name) > LONGEST_METADATA_NAME or len(text) > LONGEST_METADATA_VALUE:
+            most = f"{LONGEST_METADATA_NAME} characters, of a value {LONGEST_METADATA_VALUE}"
+            lengths = f"{len(name)} and {len(text)}"
+            reason = f"expected a name of at most {most}, but got {lengths}."
+            raise invalid_value(fields.path, reason)
+        metadata[well_formed(name)] = text
+    return metadata
+
+
+def echoed_tool(fields: Fields) -> dict[str, Json]:
+    """A function as the response repeats it."""
+    fields.boolean("strict")
+    names = ("type", "name", "description", "parameters", "strict")
+    return {name: fields.values.get(name) for name in names}
+
+
+def echoed_format(fields: Fields) -> dict[str, Json]:
+    """The format of text as the response repeats it."""
+    names = ("type", "name", "description", "schema", "strict")
+    given = {name: fields.values[name] for name in names if fields.has(name)}
+    return given if given.get("type") == "json_schema" else {"type": given.get("type", "text")}
+
+
+def parse_items(fields: Fields, recalled: Recalled) -> tuple[Item, ...]:
+    """The items of the previous response, and those of the input; raises ApiError."""
+    if recalled.previous is None:
+        raise unknown_previous(fields.string("previous_response_id"))
+    items = [Item(known, json.loads(value)) for known, value in recalled.previous]
+    given = fields.value("input", (str, list), "one of a string or array of objects")
+    if isinstance(given, str):
+        return (*items, Item(new_id("msg_"), message_item("user", well_formed(given))))
+    if not given:
+        raise empty_array("input")
+    called = {item.value["call_id"] for item in items if item.value["type"] == "function_call"}
+    for each in fields.objects("input"):
+        item = parse_item(each, recalled)
+        call_id, kind = item.value.get("call_id", ""), item.value["type"]
+        if kind == "function_call_output" and call_id not in called:
+            reason = f"there is no function_call with the call_id '{call_id}' before it."
+            raise invalid_value(each.param("call_id"), reason)
+        called |= {call_id} if kind == "function_call" else set()
+        items.append(item)
+    if len(items) > MOST_ITEMS:
+        raise array_too_long("input", MOST_ITEMS, len(items))
+    return tuple(items)
+
+
+def item_kind(fields: Fields) -> str:
+    """An item's type, which messages and references may leave out."""
+    is_message = fields.has("role") or not fields.has("id")
+    return fields.string("type") or ("message" if is_message else "item_reference")
+
+
+def is_reference(fields: Fields) -> bool:
+    """Whether an item has nothing but its id; many clients send thoughts so."""
+    kind = item_kind(fields)
+    return kind == "item_reference" or (kind == "reasoning" and not fields.values.get("content"))
+
+
+def parse_item(fields: Fields, recalled: Recalled) -> Item:
+    """One item of the input; raises ApiError."""
+    kind, own_id = item_kind(fields), fields.string("id")
+    if own_id in recalled.items and is_reference(fields):
+        return Item(own_id, json.loads(recalled.items[own_id]))
+    if kind == "item_reference":
+        fields.required("id")
+        raise unknown_item(fields.param("id"), own_id)
+    if kind not in ITEM_IDS:
+        known = f"only items of type {', '.join(ITEM_IDS)} and item_reference are."
+        raise unsupported(fields.path, f"'{kind}' is not supported by this model, {known}")
+    item_id = own_id if ITEM_ID.fullmatch(own_id) else new_id(ITEM_IDS[kind])
+    return Item(item_id, parse_new_item(kind, fields))
+
+
+def parse_new_item(kind: str, fields: Fields) -> dict[str, Json]:
+    """An item that the request has whole."""
+    if kind == "message":
+        role = fields.required("role").choice("role", ITEM_ROLES)
+        return message_item(role, item_text(fields.required("content"), "content"))
+    if kind == "reasoning":
+        return reasoning_item(fields)
+    value = {"type": kind, "call_id": fields.required("call_id").string("call_id")}
+    if kind == "function_call":
+        fields.required("name").required("arguments")
+        value |= {name: fields.string(name) for name in ("name", "arguments")}
+    else:
+        value["output"] = item_text(fields.required("output"), "output")
+    return value | {"status": "completed"}
+
+
+def message_item(role: str, text: str) -> dict[str, Json]:
+    """A message of one text."""
+    part: dict[str, Json] = {"type": "input_text", "text": text}
+    if role == "assistant":
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "message", "role": role, "status": "completed", "content": [part]}
+
+
+def reasoning_item(fields: Fields) -> dict[str, Json]:
+    """Thoughts; of a model that hides them there is a summary at most."""
+    parts: dict[str, list[Json]] = {"summary": [], "content": []}
+    for name, kind in (("summary", "summary_text"), ("content", "reasoning_text")):
+        texts = [part.string("text") for part in fields.objects(name)]
+        parts[name] = [{"type": kind, "text": text} for text in texts]
+    return {"type": "reasoning", **parts, "status": "completed"}
+
+
+def item_text(fields: Fields, name: str) -> str:
+    """A string, or joined parts; images, audio and files are refused."""
+    content = fields.value(name, (str, list), "one of a string or array of objects")
+    if isinstance(content, str):
+        return well_formed(content)
+    texts = []
+    for part in fields.objects(name):
+        kind = part.required("type").string("type")
+        if kind not in ITEM_PARTS:
+            reason = f"content of type '{kind}' is not supported by this model, only text is."
+            raise unsupported(part.path, reason)
+        texts.append(part.required(ITEM_PARTS[kind]).string(ITEM_PARTS[kind]))
+    return "".join(texts)
+
+
+def item_turns(items: Iterable[Item]) -> tuple[Message, ...]:
+    """The turns of a chat; a reply's thoughts, text and calls are one."""
+    turns: list[Message] = []
+    for item in items:
+        turn = item_turn(item.value)
+        if item.value["type"] == "reasoning" and not turn.reasoning:
+            continue
+        if turns and goes_on(turns[-1], turn):
+            turn = joined_turns(turns.pop(), turn)
+        turns.append(turn)
+    return tuple(turns)
+
+
+def item_turn(item: Mapping[str, Json]) -> Message:
+    """An item alone as a turn."""
+    kind = item["type"]
+    if kind == "function_call_output":
+        return Message("tool", item["output"], tool_call_id=item["call_id"])
+    if kind == "function_call":
+        call = ToolCall(item["call_id"], item["name"], item["arguments"])
+        return Message("assistant", "", (call,))
+    text = "".join(part["text"] for part in item["content"])
+    if kind == "reasoning":
+        return Message("assistant", "", reasoning=text)
+    return Message("system" if item["role"] == "developer" else item["role"], text)
+
+
+def goes_on(turn: Message, more: Message) -> bool:
+    """Whether a second turn of the assistant belongs to the first: thoughts, text, then calls."""
+    if turn.role != "assistant" or more.role != "assistant":
+        return False
+    if more.reasoning:
+        return not (turn.content or turn.tool_calls)
+    return bool(turn.tool_calls) or not (turn.content and more.content)
+
+
+def joined_turns(turn: Message, more: Message) -> Message:
+    """Two turns of the assistant as one."""
+    calls, reasoning = turn.tool_calls + more.tool_calls, turn.reasoning + more.reasoning
+    return Message("assistant", turn.content + more.content, calls, "", reasoning)
+
+
+def places_to_cut(items: tuple[Item, ...]) -> list[int]:
+    """Where a conversation may begin when older items are dropped: with a call not without result.
+
+    The turns of the user are better places than others, since many templates want them first.
+    """
+    places: list[int] = []
+    waiting: set[str] = set()  # calls without their results
+    for place, item in enumerate(items):
+        kind, call_id = item.value["type"], item.value.get("call_id", "")
+        if not waiting and kind != "function_call_output":
+            places.append(place)
+        waiting |= {call_id} if kind == "function_call" else set()
+        waiting -= {call_id} if kind == "function_call_output" else set()
+    users = [place for place in places if items[place].value.get("role") == "user"]
+    return users or places
+
+
+@dataclass
+class KeptItem:
+    """An item that stored responses have in their input or output."""
+
+    json: bytes
+    holders: int = 0
+
+
+@dataclass(frozen=True)
+class StoredResponse:
+    """A response as JSON, and the ids of the items of its input and its output."""
+
+    json: bytes
+    given: tuple[str, ...]
+    made: tuple[str, ...]
+
+
+class Shelf:
+    """The stored responses of one key, oldest first; items that several of them have are one."""
+
+    def __init__(self) -> None:
+        self.responses: dict[str, StoredResponse] = {}
+        self.items: dict[str, KeptItem] = {}
+        self.size = 0  # bytes
+
+    def add(
+        self, response_id: str, response: bytes, given: list[StoredItem], made: list[StoredItem]
+    ) -> None:
+        """Puts a response there; an id stands for one place in it, by which a list is paged."""
+        known: dict[str, None] = {}
+        for item_id, value in [*given, *made]:
+            known[self.keep(new_id("item_") if item_id in known else item_id, value)] = None
+        ids = tuple(known)
+        stored = StoredResponse(response, ids[: len(given)], ids[len(given) :])
+        self.responses[response_id] = stored
+        self.size += len(response) + STORED_OVERHEAD
+
+    def keep(self, item_id: str, value: bytes) -> str:
+        """Keeps an item for one more response; returns its id, a new one for a new content."""
+        kept = self.items.get(item_id)
+        if kept and kept.json != value:
+            item_id = new_id("item_")
+        if item_id not in self.items:
+            self.items[item_id] = KeptItem(value)
+            self.size += len(value) + STORED_OVERHEAD
+        self.items[item_id].holders += 1
+        return item_id
+
+    def remove(self, response_id: str) -> None:
+        """Takes a response away, with the items that no other one has."""
+        response = self.responses.pop(response_id)
+        self.size -= len(response.json) + STORED_OVERHEAD
+        for item_id in response.given + response.made:
+            item = self.items[item_id]
+            item.holders -= 1
+            if not item.holders:
+                del self.items[item_id]
+                self.size -= len(item.json) + STORED_OVERHEAD
+
+    def listed(self, ids: Iterable[str]) -> tuple[StoredItem, ...]:
+        """The items of these ids."""
+        return tuple((item_id, self.items[item_id].json) for item_id in ids)
+
+
+class ResponseStore:
+    """The newest responses of each key, in memory; the owner is b"" where no keys are set."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most  # responses of a key
+        self.shelves: dict[bytes, Shelf] = {}
+
+    def add(
+        self,
+        owner: bytes,
+        response_id: str,
+        response: bytes,
+        given: list[StoredItem],
+        made: list[StoredItem],
+    ) -> None:
+        """Stores a response; the oldest ones make room for it."""
+        shelf = self.shelves.setdefault(owner, Shelf())
+        shelf.add(response_id, response, given, made)
+        if len(shelf.responses) > self.most:
+            shelf.remove(next(iter(shelf.responses)))
+        while sum(shelf.size for shelf in self.shelves.values()) > STORE_BYTES:
+            # That of another key, which has less, stays.
+            largest = max(self.shelves.values(), key=lambda shelf: shelf.size)
+            largest.remove(next(iter(largest.responses)))
+        self.shelves = {key: shelf for key, shelf in self.shelves.items() if shelf.responses}
+
+    def recall(self, owner: bytes, wanted: References) -> Recalled:
+        """What there is of a request's references."""
+        shelf = self.shelves.get(owner, Shelf())
+        previous: tuple[StoredItem, ...] | None = ()
+        if wanted.previous:
+            known = shelf.responses.get(wanted.previous)
+            previous = shelf.listed(known.given + known.made) if known else None
+        items = {name: shelf.items[name].json for name in wanted.items if name in shelf.items}
+        return Recalled(previous, items)
+
+    def find(self, owner: bytes, response_id: str) -> StoredResponse:
+        """A response; raises ApiError."""
+        shelf = self.shelves.get(owner, Shelf())
+        if response_id not in shelf.responses:
+            raise unknown_response(response_id)
+        return shelf.responses[response_id]
+
+    def input_items(self, owner: bytes, response_id: str) -> tuple[StoredItem, ...]:
+        """The items of a response's input, oldest first; raises ApiError."""
+        given = self.find(owner, response_id).given
+        return self.shelves[owner].listed(given)
+
+    def delete(self, owner: bytes, response_id: str) -> None:
+        """Removes a response; raises ApiError."""
+        self.find(owner, response_id)
+        self.shelves[owner].remove(response_id)
 
 
 # ---- Protobuf ------------------------------------------------------------------------------------
@@ -2859,9 +3355,13 @@ class Tokenizer:
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...] = (),
         variables: Mapping[str, Json] = NO_VARIABLES,
+        param: str = "messages",
     ) -> list[int]:
-        """Token ids of a chat; a control token's text in it stays plain text; raises ApiError."""
-        return self.encode_parts(self.render(messages, tools, variables).split(CUT))
+        """Token ids of a chat; a control token's text in it stays plain text.
+
+        Raises ApiError, which names `param`, for messages that the template refuses.
+        """
+        return self.encode_parts(self.render(messages, tools, variables, param).split(CUT))
 
     def encode_parts(self, parts: Iterable[str]) -> list[int]:
         """Token ids of a text that comes in parts; no token spans two of them."""
@@ -2891,6 +3391,7 @@ class Tokenizer:
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...] = (),
         variables: Mapping[str, Json] = NO_VARIABLES,
+        param: str = "messages",
     ) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
         turns, offered = template_input(messages, tools, self.traits)
@@ -2907,7 +3408,7 @@ class Tokenizer:
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
-            raise invalid_value("messages", refused) from None
+            raise invalid_value(param, refused) from None
         if not (tools and self.traits.takes_tools_in_system):
             return text
         functions = [tool_object(tool)["function"] for tool in tools]
@@ -3332,7 +3833,7 @@ class Grammar:
     def field(self) -> str:
         """The field of the request that is named for a fault of the whole."""
         field, _ = self.parts[-1]
-        return "tools" if len(self.parts) > 1 and field != "response_format" else field
+        return "tools" if len(self.parts) > 1 and field.startswith("tools[") else field
 
 
 def reply_grammar(
@@ -3340,17 +3841,18 @@ def reply_grammar(
     schema: dict[str, Json] | None,
     markup: CallMarkup = HERMES,
     thinks: bool = False,
+    schema_path: str = "response_format",
 ) -> Grammar | None:
     """The grammar of a chat's reply, None where nothing is forced."""
     if schema is None and not tools.is_forced:
         return None
-    schemas = {f"{tool.path}.function.parameters": tool.parameters for tool in tools.offered}
-    schemas |= {"response_format": schema} if schema is not None else {}
+    schemas = {tool.path: tool.parameters for tool in tools.offered}
+    schemas |= {schema_path: schema} if schema is not None else {}
     rules = {field: f"%json {closed_schema(schema)}" for field, schema in schemas.items()}
     kinds, lines = [], []
     if schema is not None and not tools.is_forced:
         kinds.append("answer")
-        lines.append(f"answer: {rules['response_format']}")
+        lines.append(f"answer: {rules[schema_path]}")
     if tools.offered:
         kinds.append("calls")
         opening, separator, closing = map(
@@ -3361,7 +3863,7 @@ def reply_grammar(
         lines += [f"calls: {opening} call {more if separator else ''} {closing}", f"call: {calls}"]
     for i, tool in enumerate(tools.offered):
         lines.append(f"call_{i}: {markup.rule(tool.name + markup.middle)} arguments_{i}")
-        lines.append(f"arguments_{i}: {rules[f'{tool.path}.function.parameters']}")
+        lines.append(f"arguments_{i}: {rules[tool.path]}")
     parts = tuple((field, f"start: {rule}") for field, rule in rules.items())
     gap = '"\\n"? "\\n"? ' if thinks else ""  # models put an empty line behind their thinking
     return Grammar("\n".join([f"start: {gap}({' | '.join(kinds)})", *lines]), parts)
@@ -3599,6 +4101,7 @@ INLINE_BYTES = 4096
 LARGE_BYTES = 64 * 1024  # which take at most 0.2 s of CPU time, and so do not wait for a place
 PREPARE_LIMITS = (20.0, 1 << 30)  # seconds of CPU time, bytes; 4 MiB of one word take 10 s
 COMPILE_LIMITS = (4.0, 256 << 20)
+LEAST_REPLY = 4  # of the context's length, as a divisor: left free where old items are dropped
 MASK_SECONDS = 0.25  # of CPU time; llguidance lets no token take more than about 20 ms
 GUIDE_PATIENCE = 10.0  # seconds, for a process that somebody has stopped
 
@@ -3638,18 +4141,89 @@ class Prepared:
     thinking: Thinking | None = None
 
 
+@dataclass(frozen=True)
+class PreparedResponse(Prepared):
+    """A body of POST /v1/responses as the engine, the reply's writer and the store want it."""
+
+    items: tuple[StoredItem, ...] = ()  # of the input, those of the previous response first
+    is_stored: bool = False
+    echoed: bytes = b""  # the JSON of an object of fields that the response repeats
+    ignored_tools: tuple[str, ...] = ()
+
+
 def prepare_chat(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     """Reads a body of POST /v1/chat/completions; raises ApiError."""
     request = parse_chat(body, served.vocab_size, served.sampling)
     served.check(request.generation.model)
-    tools = request.tools
-    prompt = tokenizer.encode_chat(request.messages, tools.offered, request.variables)
+    prompt = tokenizer.encode_chat(request.messages, request.tools.offered, request.variables)
     served.check_length("messages", len(prompt), request.generation.max_tokens)
+    return prepared_chat(request, prompt, tokenizer, "response_format")
+
+
+def prepared_chat(
+    request: ChatRequest, prompt: list[int], tokenizer: Tokenizer, schema_path: str
+) -> Prepared:
+    """What comes of a chat with its prompt's tokens; `schema_path` is named for a bad schema."""
+    tools = request.tools
     names = frozenset(tool.name for tool in tools.offered)
     thinking, markup = tokenizer.reply_thinking(prompt), tokenizer.traits.markup
-    grammar = reply_grammar(tools, request.schema, markup, thinks=thinking is not None)
+    thinks = thinking is not None
+    grammar = reply_grammar(tools, request.schema, markup, thinks, schema_path)
     forced = (tools.is_forced, grammar)
     return Prepared(request.generation, [prompt], False, names, *forced, thinking)
+
+
+def prepare_response(
+    body: bytes, tokenizer: Tokenizer, served: Served, recalled: Recalled | None
+) -> PreparedResponse | References:
+    """Reads a body of POST /v1/responses; raises ApiError.
+
+    Returns its references, for the caller to ask again, if there are any and nothing is recalled.
+    """
+    fields = parse_json(body)
+    references = parse_references(fields)
+    if recalled is None and references != References():
+        return references
+    known = recalled or Recalled()
+    request = parse_response(fields, served.vocab_size, served.sampling, known)
+    served.check(request.chat.generation.model)
+    items, prompt = fitting(request, tokenizer, served)
+    prepared = prepared_chat(request.chat, prompt, tokenizer, "text.format.schema")
+    stored = tuple(item.stored for item in items) if request.is_stored else ()
+    return PreparedResponse(
+        **vars(prepared),
+        items=stored,
+        is_stored=request.is_stored,
+        echoed=to_json(request.echoed),
+        ignored_tools=request.ignored_tools,
+    )
+
+
+def fitting(
+    request: ResponseRequest, tokenizer: Tokenizer, served: Served
+) -> tuple[tuple[Item, ...], list[int]]:
+    """The items that there is room for, and the tokens of their prompt; raises ApiError."""
+    items, generation = request.items, request.chat.generation
+
+    def prompt(start: int) -> list[int]:
+        turns = request.instructions + item_turns(items[start:])
+        if not turns:
+            raise invalid_value("input", "expected at least one item that has text.")
+        given = (request.chat.tools.offered, request.chat.variables)
+        return tokenizer.encode_chat(turns, *given, param="input")
+
+    start, tokens = 0, prompt(0)
+    if request.is_truncated and len(tokens) >= served.context_length:
+        most = served.context_length // LEAST_REPLY
+        room = served.context_length - min(generation.max_tokens or most, most)
+        places = places_to_cut(items)
+        # Dropping more leaves fewer tokens: the first place that leaves room enough.
+        fits = functools.partial(bisect.bisect_left, places, True)
+        found = fits(key=lambda place: len(prompt(place)) <= room)
+        start = places[min(found, len(places) - 1)]
+        tokens = prompt(start)
+    served.check_length("input", len(tokens), generation.max_tokens)
+    return items[start:], tokens
 
 
 def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
@@ -3676,14 +4250,29 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
 class Job:
     """What a process is asked for: to read a body, else to compile a grammar."""
 
-    kind: str = ""  # of the body: chat or text
+    kind: str = ""  # of the body: chat, text or response
     body: bytes = b""
     served: Served | None = None
     grammar: Grammar | None = None
+    recalled: Recalled | None = None  # of a response's references, once these are known
+
+    @property
+    def size(self) -> int:
+        """Bytes to be read."""
+        return len(self.body) + (self.recalled.size if self.recalled else 0)
+
+    def prepare(self, tokenizer: Tokenizer) -> Prepared | References:
+        """Reads the body; raises ApiError."""
+        assert self.served
+        if self.kind == "response":
+            return prepare_response(self.body, tokenizer, self.served, self.recalled)
+        prepare = prepare_chat if self.kind == "chat" else prepare_text
+        return prepare(self.body, tokenizer, self.served)
 
 
 # What goes between the processes, by name: in the worker this file is __main__.
 MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, Thinking, ApiError, RuntimeError)
+MESSAGES += (PreparedResponse, References, Recalled)  # type: ignore[assignment]
 
 
 class Unpickler(pickle.Unpickler):
@@ -3813,14 +4402,14 @@ def set_deadline(seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def result_of(job: Job, bench: Workbench, channel: socket.socket) -> Search | Prepared | Exception:
+def result_of(
+    job: Job, bench: Workbench, channel: socket.socket
+) -> Search | Prepared | References | Exception:
     """What comes of a job; an ApiError is the client's fault, a RuntimeError ours."""
     try:
         if job.grammar:
             return compile_grammar(job.grammar, bench, channel)
-        assert job.served
-        prepare = prepare_chat if job.kind == "chat" else prepare_text
-        return prepare(job.body, bench.tokenizer, job.served)
+        return job.prepare(bench.tokenizer)
     except ApiError as error:
         return error
     except MemoryError:
@@ -3891,13 +4480,12 @@ class Worker:
         self.process.kill()
         self.process.wait()
 
-    async def prepare(self, kind: str, body: bytes, served: Served) -> Prepared:
+    async def prepare(self, job: Job) -> Prepared | References:
         """Reads a body; raises ApiError, also for one that takes too long."""
-        is_large = len(body) > LARGE_BYTES
-        place = self.reading if is_large else contextlib.nullcontext()
-        async with place, self.job(Job(kind, body, served)) as channel:
+        place = self.reading if job.size > LARGE_BYTES else contextlib.nullcontext()
+        async with place, self.job(job) as channel:
             try:
-                prepared: Prepared = await next_message(channel)
+                prepared: Prepared | References = await next_message(channel)
             except EOFError:
                 raise invalid_body(f"reading it takes {killed(*PREPARE_LIMITS)}.") from None
             if FORKS:
@@ -5144,7 +5732,9 @@ class HttpRequest:
     minor_version: int = 1
     headers: Mapping[str, str] = field(default_factory=dict)
     length: int = 0  # of the body in bytes, or CHUNKED
+    query: str = ""
     body: bytes = b""  # once it has been read, for a handler
+    owner: bytes = b""  # whose key it has, for a handler; b"" where no keys are set
     id: str = field(default_factory=lambda: new_id("req_"))  # or the client's own
     started: float = field(default_factory=time.perf_counter)  # when its head had been read
     details: dict[str, object] = field(default_factory=dict)  # for its log line
@@ -5171,6 +5761,7 @@ class EventStream:
     """A response of server-sent events; each item is one write, the first one with the head."""
 
     events: AsyncGenerator[bytes, None]
+    failure: Callable[[ApiError], bytes]  # what ends a stream, once begun, that an error cuts short
 
 
 class HttpProtocol(asyncio.StreamReaderProtocol):
@@ -5434,7 +6025,8 @@ def parse_head(request_line: bytes, lines: list[bytes]) -> HttpRequest:
         headers["host"] = authority
     length, sent = body_length(headers, int(minor)), headers.get("x-request-id", "")
     request_id = sent if len(sent) <= 128 and TOKEN.fullmatch(sent) else new_id("req_")
-    return HttpRequest(method, path, int(minor), headers, length, id=request_id)
+    query = target.partition("?")[2]
+    return HttpRequest(method, path, int(minor), headers, length, query, id=request_id)
 
 
 def parse_headers(lines: list[bytes]) -> dict[str, str]:
@@ -5586,11 +6178,14 @@ class Api:
         name, aliases = served_name(settings, config.folder), settings.model_aliases
         limits = (config.vocab_size, engine.context_length)
         self.served = Served(name, aliases, *limits, sampling, not engine.model.is_pruned)
+        # For prompts that are only counted.
+        self.boundless = dataclasses.replace(self.served, context_length=MOST_TOKENS)
         self.config = config
         self.tokenizer = tokenizer
         self.worker = worker
         self.engine = engine
         self.metrics = engine.metrics
+        self.responses = ResponseStore(settings.response_store)
         self.created = int(time.time())
         described = (config.folder / "genai_config.json").read_bytes()
         self.fingerprint = "fp_" + hashlib.sha256(VERSION.encode() + described).hexdigest()[:12]
@@ -5639,12 +6234,21 @@ class Api:
         reply = await self.reply("cmpl-", prepared, drops_space)
         return await self.respond(request, CompletionWriter(reply, self.tokenizer))
 
-    async def prepared(self, kind: str, body: bytes) -> Prepared:
+    async def count_chat(self, request: HttpRequest) -> HttpResponse:
+        """POST /v1/chat/completions/input_tokens: how many tokens a chat's prompt has."""
+        return count_response(await self.prepared("chat", request.body, self.boundless))
+
+    async def prepared(self, kind: str, body: bytes, served: Served | None = None) -> Prepared:
         """What the engine needs of a body; raises ApiError."""
-        if len(body) > INLINE_BYTES:
-            return await self.worker.prepare(kind, body, self.served)
-        prepare = prepare_chat if kind == "chat" else prepare_text
-        return prepare(body, self.tokenizer, self.served)
+        prepared = await self.read(Job(kind, body, served or self.served))
+        assert isinstance(prepared, Prepared)
+        return prepared
+
+    async def read(self, job: Job) -> Prepared | References:
+        """Reads a body, a large one in the worker; raises ApiError."""
+        if job.size > INLINE_BYTES:
+            return await self.worker.prepare(job)
+        return job.prepare(self.tokenizer)
 
     async def reply(self, prefix: str, prepared: Prepared, drops_space: bool) -> Reply:
         """The sequences and the identity of a reply; raises ApiError for a refused schema."""
@@ -5680,7 +6284,7 @@ class Api:
         """The events of a streamed reply, or the whole one once all its choices have ended."""
         reply = writer.reply
         if reply.generation.stream:
-            return EventStream(self.events(request, writer))
+            return EventStream(self.events(request, writer), error_event)
         choices = [writer.empty(sequence) for sequence in reply.choices]
         with self.generating(request, reply):
             async for chunk in chunk_choices(request, writer):
@@ -5695,10 +6299,9 @@ class Api:
         with self.generating(request, reply):
             yield b"".join(writer.event(choice) for choice in writer.begin())
             async for choice in chunk_choices(request, writer):
-                yield writer.event(choice) if choice else KEEPALIVE_EVENT
-            if reply.generation.include_usage:
-                yield sse(reply.envelope(writer.chunk_kind, []) | {"usage": reply.usage()})
-        yield DONE_EVENT
+                yield writer.event(choice) if choice else writer.sign_of_life()
+        for event in writer.end():
+            yield event
 
     @contextlib.contextmanager
     def generating(self, request: HttpRequest, reply: Reply) -> Iterator[None]:
@@ -5801,6 +6404,17 @@ class Writer:
     def logprobs(self, scores: Scores) -> dict[str, Any]:
         """OpenAI's logprobs object."""
         raise NotImplementedError
+
+    def sign_of_life(self) -> bytes:
+        """What is sent while nothing comes."""
+        return KEEPALIVE_EVENT
+
+    def end(self) -> Iterator[bytes]:
+        """The events behind all choices."""
+        if self.reply.generation.include_usage:
+            chunk = self.reply.envelope(self.chunk_kind, [])
+            yield sse(chunk | {"usage": self.reply.usage()})
+        yield DONE_EVENT
 
     def choice(
         self, sequence: Sequence, content: Choice, scores: Scores, finish_reason: str | None = None
@@ -5990,6 +6604,12 @@ def logged_parameters(reply: Reply, silent: Sampling) -> dict[str, object]:
     return {"model": reply.model, "stream": reply.generation.stream, "parameters": changed}
 
 
+def count_response(prepared: Prepared) -> HttpResponse:
+    """OpenAI's object for a count of a prompt's tokens."""
+    (prompt,) = prepared.prompts
+    return json_response({"object": "response.input_tokens", "input_tokens": len(prompt)})
+
+
 def json_response(value: object) -> HttpResponse:
     """A response with a JSON body."""
     return HttpResponse(200, to_json(value))
@@ -6000,9 +6620,9 @@ def sse(value: object) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
-def to_json(value: object) -> bytes:
-    """Compact JSON in UTF-8; a lone surrogate of the client's own becomes '?'."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+def error_event(error: ApiError) -> bytes:
+    """The last event of a stream that an error cuts short."""
+    return sse(error.body())
 
 
 def json_parts(value: object) -> Iterator[bytes]:
@@ -6051,6 +6671,335 @@ def own_name(folder: Path) -> str:
     return re.sub(r"[^\w.:+-]+", "-", last or folder.resolve().name) or "model"
 
 
+# ---- Responses -----------------------------------------------------------------------------------
+# The Responses API: https://platform.openai.com/docs/api-reference/responses. A reply is read as a
+# chat's is; the chunks that a chat would get become items and their events.
+
+ITEM_PAGE = 20  # items of a list, unless the client says how many; OpenAI's default and bound
+MOST_LISTED = 100
+
+# The events by which an item's text grows.
+TEXT_EVENTS = {
+    "message": "response.output_text",
+    "reasoning": "response.reasoning_text",
+    "function_call": "response.function_call_arguments",
+}
+
+
+async def create_response(api: Api, request: HttpRequest) -> Answer:
+    """POST /v1/responses."""
+    prepared = await prepared_response(api, request, api.served)
+    if prepared.ignored_tools:
+        request.details["ignored_tools"] = ",".join(sorted({*prepared.ignored_tools}))
+    reply = await api.reply("resp_", prepared, api.tokenizer.drops_leading_space)
+    chat = ChatWriter(reply, api.tokenizer, prepared)
+    store = api.responses if prepared.is_stored and api.responses.most else None
+    writer = ResponseWriter(chat, prepared, store, request.owner)
+    if reply.generation.stream:
+        return EventStream(api.events(request, writer), writer.failure)
+    with api.generating(request, reply):
+        async for _ in chunk_choices(request, writer):
+            pass
+    return HttpResponse(200, writer.whole())
+
+
+async def prepared_response(api: Api, request: HttpRequest, served: Served) -> PreparedResponse:
+    """What the engine needs of a body and of what it refers to; raises ApiError."""
+    job = Job("response", request.body, served)
+    prepared = await api.read(job)
+    if isinstance(prepared, References):
+        recalled = api.responses.recall(request.owner, prepared)
+        prepared = await api.read(dataclasses.replace(job, recalled=recalled))
+    assert isinstance(prepared, PreparedResponse)
+    return prepared
+
+
+async def count_response_input(api: Api, request: HttpRequest) -> HttpResponse:
+    """POST /v1/responses/input_tokens: how many tokens a response's prompt has."""
+    return count_response(await prepared_response(api, request, api.boundless))
+
+
+async def show_response(api: Api, request: HttpRequest) -> HttpResponse:
+    """GET /v1/responses/{id}; raises ApiError."""
+    if dict(parse_qsl(request.query)).get("stream") == "true":
+        raise unsupported("stream", "a stored response is sent whole.")
+    return HttpResponse(200, api.responses.find(request.owner, response_id(request)).json)
+
+
+async def delete_response(api: Api, request: HttpRequest) -> HttpResponse:
+    """DELETE /v1/responses/{id}; raises ApiError."""
+    removed = response_id(request)
+    api.responses.delete(request.owner, removed)
+    return json_response({"id": removed, "object": "response.deleted", "deleted": True})
+
+
+async def list_input_items(api: Api, request: HttpRequest) -> HttpResponse:
+    """GET /v1/responses/{id}/input_items, a page of them; raises ApiError."""
+    items = api.responses.input_items(request.owner, response_id(request))
+    asked = dict(parse_qsl(request.query))
+    order, limit, after = asked.get("order", "desc"), asked.get("limit", ""), asked.get("after")
+    if order not in ("asc", "desc"):
+        raise not_a_choice("order", ("asc", "desc"), order)
+    if not re.fullmatch("[0-9]{0,9}", limit):
+        raise wrong_type("limit", "an integer", "a string")
+    count = int(limit or ITEM_PAGE)
+    check_range("limit", "integer", count, ">=", 1, MOST_LISTED)
+    items = items if order == "asc" else items[::-1]
+    ids = [item_id for item_id, _ in items]
+    if after is not None and after not in ids:
+        raise unknown_item("after", after)
+    start = ids.index(after) + 1 if after is not None else 0
+    page, rest = items[start : start + count], items[start + count :]
+    listed = {
+        "object": "list",
+        "data": [stored_item(*item) for item in page],
+        "first_id": page[0][0] if page else None,
+        "last_id": page[-1][0] if page else None,
+        "has_more": bool(rest),
+    }
+    return HttpResponse(200, b"".join(json_parts(listed)))
+
+
+def response_id(request: HttpRequest) -> str:
+    """The id in a path."""
+    return unquote(request.path.partition("/responses/")[2].lstrip("/").partition("/")[0])
+
+
+def stored_item(item_id: str, value: bytes) -> bytes:
+    """The JSON of an item with its id."""
+    return b'{"id":%b,%b' % (to_json(item_id), value[1:])
+
+
+class OutputItem:
+    """An item of a response's output, as it grows."""
+
+    def __init__(self, kind: str, place: int, call: Mapping[str, Json]) -> None:
+        self.id = new_id(ITEM_IDS[kind])
+        self.kind = kind
+        self.place = place  # in the output
+        self.call = call  # the call_id and name of a call
+        self.status = "in_progress"
+        self.text = ""
+        self.logprobs: list[bytes] = []  # JSON of one or several elements
+
+    def part(self) -> dict[str, object]:
+        """The part that has the text of a message or of thoughts."""
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": self.text}
+        logprobs = [*self.logprobs]
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": logprobs}
+
+    def value(self) -> dict[str, object]:
+        """The item but for its id; while it is in progress, without its text."""
+        content = [] if self.status == "in_progress" else [self.part()]
+        head: dict[str, object] = {"type": self.kind}
+        if self.kind == "function_call":
+            head |= {**self.call, "arguments": self.text}
+        elif self.kind == "message":
+            head |= {"role": "assistant", "status": self.status, "content": content}
+        else:
+            head |= {"summary": [], "content": content}
+        return head | {"status": self.status}
+
+    def whole(self) -> dict[str, object]:
+        """The item with its id."""
+        return {"id": self.id, **self.value()}
+
+    def text_event(self, suffix: str, **fields: object) -> Choice:
+        """An event of the item's text; a part is named where it has parts."""
+        place = {"item_id": self.id, "output_index": self.place}
+        place |= {} if self.kind == "function_call" else {"content_index": 0}
+        return {"type": TEXT_EVENTS[self.kind] + suffix, **place, **fields}
+
+    def part_event(self, kind: str) -> list[Choice]:
+        """An event of a message's part."""
+        place = {"item_id": self.id, "output_index": self.place, "content_index": 0}
+        return [{"type": kind, **place, "part": self.part()}] if self.kind == "message" else []
+
+    def begin(self) -> list[Choice]:
+        """The events before the text."""
+        added = {"type": "response.output_item.added", "output_index": self.place}
+        return [{**added, "item": self.whole()}, *self.part_event("response.content_part.added")]
+
+    def push(self, text: str, logprobs: list[bytes]) -> Choice:
+        """The event of a piece of text."""
+        self.text += text
+        self.logprobs += logprobs
+        extra = {"logprobs": logprobs} if self.kind == "message" else {}
+        return self.text_event(".delta", delta=text, **extra)
+
+    def finish(self, status: str) -> list[Choice]:
+        """The events behind the text."""
+        self.status = status
+        if self.kind == "function_call":
+            done = self.text_event(".done", name=self.call["name"], arguments=self.text)
+        elif self.kind == "message":
+            done = self.text_event(".done", text=self.text, logprobs=[*self.logprobs])
+        else:
+            done = self.text_event(".done", text=self.text)
+        last = {"type": "response.output_item.done", "output_index": self.place}
+        parts = self.part_event("response.content_part.done")
+        return [done, *parts, {**last, "item": self.whole()}]
+
+
+def scores_of_text(text: str, scores: list[Choice]) -> list[Choice]:
+    """Log probabilities without those of marks before a text."""
+    size, start = len(text.encode()), len(scores)
+    while size > 0 and start:
+        start -= 1
+        size -= len(scores[start]["bytes"])
+    return scores[start:]
+
+
+class ResponseWriter(Writer):
+    """Writes a response: https://platform.openai.com/docs/api-reference/responses-streaming"""
+
+    def __init__(
+        self,
+        chat: ChatWriter,
+        prepared: PreparedResponse,
+        store: ResponseStore | None,
+        owner: bytes,
+    ) -> None:
+        super().__init__(chat.reply, chat.tokenizer)
+        self.chat = chat  # tells thoughts, text and calls apart
+        self.prepared = prepared
+        self.store = store
+        self.owner = owner
+        self.output: list[OutputItem] = []
+        self.count = 0  # of events
+
+    def is_over(self, sequence: Sequence) -> bool:
+        """Whether a call has repeated an earlier one."""
+        return self.chat.is_over(sequence)
+
+    def begin(self) -> list[Choice]:
+        """The events before all items."""
+        kinds = ("response.created", "response.in_progress")
+        return [{"type": kind, "response": self.response("in_progress")} for kind in kinds]
+
+    def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
+        """The events of a piece."""
+        return self.read(self.chat.push(sequence, piece))
+
+    def finish(self, sequence: Sequence) -> list[Choice]:
+        """The events of what was held back; a reply without anything is an empty message."""
+        events = self.read(self.chat.finish(sequence))
+        status = self.final_status
+        is_silent = status == "completed" and all(item.kind == "reasoning" for item in self.output)
+        events += self.begin_item("message", {}) if is_silent or not self.output else []
+        return events + self.output[-1].finish(status)
+
+    def read(self, choices: list[Choice]) -> list[Choice]:
+        """The events of what a chat would be sent as chunks."""
+        events: list[Choice] = []
+        for choice in choices:
+            delta, scores = choice["delta"], choice["logprobs"] or {}
+            if "reasoning_content" in delta:
+                events += self.text("reasoning", delta["reasoning_content"])
+            if delta.get("content"):
+                events += self.text("message", delta["content"], scores.get("content", []))
+            for call in delta.get("tool_calls", ()):
+                function = call["function"]
+                if "id" in call:
+                    named = {"call_id": call["id"], "name": function["name"]}
+                    events += self.begin_item("function_call", named)
+                elif function["arguments"]:
+                    events.append(self.output[-1].push(function["arguments"], []))
+        return events
+
+    def text(self, kind: str, text: str, scores: Iterable[Choice] = ()) -> list[Choice]:
+        """The events of text of a message or of thoughts, in a new item behind another kind."""
+        scores, events = [*scores], []
+        if not self.output or self.output[-1].kind != kind:
+            scores = scores_of_text(text, scores) if self.output else scores
+            events = self.begin_item(kind, {})
+        logprobs = [to_json(scores)[1:-1]] if scores else []
+        return [*events, self.output[-1].push(text, logprobs)]
+
+    def begin_item(self, kind: str, call: Mapping[str, Json]) -> list[Choice]:
+        """The events of the end of an item and the beginning of the next one."""
+        events = self.output[-1].finish("completed") if self.output else []
+        self.output.append(OutputItem(kind, len(self.output), call))
+        return events + self.output[-1].begin()
+
+    @property
+    def final_status(self) -> str:
+        """How a response ends whose sequence has ended."""
+        is_cut = self.reply.choices[0].finish_reason == "length"
+        return "incomplete" if is_cut else "completed"
+
+    def response(self, status: str, error: ApiError | None = None) -> bytes:
+        """The JSON of the response as it is, with what it repeats of its request."""
+        is_begun = status == "in_progress"
+        failure = {"code": "server_error", "message": error.message} if error else None
+        reason = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response: dict[str, object] = {
+            "id": self.reply.id,
+            "object": "response",
+            "created_at": self.reply.created,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "error": failure,
+            "incomplete_details": reason,
+            "model": self.reply.model,
+            "output": [] if is_begun else [item.whole() for item in self.output],
+            "usage": None if is_begun else self.usage(),
+            "background": False,
+            "service_tier": "default",
+            "store": self.store is not None,
+        }
+        return b"".join(json_parts(response))[:-1] + b"," + self.prepared.echoed[1:]
+
+    def usage(self) -> dict[str, object]:
+        """The usage object of the Responses API."""
+        usage = self.reply.usage()
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        thought = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": thought},
+            "total_tokens": usage["total_tokens"],
+        }
+
+    def whole(self) -> bytes:
+        """The JSON of the response at its end, which is stored then."""
+        encoded = self.response(self.final_status)
+        if self.store:
+            made = [(item.id, b"".join(json_parts(item.value()))) for item in self.output]
+            given = [*self.prepared.items]
+            self.store.add(self.owner, self.reply.id, encoded, given, made)
+        return encoded
+
+    def event(self, choice: Choice) -> bytes:
+        """An event with its number."""
+        value = {"type": choice["type"], "sequence_number": self.count, **choice}
+        self.count += 1
+        kind = choice["type"].encode()
+        return b"event: %b\ndata: %b\n\n" % (kind, b"".join(json_parts(value)))
+
+    def sign_of_life(self) -> bytes:
+        """An event, since clients count their patience by events and not by comments."""
+        kind = "response.in_progress"
+        return self.event({"type": kind, "response": self.response("in_progress")})
+
+    def end(self) -> Iterator[bytes]:
+        """The last event."""
+        yield self.event({"type": f"response.{self.final_status}", "response": self.whole()})
+
+    def failure(self, error: ApiError) -> bytes:
+        """The last events of a response that an error cuts short."""
+        told = {"code": error.code, "message": error.message, "param": error.param}
+        if self.output and self.output[-1].status == "in_progress":
+            self.output[-1].status = "incomplete"
+        failed = self.response("failed", error)
+        events: list[Choice] = [{"type": "error", **told}]
+        events.append({"type": "response.failed", "response": failed})
+        return b"".join(map(self.event, events))
+
+
 # ---- Server --------------------------------------------------------------------------------------
 # One task per connection: read a request, answer it, again. What routes and HTTP raise is answered
 # here and nowhere else. When the client leaves, what its task waits for is cancelled.
@@ -6072,7 +7021,12 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/models": {"GET": Api.models},
     "/models/{id}": {"GET": Api.show_model},
     "/chat/completions": {"POST": Api.chat},
+    "/chat/completions/input_tokens": {"POST": Api.count_chat},
     "/completions": {"POST": Api.completions},
+    "/responses": {"POST": create_response},
+    "/responses/input_tokens": {"POST": count_response_input},
+    "/responses/{id}": {"GET": show_response, "DELETE": delete_response},
+    "/responses/{id}/input_items": {"GET": list_input_items},
 }
 
 
@@ -6085,6 +7039,7 @@ class Exchange:
     route: str = "unknown"
     status: int = 0
     keeps_alive: bool = False
+    failure: Callable[[ApiError], bytes] = error_event  # see EventStream
 
 
 def find_route(path: str) -> tuple[str, dict[str, Handler]]:
@@ -6092,6 +7047,8 @@ def find_route(path: str) -> tuple[str, dict[str, Handler]]:
     route = re.sub("/+", "/", path).removesuffix("/")
     route = route.removeprefix("/v1") if route == "/v1" or route.startswith("/v1/") else route
     route = "/models/{id}" if route.startswith("/models/") else route or "/"
+    if route not in ROUTES:
+        route = re.sub("^/responses/[^/]+", "/responses/{id}", route)
     handlers = dict(ROUTES.get(route, {}))
     if "GET" in handlers:
         handlers["HEAD"] = handlers["GET"]
@@ -6124,10 +7081,10 @@ class Keys:
             self.filed = [digest(key.encode()) for line in lines if (key := line.strip())]
             self.state = state
 
-    def check(self, request: HttpRequest) -> None:
-        """Raises ApiError unless the request has one of the keys, or none is set."""
+    def check(self, request: HttpRequest) -> bytes:
+        """The digest of the request's key, b"" where none is set; raises ApiError for no good."""
         if not self.are_set:
-            return
+            return b""
         # While the file is replaced the keys so far stay good.
         with contextlib.suppress(OSError, UnicodeDecodeError):
             self.refresh()
@@ -6138,6 +7095,7 @@ class Keys:
         sent = digest(key.encode("latin-1"))  # as HTTP has it
         if sum(hmac.compare_digest(sent, good) for good in self.fixed + self.filed) == 0:
             raise unauthorized(key)
+        return sent
 
 
 def digest(key: bytes) -> bytes:
@@ -6276,7 +7234,7 @@ class Server:
         if request.method not in handlers:
             raise wrong_method([*handlers, "OPTIONS"])
         if exchange.route != "/health":
-            self.keys.check(request)
+            request = dataclasses.replace(request, owner=self.keys.check(request))
         if request.method == "POST":
             request = dataclasses.replace(request, body=await connection.read_body(request))
         async with connection.protocol.present():
@@ -6284,11 +7242,12 @@ class Server:
             if isinstance(result, HttpResponse):
                 await self.send(exchange, result)
             else:
-                await self.send_events(exchange, result.events)
+                await self.send_events(exchange, result)
 
-    async def send_events(self, exchange: Exchange, stream: AsyncGenerator[bytes, None]) -> None:
+    async def send_events(self, exchange: Exchange, stream: EventStream) -> None:
         """Sends a stream; raises ApiError, before its first event while nothing has been sent."""
-        async with contextlib.aclosing(stream) as events:
+        exchange.failure = stream.failure
+        async with contextlib.aclosing(stream.events) as events:
             first = await anext(events)
             exchange.status = 200
             headers = self.common_headers(exchange, is_stream=True)
@@ -6315,13 +7274,14 @@ class Server:
 
     async def answer_error(self, exchange: Exchange, error: ApiError) -> None:
         """Sends an error: as the response, or as the last event of a stream that has begun."""
-        connection, body = exchange.connection, to_json(error.body())
+        connection = exchange.connection
         # A client that is gone needs no answer, but its log line.
         with contextlib.suppress(ConnectionError):
             if connection.phase is Phase.UNSENT:
+                body = to_json(error.body())
                 await self.send(exchange, HttpResponse(error.status, body, error.headers))
             elif connection.phase is Phase.STREAMING:
-                await connection.send_event(b"data: %b\n\n" % body)
+                await connection.send_event(exchange.failure(error))
                 await connection.end_events()
 
     def common_headers(self, exchange: Exchange, is_stream: bool = False) -> dict[str, str]:
@@ -6354,7 +7314,7 @@ class Server:
         asked = request.headers.get("access-control-request-headers", usual)
         names = [name for part in asked.split(",") if TOKEN.fullmatch(name := part.strip())]
         return {
-            "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
             "Access-Control-Allow-Headers": ", ".join(names),
             "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
         }

@@ -1000,8 +1000,9 @@ def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
 def test_every_variable_that_the_issue_names_is_there() -> None:
     names = """
     MODEL_PATH MODEL_NAME MODEL_ALIASES SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS
-    BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY SAMPLING_DEFAULTS CORS_ORIGINS
-    MAX_BODY_BYTES KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
+    BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY RESPONSE_STORE
+    SAMPLING_DEFAULTS CORS_ORIGINS MAX_BODY_BYTES KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS
+    DRAIN_SECONDS MAX_CONNECTIONS
     API_KEYS API_KEYS_FILE ALLOWED_HOSTS LOG_LEVEL LOG_FORMAT
     """
     assert [name for name, _, _ in phi_server.settings_table()] == names.split()
@@ -6868,6 +6869,1159 @@ def test_a_seed_draws_the_same_thinking_and_answer_again(thinker: Thinker) -> No
     assert first["message"]["content"] == '"yes"'
 
 
+# ---- Responses -----------------------------------------------------------------------------------
+# The Responses API. Where openai-python is installed, each event of each stream is checked with its
+# types, which are generated from OpenAI's own description.
+
+RESPONSES = "/v1/responses"
+LAST_EVENTS = ("response.completed", "response.incomplete", "response.failed")
+ALL_FIELDS = """
+    background completed_at created_at error id incomplete_details instructions max_output_tokens
+    metadata model object output parallel_tool_calls previous_response_id reasoning service_tier
+    status store temperature text tool_choice tools top_logprobs top_p truncation usage user
+"""
+RESPONSE_FIELDS = ALL_FIELDS.split()
+FLAT_TOOLS = [{"type": "function", **each["function"]} for each in TOOLS]
+MUST_CALL_FLAT = {"tools": FLAT_TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+OPEN_FORMAT = {"format": {"type": "json_object"}}
+ROME_ITEMS = [
+    {"role": "user", "content": "How is Rome?"},
+    {"type": "function_call", "call_id": "call_1", **ROME_CALL},
+    {"type": "function_call_output", "call_id": "call_1", "output": "Sunny."},
+]
+
+
+def respond(server: Server, asked: object, *headers: str, **fields: object) -> Any:
+    """The response to an input; greedy unless the fields say otherwise."""
+    body = {"input": asked, "temperature": 0, **fields}
+    reply = post(server, RESPONSES, body, *headers)
+    assert reply.status == 200, reply.body
+    assert sorted(reply.json) == RESPONSE_FIELDS
+    return reply.json
+
+
+def response_events(data: bytes) -> list[Any]:
+    """The events of a stream, checked for what all of them have, each with OpenAI's type."""
+    adapter = event_types()
+    blocks = data.decode().split("\n\n")
+    assert blocks.pop() == ""
+    parsed = []
+    for number, block in enumerate(blocks):
+        kind, value = block.split("\n")
+        event = json.loads(value.removeprefix("data: "))
+        assert kind == f"event: {event['type']}"
+        assert event["sequence_number"] == number
+        assert sorted(event.get("response", {})) in ([], RESPONSE_FIELDS)
+        if adapter:
+            adapter.validate_json(value.removeprefix("data: "), strict=True)
+        parsed.append(event)
+    kinds = [event["type"] for event in parsed]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert [kind for kind in kinds if kind in LAST_EVENTS] == kinds[-1:]
+    return parsed
+
+
+@functools.cache
+def event_types() -> Any:
+    """What checks an event with openai-python's types; None without them."""
+    with contextlib.suppress(ImportError):
+        import openai.types.responses
+        import pydantic
+
+        return pydantic.TypeAdapter(openai.types.responses.ResponseStreamEvent)
+    return None
+
+
+def stream_response(server: Server, asked: object, **fields: object) -> list[Any]:
+    """The events of a streamed response."""
+    body = {"input": asked, "temperature": 0, "stream": True, **fields}
+    reply = post(server, RESPONSES, body)
+    assert reply.status == 200, reply.body
+    assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+    return response_events(reply.body)
+
+
+def put_together(parts: list[Any]) -> list[Any]:
+    """The items that the events of a stream make, which must be those of its last event."""
+    items: list[Any] = []
+    for event in parts:
+        kind, place = event["type"].removeprefix("response."), event.get("output_index", -1)
+        if kind == "output_item.added":
+            assert place == len(items)
+            assert event["item"]["status"] == "in_progress"
+            items.append(event["item"])
+            text, scores = "", []
+        if "item_id" in event:
+            assert (event["item_id"], place) == (items[-1]["id"], len(items) - 1)
+        if kind.endswith(".delta"):
+            text += event["delta"]
+            scores += event.get("logprobs", [])
+        if kind.endswith("_text.done"):
+            assert event["text"] == text
+            assert event.get("logprobs", []) == scores
+        if kind == "function_call_arguments.done":
+            assert (event["arguments"], event["name"]) == (text, items[-1]["name"])
+        if kind == "content_part.added":
+            assert event["part"] == {**OUTPUT_PART, "text": "", "logprobs": []}
+        if kind == "content_part.done":
+            assert event["part"] == {**OUTPUT_PART, "text": text, "logprobs": scores}
+        if kind == "output_item.done":
+            said = event["item"]
+            shown = said["arguments"] if "arguments" in said else said["content"][0]["text"]
+            assert (said["id"], shown) == (items[-1]["id"], text)
+            items[-1] = said
+    assert items == parts[-1]["response"]["output"]
+    return items
+
+
+OUTPUT_PART = {"type": "output_text", "annotations": []}
+
+
+def output_of(server: Server, stream: bool, asked: object, **fields: object) -> list[Any]:
+    """The items of a response, whole or put together of its stream, without their ids."""
+    if stream:
+        items = put_together(stream_response(server, asked, **fields))
+    else:
+        items = respond(server, asked, **fields)["output"]
+    prefixes = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
+    for item in items:
+        assert re.fullmatch(f"{prefixes[item['type']]}_[0-9a-f]{{32}}", item.pop("id"))
+    return items
+
+
+def message_of(text: str, **fields: object) -> dict[str, Any]:
+    """A message as an item of a response."""
+    part = {**OUTPUT_PART, "text": text, "logprobs": []}
+    item = {"type": "message", "role": "assistant", "status": "completed", "content": [part]}
+    return item | fields
+
+
+def output_text(response: Any) -> str:
+    parts = [part for item in response["output"] for part in item.get("content", [])]
+    return "".join(part["text"] for part in parts if part["type"] == "output_text")
+
+
+def test_a_response_is_openais_object(server: Server) -> None:
+    response = respond(server, QUESTION, metadata={"a": "b"}, user="me", instructions="Be brief.")
+    assert re.fullmatch("resp_[0-9a-f]{32}", response["id"])
+    assert abs(time.time() - response["created_at"]) < 60
+    assert response["created_at"] <= response["completed_at"]
+    usage, output = response["usage"], response["output"]
+    count = {"input": QUESTION, "instructions": "Be brief."}
+    tokens = post(server, f"{RESPONSES}/input_tokens", count).json["input_tokens"]
+    assert usage == {
+        "input_tokens": tokens,
+        "input_tokens_details": {"cached_tokens": ANY_NUMBER, "cache_write_tokens": 0},
+        "output_tokens": ANY_NUMBER,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": tokens + usage["output_tokens"],
+    }
+    assert output == [message_of(output_text(response), id=output[0]["id"])]
+    assert response == {
+        **{name: response[name] for name in ("id", "created_at", "completed_at", "usage")},
+        "object": "response",
+        "status": "completed",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": "Be brief.",
+        "max_output_tokens": None,
+        "metadata": {"a": "b"},
+        "model": server.model,
+        "output": output,
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": True,
+        "temperature": 0,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "user": "me",
+        "background": False,
+        "service_tier": "default",
+    }
+
+
+class AnyNumber:
+    """Equals every number that is not negative."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int) and other >= 0
+
+
+ANY_NUMBER = AnyNumber()
+
+
+@both_ways
+def test_a_response_says_what_a_chat_says(server: Server, stream: bool) -> None:
+    assert output_of(server, stream, QUESTION) == [message_of(ANSWER)]
+    told = {"instructions": "You are a pirate.", "max_output_tokens": 20}
+    messages = [{"role": "system", "content": "You are a pirate."}, *turns("Hi")]
+    said = post(server, CHAT, {"messages": messages, "temperature": 0, "max_tokens": 20})
+    items = output_of(server, stream, "Hi", **told)
+    assert [item["content"][0]["text"] for item in items] == [content(said.json)]
+
+
+@both_ways
+def test_a_response_that_is_cut_short_is_incomplete(server: Server, stream: bool) -> None:
+    (item,) = output_of(server, stream, STORY, max_output_tokens=5)
+    assert item["status"] == "incomplete"
+    if stream:
+        last = stream_response(server, STORY, max_output_tokens=5)[-1]
+        assert last["type"] == "response.incomplete"
+        response = last["response"]
+    else:
+        response = respond(server, STORY, max_output_tokens=5)
+    assert (response["status"], response["completed_at"]) == ("incomplete", None)
+    assert response["incomplete_details"] == {"reason": "max_output_tokens"}
+    assert response["usage"]["output_tokens"] == 5
+
+
+@both_ways
+def test_a_response_calls_tools(server: Server, stream: bool) -> None:
+    (item,) = output_of(server, stream, "How is Rome?", **MUST_CALL_FLAT)
+    assert re.fullmatch("call_[0-9a-f]{32}", item.pop("call_id"))
+    arguments = json.loads(item.pop("arguments"))
+    assert fits(arguments, PARAMETERS[item["name"]])
+    assert item.keys() == {"type", "name", "status"}
+    assert (item["type"], item["status"]) == ("function_call", "completed")
+
+
+@cases(
+    "choice name",
+    {
+        "named": ({"type": "function", "name": "clock"}, "clock"),
+        "allowed": (
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "clock"}, {"type": "web_search"}],
+            },
+            "clock",
+        ),
+    },
+)
+def test_a_tool_of_a_response_may_be_chosen(server: Server, choice: Any, name: str) -> None:
+    response = respond(server, "Rome?", tools=FLAT_TOOLS, tool_choice=choice)
+    assert [item["name"] for item in response["output"]] == [name]
+    assert response["tool_choice"] == choice
+    names = ("type", "name", "description", "parameters", "strict")
+    assert response["tools"] == [{key: each.get(key) for key in names} for each in FLAT_TOOLS]
+
+
+def test_tools_that_are_no_functions_are_left_out_and_logged(server: Server) -> None:
+    others = [{"type": "web_search"}, {"type": "namespace", "name": "a", "tools": FLAT_TOOLS}]
+    named = "x-request-id: others"
+    response = respond(server, "Hi", named, tools=[*others, *FLAT_TOOLS], max_output_tokens=1)
+    assert [each["name"] for each in response["tools"]] == ["weather", "clock"]
+    assert server.logged(request_id="others")["ignored_tools"] == "namespace,web_search"
+
+
+def test_the_request_of_codex_is_read(server: Server) -> None:
+    body = {
+        "instructions": "You are a coding agent. " * 400,
+        "input": [
+            {"type": "message", "role": "developer", "content": [input_part("<permissions>")]},
+            {"type": "message", "role": "user", "content": [input_part("Hi")]},
+        ],
+        "tools": [
+            {"type": "function", "name": "shell", "strict": False, "parameters": closed(a=CITY)},
+            {"type": "namespace", "name": "mcp", "description": "x" * 8000, "tools": FLAT_TOOLS},
+            {"type": "web_search", "external_web_access": False},
+            {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
+        ],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "0199",
+        "text": {"verbosity": "low"},
+        "service_tier": "auto",
+        "client_metadata": {"x": "y"},
+        "max_output_tokens": 3,
+        "stream": True,
+    }
+    assert len(json.dumps(body)) > 18_000
+    reply = post(server, RESPONSES, body)
+    assert response_events(reply.body)[-1]["type"] == "response.incomplete"
+
+
+def input_part(text: str) -> dict[str, str]:
+    return {"type": "input_text", "text": text}
+
+
+@both_ways
+def test_a_response_fits_its_schema(server: Server, stream: bool) -> None:
+    described = {"type": "json_schema", "name": "n", "strict": None, "schema": SCHEMAS["nested"]}
+    (item,) = output_of(server, stream, "Hi", text={"format": described}, temperature=1, seed=1)
+    assert fits(json.loads(item["content"][0]["text"]), SCHEMAS["nested"])
+    (item,) = output_of(server, stream, "Hi", text=OPEN_FORMAT, seed=3)
+    assert isinstance(json.loads(item["content"][0]["text"]), dict)
+
+
+@both_ways
+def test_a_response_has_the_log_probabilities_of_a_chat(server: Server, stream: bool) -> None:
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (item,) = output_of(server, stream, QUESTION, **asked)
+    said = chat(server, QUESTION, logprobs=True, top_logprobs=2)
+    scores = item["content"][0]["logprobs"]
+    expected = said["choices"][0]["logprobs"]["content"]
+    assert [score["token"] for score in scores] == [score["token"] for score in expected]
+    assert all(
+        abs(a["logprob"] - b["logprob"]) < 0.1 for a, b in zip(scores, expected, strict=True)
+    )
+    assert {len(score["top_logprobs"]) for score in scores} == {2}
+    assert output_of(server, stream, QUESTION, top_logprobs=2) == [message_of(ANSWER)]
+
+
+def test_a_seeded_response_is_the_same_again(server: Server) -> None:
+    first, second = (
+        output_text(respond(server, STORY, temperature=1, seed=7, max_output_tokens=12))
+        for _ in range(2)
+    )
+    assert first == second != ""
+
+
+# Thinking.
+
+
+def thinks_in_items(thinker: Thinker, name: str, stream: bool, **fields: object) -> list[Any]:
+    """The items of a chat of the thinking model."""
+    body = dict(thinker.bodies[name])
+    (said,) = body.pop("messages")
+    return output_of(thinker.server, stream, [said], **(body | fields))
+
+
+@both_ways
+def test_thinking_is_an_item_of_its_own(thinker: Thinker, stream: bool) -> None:
+    thought, said = thinks_in_items(thinker, "thinks", stream)
+    assert thought == {
+        "type": "reasoning",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": "Hmm, so"}],
+        "status": "completed",
+    }
+    assert said == message_of("Rome.")
+    (said,) = thinks_in_items(thinker, "does not think", stream, reasoning={"effort": "none"})
+    assert said == message_of("Rome.")
+
+
+@both_ways
+def test_log_probabilities_of_a_response_are_those_of_its_text(
+    thinker: Thinker, stream: bool
+) -> None:
+    _, said = thinks_in_items(thinker, "thinks", stream, include=["message.output_text.logprobs"])
+    assert [score["token"] for score in said["content"][0]["logprobs"]] == ["Rome", "."]
+
+
+def test_a_response_that_only_thinks_ends_with_an_empty_message(thinker: Thinker) -> None:
+    thought, said = thinks_in_items(thinker, "ends while it thinks", stream=True)
+    assert thought["content"][0]["text"] == "Hmm"
+    assert said == message_of("")
+    fields = {"max_output_tokens": 4}
+    (thought,) = thinks_in_items(thinker, "thinks too long", stream=True, **fields)
+    assert thought["status"] == "incomplete"
+
+
+def test_a_response_tells_the_tokens_of_its_thinking(thinker: Thinker) -> None:
+    asked = [thinker.bodies["thinks"]["messages"][0]]
+    details = respond(thinker.server, asked)["usage"]["output_tokens_details"]
+    thinking = len(thinker.tokenizer.encode("<think>\nHmm, so\n</think>"))
+    assert details == {"reasoning_tokens": thinking}
+
+
+# Conversations.
+
+
+def prompt_tokens(server: Server, **body: object) -> int:
+    return int(post(server, f"{RESPONSES}/input_tokens", body).json["input_tokens"])
+
+
+@cases("fields", {"text": {}, "call": MUST_CALL_FLAT})
+def test_a_conversation_gives_the_same_prompt_however_it_is_told(
+    server: Server, fields: Any
+) -> None:
+    first = respond(server, f"{QUESTION} {sorted(fields)}", **fields)
+    again = [{"role": "user", "content": f"{QUESTION} {sorted(fields)}"}]
+    more: list[Any] = [{"role": "user", "content": "And of Italy?"}]
+    called = [item["call_id"] for item in first["output"] if item["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": each, "output": "1"} for each in called]
+    more = results + more
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    bare = [{"id": item["id"]} for item in first["output"]]
+    ways = {
+        "previous": {"input": more, "previous_response_id": first["id"]},
+        "references": {"input": [*again, *references, *more]},
+        "bare references": {"input": [*again, *bare, *more]},
+        "resent": {"input": [*again, *first["output"], *more]},
+    }
+    tools = {name: fields[name] for name in ("tools", "tool_choice") if name in fields}
+    assert len({prompt_tokens(server, **way, **tools) for way in ways.values()}) == 1
+    for way in ways.values():
+        body = {"temperature": 0, "max_output_tokens": 1, **way, **tools}
+        usage = post(server, RESPONSES, body).json["usage"]
+        # All of the first prompt, and of its reply what is prefilled alike.
+        assert usage["input_tokens_details"]["cached_tokens"] >= first["usage"]["input_tokens"]
+
+
+def test_a_response_goes_on_from_the_one_before(server: Server) -> None:
+    name = "My name is Ada Lovelace."
+    first = respond(server, name, instructions="Be brief.", max_output_tokens=5)
+    second = respond(server, "Who?", previous_response_id=first["id"], max_output_tokens=5)
+    asked = [*turns(name, output_text(first), "Who?")]
+    tokens = post(server, f"{CHAT}/input_tokens", {"messages": asked}).json["input_tokens"]
+    assert second["usage"]["input_tokens"] == tokens  # without the instructions of the first
+    assert second["previous_response_id"] == first["id"]
+    third = respond(server, "Why?", previous_response_id=second["id"], max_output_tokens=1)
+    assert third["usage"]["input_tokens"] > tokens
+
+
+def test_a_streamed_response_is_stored_before_its_last_event(server: Server) -> None:
+    last = stream_response(server, "Hi", max_output_tokens=3)[-1]["response"]
+    assert get(server, f"{RESPONSES}/{last['id']}").json == last
+
+
+def test_a_stored_response_is_shown_and_deleted(server: Server) -> None:
+    response = respond(server, "Hi", max_output_tokens=3)
+    path = f"{RESPONSES}/{response['id']}"
+    assert get(server, path).json == response
+    assert get(server, f"{path}?stream=true").failure == (400, "unsupported_value")
+    (deleted,) = exchange(server, request(f"DELETE {path}"), 1)
+    assert deleted.json == {"id": response["id"], "object": "response.deleted", "deleted": True}
+    (again,) = exchange(server, request(f"DELETE {path}"), 1)
+    for reply in (again, get(server, path), get(server, f"{path}/input_items")):
+        assert reply.failure == (404, "response_not_found")
+        assert reply.error["message"] == f"Response with id '{response['id']}' not found."
+    asked = {"input": "Hi", "previous_response_id": response["id"]}
+    reply = post(server, RESPONSES, asked)
+    message = f"Previous response with id '{response['id']}' not found."
+    assert refused(
+        reply, 400, "previous_response_not_found", "previous_response_id", re.escape(message)
+    )
+
+
+def test_a_response_is_not_stored_unless_wanted(server: Server) -> None:
+    response = respond(server, "Hi", max_output_tokens=1, store=False)
+    assert response["store"] is False
+    assert get(server, f"{RESPONSES}/{response['id']}").status == 404
+    with running(RESPONSE_STORE=0) as storeless:
+        response = respond(storeless, "Hi", max_output_tokens=1)
+        assert response["store"] is False
+        assert get(storeless, f"{RESPONSES}/{response['id']}").status == 404
+
+
+def test_the_items_of_an_input_are_listed_in_pages(server: Server) -> None:
+    first = respond(server, ROME_ITEMS, max_output_tokens=2)
+    second = respond(server, "Why?", previous_response_id=first["id"], max_output_tokens=1)
+    path = f"{RESPONSES}/{second['id']}/input_items"
+    listed = get(server, path).json
+    kinds = [item["type"] for item in listed["data"]]
+    calls = ["function_call_output", "function_call"]
+    assert kinds == ["message", "message", *calls, "message"]
+    assert listed["data"][1] == first["output"][0]
+    assert listed["data"][2]["output"] == "Sunny."
+    ids = [item["id"] for item in listed["data"]]
+    described = {"object": "list", "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+    assert listed == {**described, "data": listed["data"]}
+    page = get(server, f"{path}?order=asc&limit=2&after={ids[-1]}").json
+    assert [item["id"] for item in page["data"]] == ids[-2:-4:-1]
+    assert page["has_more"] is True
+    assert get(server, f"{path}?after={ids[-1]}").json["data"] == []
+    for query in ("order=x", "limit=0", "limit=101", "limit=x", "after=x"):
+        assert get(server, f"{path}?{query}").status == 400
+
+
+def test_the_newest_responses_are_kept(server: Server) -> None:
+    with running(RESPONSE_STORE=2) as small:
+        ids = [respond(small, "Hi", max_output_tokens=1)["id"] for _ in range(3)]
+        statuses = [get(small, f"{RESPONSES}/{each}").status for each in ids]
+    assert statuses == [404, 200, 200]
+
+
+def test_a_key_does_not_reach_the_responses_of_another(
+    server: Server, keyed_server: Server
+) -> None:
+    keyed_server.model = server.model  # which it would have to ask for with a key
+    mine, others = bearer(KEY), bearer(SHORT_KEY)
+    response = respond(keyed_server, "Hi", mine, max_output_tokens=1)
+    path = f"{RESPONSES}/{response['id']}"
+    assert get(keyed_server, path, others).failure == (404, "response_not_found")
+    assert get(keyed_server, f"{path}/input_items", others).status == 404
+    (reply,) = exchange(keyed_server, request(f"DELETE {path}", others), 1)
+    assert reply.status == 404
+    body = {"input": "Hi", "previous_response_id": response["id"]}
+    reply = post(keyed_server, RESPONSES, body, others)
+    assert reply.failure == (400, "previous_response_not_found")
+    reference = {"type": "item_reference", "id": response["output"][0]["id"]}
+    reply = post(keyed_server, RESPONSES, {"input": [reference]}, others)
+    assert reply.failure == (400, "item_not_found")
+    assert get(keyed_server, path, mine).json == response
+    assert get(keyed_server, path).status == 401
+
+
+def store_of(*sizes: int, owner: bytes = b"", most: int = 9) -> phi_server.ResponseStore:
+    """A store of responses r0, r1 and so on, whose inputs have these sizes in bytes."""
+    store = phi_server.ResponseStore(most)
+    for i, size in enumerate(sizes):
+        store.add(owner, f"r{i}", b"{}", [(f"i{i}", b"x" * size)], [])
+    return store
+
+
+def kept(store: phi_server.ResponseStore, owner: bytes = b"") -> list[str]:
+    return list(store.shelves[owner].responses) if owner in store.shelves else []
+
+
+def test_a_store_is_bounded_in_bytes() -> None:
+    half = phi_server.STORE_BYTES // 2
+    assert kept(store_of(half, half, 1)) == ["r1", "r2"]
+    assert kept(store_of(1, 3 * half)) == []
+    store = store_of(half - 9000, half - 9000)
+    store.add(b"other", "mine", b"{}", [("i", b"x" * 17000)], [])
+    assert (kept(store), kept(store, b"other")) == (["r1"], ["mine"])
+
+
+def test_a_store_counts_an_item_once_and_frees_it_with_its_last_response() -> None:
+    store = phi_server.ResponseStore(2)
+    shared, other = ("a", b'{"text":"a"}'), ("b", b'{"text":"b"}')
+    for i in range(5):
+        store.add(b"", f"r{i}", b"{}", [shared, other], [(f"m{i}", b"{}")])
+    shelf = store.shelves[b""]
+    assert sorted(shelf.items) == ["a", "b", "m3", "m4"]
+    overhead = phi_server.STORED_OVERHEAD
+    assert shelf.size == 2 * (2 + overhead) + 4 * overhead + 2 * 12 + 2 * 2
+    store.add(b"", "changed", b"{}", [("a", b'{"text":"x"}')], [])
+    (changed_id,) = store.find(b"", "changed").given
+    assert changed_id != "a"
+    for name in ("r4", "changed"):
+        store.delete(b"", name)
+    assert (shelf.size, shelf.items) == (0, {})
+
+
+def test_an_item_that_an_input_has_twice_is_listed_twice() -> None:
+    store = phi_server.ResponseStore(1)
+    item = ("a", b"{}")
+    store.add(b"", "r", b"{}", [item, item], [])
+    (first, _), (second, _) = store.input_items(b"", "r")
+    assert first == "a" != second
+    store.delete(b"", "r")
+    assert store.shelves[b""].size == 0
+
+
+# What is read.
+
+
+def parse_response(**fields: object) -> Any:
+    """The dataclass of a body with these fields and otherwise only what is required."""
+    known = phi_server.Recalled()
+    read = phi_server.parse_json(json.dumps({"model": "m", "input": "Hi"} | fields).encode())
+    phi_server.parse_references(read)
+    return phi_server.parse_response(read, VOCABULARY, phi_server.OPENAI_SAMPLING, known)
+
+
+def item_messages(*items: object) -> list[Any]:
+    return list(phi_server.item_turns(parse_response(input=list(items)).items))
+
+
+def assistant(text: str, reasoning: str = "", *calls: str) -> Any:
+    made = tuple(phi_server.ToolCall(each, each, "{}") for each in calls)
+    return phi_server.Message("assistant", text, made, "", reasoning)
+
+
+def said_item(text: str) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": []}
+    return {"id": "msg_1", "type": "message", "role": "assistant", "content": [part]}
+
+
+def call_item(name: str) -> dict[str, str]:
+    return {"type": "function_call", "call_id": name, "name": name, "arguments": "{}"}
+
+
+def thought_item(text: str) -> dict[str, Any]:
+    parts = [{"type": "reasoning_text", "text": text}]
+    return {"type": "reasoning", "id": "rs_1", "summary": [], "content": parts}
+
+
+ENCRYPTED = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "x"}
+
+
+@cases(
+    "items expected",
+    {
+        "text": ([{"role": "user", "content": "a"}], [user("a")]),
+        "parts": (
+            [{"role": "user", "content": [input_part("a"), input_part("b")], "type": "message"}],
+            [user("ab")],
+        ),
+        "no parts": ([{"role": "user", "content": []}], [user("")]),
+        "system": ([{"role": "system", "content": "a"}], [phi_server.Message("system", "a")]),
+        "developer": ([{"role": "developer", "content": "a"}], [phi_server.Message("system", "a")]),
+        "reply": ([said_item("a")], [assistant("a")]),
+        "reply as text": ([{"role": "assistant", "content": "a"}], [assistant("a")]),
+        "refusal": (
+            [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}],
+            [assistant("no")],
+        ),
+        "call": ([call_item("f")], [assistant("", "", "f")]),
+        "calls": ([call_item("f"), call_item("g")], [assistant("", "", "f", "g")]),
+        "text and call": ([said_item("a"), call_item("f")], [assistant("a", "", "f")]),
+        "text around a call": (
+            [said_item("a"), call_item("f"), said_item("b")],
+            [assistant("ab", "", "f")],
+        ),
+        "two replies": ([said_item("a"), said_item("b")], [assistant("a"), assistant("b")]),
+        "thinking": ([thought_item("t"), said_item("a")], [assistant("a", "t")]),
+        "thinking and calling": (
+            [thought_item("t"), said_item("a"), call_item("f")],
+            [assistant("a", "t", "f")],
+        ),
+        "thinking twice": (
+            [thought_item("t"), call_item("f"), thought_item("u"), call_item("g")],
+            [assistant("", "t", "f"), assistant("", "u", "g")],
+        ),
+        "hidden thinking": ([ENCRYPTED, said_item("a")], [assistant("a")]),
+        "thinking without content": (
+            [{"type": "reasoning", "id": "x", "content": None}, said_item("a")],
+            [assistant("a")],
+        ),
+        "result": (
+            [call_item("f"), {"type": "function_call_output", "call_id": "f", "output": "r"}],
+            [assistant("", "", "f"), phi_server.Message("tool", "r", tool_call_id="f")],
+        ),
+        "result in parts": (
+            [
+                call_item("f"),
+                {
+                    "type": "function_call_output",
+                    "call_id": "f",
+                    "output": [input_part("r"), input_part("s")],
+                },
+            ],
+            [assistant("", "", "f"), phi_server.Message("tool", "rs", tool_call_id="f")],
+        ),
+    },
+)
+def test_items_become_turns(items: list[Any], expected: list[Any]) -> None:
+    assert item_messages(*items) == expected
+
+
+RESPONSE_ONLY_FIELDS = {
+    "input": ("one of a string or array", ["Hi", [{"role": "user", "content": "Hi"}]], []),
+    "instructions": ("string", ["", "x"], []),
+    "max_output_tokens": ("integer", [1, LARGEST], [0, LARGEST + 1]),
+    "tools": ("array", [[], FLAT_TOOLS, [{"type": "x"}]], []),
+    "tool_choice": ("one of a string or object", ["none", "auto"], []),
+    "parallel_tool_calls": ("boolean", [True, False], []),
+    "text": ("object", [{}, OPEN_FORMAT, {"format": {"type": "text"}, "verbosity": "low"}], []),
+    "store": ("boolean", [True, False], []),
+    "previous_response_id": ("string", [""], []),
+    "metadata": ("object", [{"a": "b"}], []),
+    "top_logprobs": ("integer", [0, 20], [-1, 21]),
+    "include": ("array", [["message.output_text.logprobs", "reasoning.encrypted_content"]], []),
+    "user": ("string", ["me"], []),
+    "truncation": ("string", ["auto", "disabled"], []),
+    "reasoning": ("object", [{"effort": "low", "summary": "auto"}, {"effort": None}], []),
+    "background": ("boolean", [False], []),
+    "stream_options": ("object", [{"include_obfuscation": False}], []),
+}
+RESPONSE_FIELD_ROWS = SAMPLING_FIELDS | RESPONSE_ONLY_FIELDS
+RESPONSE_FIELD_ROWS |= {
+    name: OTHER_FIELDS[name] for name in ("model", "stop", "stream", "ignore_eos", "logit_bias")
+}
+
+
+def response_refusal(**fields: object) -> phi_server.ApiError:
+    """The error of a body with these fields."""
+    with pytest.raises(phi_server.ApiError) as caught:
+        parse_response(**fields)
+    return caught.value
+
+
+@cases("name", list(RESPONSE_FIELD_ROWS))
+def test_a_field_of_a_response_is_read_or_refused_by_its_type_and_range(name: str) -> None:
+    kind, accepted, out_of_range = RESPONSE_FIELD_ROWS[name]
+    for value in accepted:
+        parse_response(**{name: value})
+    for value in out_of_range:
+        error = response_refusal(**{name: value})
+        assert (error.status, error.code, error.param) == (400, "invalid_parameter", name)
+    if name not in ("model", "input"):
+        parse_response(**{name: None})
+    for other, (value, _) in JSON_VALUES.items():
+        if other not in kind and not (kind == "decimal" and other == "integer"):
+            error = response_refusal(**{name: value})
+            assert (error.status, error.code, error.param) == (400, "invalid_parameter", name)
+
+
+def function_output(call_id: str) -> dict[str, str]:
+    return {"type": "function_call_output", "call_id": call_id, "output": "x"}
+
+
+IMAGE_PART = {"type": "input_image", "image_url": "data:,"}
+
+
+@cases(
+    "fields code param",
+    {
+        "no input": ({"input": None}, "missing_parameter", "input"),
+        "empty input": ({"input": []}, "invalid_parameter", "input"),
+        "item of another type": ({"input": ["x"]}, "invalid_parameter", "input[0]"),
+        "too many items": ({"input": [said_item("a")] * 2049}, "invalid_parameter", "input"),
+        "no role": ({"input": [{"content": "x"}]}, "missing_parameter", "input[0].role"),
+        "no content": ({"input": [{"role": "user"}]}, "missing_parameter", "input[0].content"),
+        "role": (
+            {"input": [{"role": "tool", "content": "x"}]},
+            "invalid_parameter",
+            "input[0].role",
+        ),
+        "content": (
+            {"input": [{"role": "user", "content": 5}]},
+            "invalid_parameter",
+            "input[0].content",
+        ),
+        "image": (
+            {"input": [{"role": "user", "content": [input_part("x"), IMAGE_PART]}]},
+            "unsupported_value",
+            "input[0].content[1]",
+        ),
+        "image in a result": (
+            {"input": [call_item("f"), {**function_output("f"), "output": [IMAGE_PART]}]},
+            "unsupported_value",
+            "input[1].output[0]",
+        ),
+        "part without text": (
+            {"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
+            "missing_parameter",
+            "input[0].content[0].text",
+        ),
+        "part without type": (
+            {"input": [{"role": "user", "content": [{"text": "x"}]}]},
+            "missing_parameter",
+            "input[0].content[0].type",
+        ),
+        "unknown item": (
+            {"input": [{"type": "computer_call", "id": "x"}]},
+            "unsupported_value",
+            "input[0]",
+        ),
+        "type of an item": ({"input": [{"type": 5}]}, "invalid_parameter", "input[0].type"),
+        "id of an item": (
+            {"input": [{"id": 5, "role": "user", "content": "x"}]},
+            "invalid_parameter",
+            "input[0].id",
+        ),
+        "reference without id": (
+            {"input": [{"type": "item_reference"}]},
+            "missing_parameter",
+            "input[0].id",
+        ),
+        "unknown reference": (
+            {"input": [said_item("a"), {"type": "item_reference", "id": "msg_x"}]},
+            "item_not_found",
+            "input[1].id",
+        ),
+        "call without name": (
+            {"input": [{"type": "function_call", "call_id": "a", "arguments": ""}]},
+            "missing_parameter",
+            "input[0].name",
+        ),
+        "call without arguments": (
+            {"input": [{"type": "function_call", "call_id": "a", "name": "f"}]},
+            "missing_parameter",
+            "input[0].arguments",
+        ),
+        "call without call_id": (
+            {"input": [{"type": "function_call", "arguments": "", "name": "f"}]},
+            "missing_parameter",
+            "input[0].call_id",
+        ),
+        "result without call": (
+            {"input": [call_item("f"), function_output("g")]},
+            "invalid_parameter",
+            "input[1].call_id",
+        ),
+        "result before its call": (
+            {"input": [function_output("f"), call_item("f")]},
+            "invalid_parameter",
+            "input[0].call_id",
+        ),
+        "result without output": (
+            {"input": [call_item("f"), {"type": "function_call_output", "call_id": "f"}]},
+            "missing_parameter",
+            "input[1].output",
+        ),
+        "thinking": (
+            {"input": [{"type": "reasoning", "content": [5]}]},
+            "invalid_parameter",
+            "input[0].content[0]",
+        ),
+        "summary": (
+            {"input": [{"type": "reasoning", "summary": "x"}]},
+            "invalid_parameter",
+            "input[0].summary",
+        ),
+        "background": ({"background": True}, "unsupported_value", "background"),
+        "conversation": ({"conversation": "conv_1"}, "unsupported_value", "conversation"),
+        "prompt": ({"prompt": {"id": "x"}}, "unsupported_value", "prompt"),
+        "truncation": ({"truncation": "x"}, "invalid_parameter", "truncation"),
+        "include": ({"include": [5]}, "invalid_parameter", "include[0]"),
+        "metadata value": ({"metadata": {"a": 5}}, "invalid_parameter", "metadata.a"),
+        "long metadata": ({"metadata": {"a": "x" * 513}}, "invalid_parameter", "metadata"),
+        "much metadata": (
+            {"metadata": {str(i): "" for i in range(17)}},
+            "invalid_parameter",
+            "metadata",
+        ),
+        "effort": ({"reasoning": {"effort": "x"}}, "invalid_parameter", "reasoning.effort"),
+        "effort of another type": (
+            {"reasoning": {"effort": 1}},
+            "invalid_parameter",
+            "reasoning.effort",
+        ),
+        "format": ({"text": {"format": "x"}}, "invalid_parameter", "text.format"),
+        "format without type": ({"text": {"format": {}}}, "missing_parameter", "text.format.type"),
+        "type of format": (
+            {"text": {"format": {"type": "x"}}},
+            "invalid_parameter",
+            "text.format.type",
+        ),
+        "format without name": (
+            {"text": {"format": {"type": "json_schema", "schema": {}}}},
+            "missing_parameter",
+            "text.format.name",
+        ),
+        "format without schema": (
+            {"text": {"format": {"type": "json_schema", "name": "x"}}},
+            "missing_parameter",
+            "text.format.schema",
+        ),
+        "tool without type": ({"tools": [{"name": "x"}]}, "missing_parameter", "tools[0].type"),
+        "tool without name": (
+            {"tools": [{"type": "function"}]},
+            "missing_parameter",
+            "tools[0].name",
+        ),
+        "name of a tool": (
+            {"tools": [{"type": "function", "name": "a b"}]},
+            "invalid_parameter",
+            "tools[0].name",
+        ),
+        "parameters of a tool": (
+            {"tools": [{"type": "function", "name": "a", "parameters": 5}]},
+            "invalid_parameter",
+            "tools[0].parameters",
+        ),
+        "strict": (
+            {"tools": [{"type": "function", "name": "a", "strict": "x"}]},
+            "invalid_parameter",
+            "tools[0].strict",
+        ),
+        "choice without tools": ({"tool_choice": "required"}, "invalid_parameter", "tool_choice"),
+        "choice of an unknown tool": (
+            {"tools": FLAT_TOOLS, "tool_choice": {"type": "function", "name": "x"}},
+            "invalid_parameter",
+            "tool_choice",
+        ),
+        "choice without name": (
+            {"tools": FLAT_TOOLS, "tool_choice": {"type": "function"}},
+            "missing_parameter",
+            "tool_choice.name",
+        ),
+        "choice of another kind": (
+            {"tools": FLAT_TOOLS, "tool_choice": {"type": "web_search"}},
+            "invalid_parameter",
+            "tool_choice.type",
+        ),
+        "choice without mode": (
+            {"tools": FLAT_TOOLS, "tool_choice": {"type": "allowed_tools", "tools": []}},
+            "missing_parameter",
+            "tool_choice.mode",
+        ),
+    },
+)
+def test_a_response_that_cannot_be_read_is_refused(fields: Any, code: str, param: str) -> None:
+    error = response_refusal(**fields)
+    assert (error.status, error.code, error.param) == (400, code, param)
+
+
+@cases(
+    "fields code param",
+    {
+        "model": ({"model": "x", "input": "Hi"}, "model_not_found", "model"),
+        "context": ({"input": "a " * 5000}, "context_length_exceeded", "input"),
+        "schema": (
+            {
+                "input": "Hi",
+                "text": {
+                    "format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}
+                },
+            },
+            "invalid_parameter",
+            "text.format.schema",
+        ),
+        "tool": (
+            {
+                "input": "Hi",
+                "tools": [*FLAT_TOOLS, {"type": "function", **BAD_TOOL["function"]}],
+                "tool_choice": "required",
+            },
+            "invalid_parameter",
+            "tools[2].parameters",
+        ),
+        "nothing to say": ({"input": [ENCRYPTED]}, "invalid_parameter", "input"),
+    },
+)
+@both_ways
+def test_a_response_that_cannot_be_made_is_refused(
+    server: Server, fields: Any, code: str, param: str, stream: bool
+) -> None:
+    reply = post(server, RESPONSES, {"stream": stream, **fields})
+    assert reply.error["code"] == code
+    assert reply.error["param"] == param
+    assert reply.status == (404 if code == "model_not_found" else 400)
+
+
+# What goes on around a reply.
+
+
+def test_the_tokens_of_a_prompt_are_counted_without_a_reply(server: Server) -> None:
+    generated = metric(server, "generated_tokens_total")
+    for path, asked in ((CHAT, {"messages": turns("a " * 5000)}), (RESPONSES, {"input": "Hi"})):
+        reply = post(server, f"{path}/input_tokens", asked)
+        assert (reply.status, reply.json["object"]) == (200, "response.input_tokens")
+        limit = post(server, path, {**asked, "max_tokens": 1, "max_output_tokens": 1})
+        if path == CHAT:
+            assert f"resulted in {reply.json['input_tokens']} tokens" in limit.error["message"]
+        else:
+            assert reply.json["input_tokens"] == limit.json["usage"]["input_tokens"]
+    assert metric(server, "generated_tokens_total") == generated + 1
+    assert post(server, f"{CHAT}/input_tokens", {}).failure == (400, "missing_parameter")
+    assert post(server, f"{RESPONSES}/input_tokens", {}).failure == (400, "missing_parameter")
+
+
+def test_the_oldest_items_are_dropped_where_that_is_wanted(server: Server) -> None:
+    said = [f"{i} " + "a " * 700 for i in range(9)]
+    asked = {"input": turns(*said), "max_output_tokens": 2, "instructions": "Be brief."}
+    assert post(server, RESPONSES, asked).failure == (400, "context_length_exceeded")
+    response = respond(server, asked.pop("input"), truncation="auto", **asked)
+    assert 2000 < response["usage"]["input_tokens"] < 4096
+    assert response["instructions"] == "Be brief."
+    listed = get(server, f"{RESPONSES}/{response['id']}/input_items?order=asc").json["data"]
+    left = [item["content"][0]["text"] for item in listed]
+    assert left == said[-len(left) :]
+    assert listed[0]["role"] == "user"
+    long = {"input": "a " * 5000, "truncation": "auto"}
+    assert post(server, RESPONSES, long).failure == (400, "context_length_exceeded")
+
+
+def test_a_call_is_dropped_with_its_result() -> None:
+    items = parse_response(input=[call_item("f"), call_item("g")]).items
+    assert phi_server.places_to_cut(items) == [0]
+    calls = [call_item("f"), call_item("g"), function_output("f"), function_output("g")]
+    items = parse_response(input=[*calls, said_item("a"), *calls]).items
+    assert phi_server.places_to_cut(items) == [0, 4, 5]
+    asked = {"role": "user", "content": "x"}
+    items = parse_response(input=[*calls, said_item("a"), asked, *calls]).items
+    assert phi_server.places_to_cut(items) == [5]
+
+
+def test_a_long_conversation_is_read_in_the_worker(server: Server) -> None:
+    first = respond(server, "a " * 1500, max_output_tokens=1)
+    for more in ("b " * 1500, [{"role": "user", "content": "b " * 1500, "padding": "x" * 5000}]):
+        second = respond(server, more, previous_response_id=first["id"], max_output_tokens=1)
+        details = second["usage"]["input_tokens_details"]
+        assert second["usage"]["input_tokens"] > 3000
+        assert details["cached_tokens"] > 1500
+
+
+@cases("path", ["/v1/responses", "/v1/chat/completions"])
+def test_a_response_that_nobody_waits_for_is_not_computed(server: Server, path: str) -> None:
+    asked = {"input": STORY, **HELLO, "ignore_eos": True, "max_output_tokens": 3000}
+    with Wire(server) as wire:
+        wire.send(posting(server, path, asked))
+        assert soon_running(server)
+    assert soon_idle(server)
+
+
+def test_a_response_above_the_limit_is_told_to_try_again(strict_server: Server) -> None:
+    with busy(strict_server, 1):
+        reply = post(strict_server, RESPONSES, {"input": "Hi", "stream": True})
+    assert reply.failure == (429, "rate_limit_exceeded")
+    assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_a_response_that_waits_shows_that_it_is_alive_by_events() -> None:
+    with running(script=IMPATIENT, BATCH_SIZE=1) as server, stream_forever(server, STORY) as wire:
+        wire.read_until(FIRST_TEXT)
+        with Wire(server) as waiting:
+            waiting.send(posting(server, RESPONSES, {"input": "Hi", "stream": True}))
+            for number in range(4):
+                kind = "response.in_progress" if number else "response.created"
+                line = waiting.read_until(b": ")  # of an event or a comment
+                while not line.startswith((b"event: ", b":")):
+                    line = waiting.read_until(b": ")
+                assert line == f"event: {kind}\n".encode()
+                event = json.loads(waiting.read_until(b"data: ").removeprefix(b"data: "))
+                assert (event["type"], event["sequence_number"]) == (kind, number)
+
+
+def test_a_response_that_an_error_cuts_short_ends_with_its_last_event() -> None:
+    with running(DRAIN_SECONDS=0) as server, Wire(server) as wire:
+        asked = {"input": STORY, "stream": True, "ignore_eos": True, "max_output_tokens": 3000}
+        wire.send(posting(server, RESPONSES, asked))
+        _, _, headers = wire.read_head() or ("", 0, {})
+        begun = b""
+        while b"output_text.delta" not in begun:
+            begun += wire.stream.read(int(wire.stream.readline(), 16))
+            wire.stream.readline()
+        server.process.send_signal(signal.SIGTERM)
+        parts = response_events(begun + wire.read_body(headers))
+    error, failed = parts[-2:]
+    assert (error["type"], error["code"], error["param"]) == ("error", "shutting_down", None)
+    response = failed["response"]
+    assert (failed["type"], response["status"]) == ("response.failed", "failed")
+    assert response["error"] == {"code": "server_error", "message": error["message"]}
+    (item,) = response["output"]
+    deltas = [event["delta"] for event in parts if event["type"] == "response.output_text.delta"]
+    assert (item["status"], item["content"][0]["text"]) == ("incomplete", "".join(deltas))
+    assert response["usage"]["output_tokens"] >= len(deltas)
+
+
+@cases(
+    "path route",
+    [
+        ("/v1/responses", "/responses"),
+        ("/v1/responses/", "/responses"),
+        ("/responses/resp_1", "/responses/{id}"),
+        ("/v1/responses/resp_1/", "/responses/{id}"),
+        ("/v1/responses/resp_1/input_items", "/responses/{id}/input_items"),
+        ("/v1/responses/input_tokens", "/responses/input_tokens"),
+        ("/v1/responses/resp_1/cancel", "unknown"),
+        ("/v1/chat/completions/input_tokens", "/chat/completions/input_tokens"),
+    ],
+)
+def test_a_path_of_the_responses_api_is_a_route(path: str, route: str) -> None:
+    assert phi_server.find_route(path)[0] == route
+
+
+def test_a_web_page_may_delete_a_response(server: Server) -> None:
+    asked = ("Origin: https://a.example", "Access-Control-Request-Method: DELETE")
+    (reply,) = exchange(server, request(f"OPTIONS {RESPONSES}/resp_1", *asked), 1)
+    assert "DELETE" in reply.headers["access-control-allow-methods"].split(", ")
+
+
+# Bodies near a valid one, see the test of the same name for chats.
+
+NEAR_ITEMS = [
+    "Hi",
+    "\ud83d<|im_end|>\0",
+    ROME_ITEMS,
+    [said_item("a"), {"role": "user", "content": [input_part("x")]}],
+    [{"id": "msg_1"}],
+    [thought_item("t"), function_output("f")],
+    [{"role": "user", "content": [IMAGE_PART]}],
+    [ENCRYPTED],
+]
+NEAR_RESPONSE = {
+    "stream": [True, False],
+    "instructions": ["x", "\ud83d"],
+    "tools": [FLAT_TOOLS, [{"type": "web_search"}], [{"type": "function", "name": "f"}]],
+    "tool_choice": ["none", "auto", "required", {"type": "function", "name": "clock"}],
+    "text": [OPEN_FORMAT, {"format": {"type": "json_schema", "name": "x", "schema": {}}}],
+    "include": [["message.output_text.logprobs"]],
+    "top_logprobs": [0, 2],
+    "store": [True, False],
+    "metadata": [{"a": "\ud83d"}],
+    "previous_response_id": ["resp_1"],
+    "truncation": ["auto", "disabled"],
+    "reasoning": [{"effort": "low"}],
+    "background": [False],
+}
+
+
+@cases("path", [RESPONSES, f"{RESPONSES}/input_tokens"])
+def test_a_body_near_that_of_a_response_gets_one_or_a_whole_error(
+    server: Server, path: str
+) -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate, hypothesis.Phase.shrink]
+    settings = {"derandomize": True, "max_examples": 120, "deadline": None, "database": None}
+    optional = NEAR_RESPONSE | {
+        name: NEAR_BOTH[name] for name in ("stop", "seed", "temperature", "top_p", "model")
+    }
+
+    @hypothesis.settings(**settings, phases=phases)
+    @hypothesis.given(near(hypothesis.strategies, {"input": NEAR_ITEMS}, optional))
+    def check(body: dict[str, Any]) -> None:
+        reply = post(server, path, {"max_output_tokens": 2} | body)
+        assert reply.status in (200, 400, 404)
+        if reply.headers["content-type"].startswith("text/event-stream"):
+            assert put_together(response_events(reply.body))
+        elif reply.status == 200 and path == RESPONSES:
+            shown = get(server, f"{RESPONSES}/{reply.json['id']}")
+            assert not reply.json["store"] or shown.json == reply.json
+
+    traces = server.traces
+    check()
+    assert soon_idle(server)
+    assert server.traces == traces
+
+
+@cases("query", ["limit=%ff&order=%00", "after", "limit=-1", "a=" + "b" * 5000, "=&;"])
+def test_any_query_of_a_list_gets_a_reply_or_a_whole_error(server: Server, query: str) -> None:
+    response = respond(server, "Hi", max_output_tokens=1)
+    reply = get(server, f"{RESPONSES}/{response['id']}/input_items?{query}")
+    assert reply.status in (200, 400)
+
+
+# The official client.
+
+
+def test_the_official_client_creates_streams_and_parses_responses(
+    server: Server, openai: Any, client: Any
+) -> None:
+    pydantic = pytest.importorskip("pydantic")
+    place = pydantic.create_model("Place", city=(Literal["Rome", "Paris"], ...), is_old=(bool, ...))
+    asked = {"model": server.model, "input": QUESTION, "temperature": 0}
+    whole = client.responses.create(**asked)
+    assert whole.output_text == ANSWER
+    with client.responses.stream(**asked) as stream:
+        text = "".join(part.delta for part in stream if part.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert text == final.output_text == ANSWER
+    parsed = client.responses.parse(**asked, text_format=place)
+    assert parsed.output_parsed.city in ("Rome", "Paris")
+    tools = {"tools": [openai.pydantic_function_tool(place)], "tool_choice": "required"}
+    flat = {"type": "function", **tools["tools"][0]["function"]}
+    tools |= {"tools": [flat], "parallel_tool_calls": False}
+    with client.responses.stream(**asked, **tools) as stream:
+        (call,) = stream.get_final_response().output
+    assert json.loads(call.arguments)["city"] in ("Rome", "Paris")
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Yes."}
+    again = [{"role": "user", "content": QUESTION}, call.to_dict(), result]
+    told = client.responses.create(model=server.model, input=again, max_output_tokens=3)
+    assert told.status == "incomplete"
+
+
+def test_the_official_client_keeps_lists_counts_and_deletes_responses(
+    server: Server, openai: Any, client: Any
+) -> None:
+    first = client.responses.create(model=server.model, input=QUESTION, max_output_tokens=4)
+    asked = {"model": server.model, "input": "Why?", "previous_response_id": first.id}
+    second = client.responses.create(**asked, max_output_tokens=4)
+    assert client.responses.retrieve(second.id) == second
+    listed = list(client.responses.input_items.list(second.id, limit=1, order="asc"))
+    assert [item.role for item in listed] == ["user", "assistant", "user"]
+    counted = client.responses.input_tokens.count(**asked)
+    assert counted.input_tokens == second.usage.input_tokens
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+
+
 # ---- Server --------------------------------------------------------------------------------------
 
 EXPOSED = "x-request-id, Retry-After"
@@ -7790,7 +8944,7 @@ def test_the_readme_shows_the_two_commands(readme: str, command: str) -> None:
     assert f"pip install -r requirements.txt && {command}" in readme
 
 
-@cases("path", ["/v1/models", CHAT, TEXT, "/health", "/metrics"])
+@cases("path", ["/v1/models", CHAT, TEXT, RESPONSES, "/health", "/metrics"])
 def test_the_readme_names_every_endpoint(readme: str, path: str) -> None:
     assert path in readme
 
@@ -7800,7 +8954,7 @@ def test_the_readmes_security_table_names_tests_that_exist(readme: str) -> None:
     cells = [row.replace("\\|", "").split("|")[3] for row in rows]
     named = [name for cell in cells for name in re.findall("`([a-z_]+)`", cell)]
     tests = [name for name in globals() if name.startswith("test_")]
-    assert len(rows) == 14
+    assert len(rows) == 15
     assert [name for name in named if not any(name in test for test in tests)] == []
 
 
