@@ -2240,7 +2240,11 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text, behind those that the tokenizer itself puts first, mostly a BOS."""
-        tokens, start = self.encode(text), self.text_start
+        return self.started(self.encode(text))
+
+    def started(self, tokens: list[int]) -> list[int]:
+        """Tokens behind those that the tokenizer puts first, unless these are there."""
+        start = self.text_start
         return tokens if tokens[: len(start)] == start else start + tokens
 
     def encode_chat(
@@ -2248,9 +2252,10 @@ class Tokenizer:
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...] = (),
         variables: Mapping[str, Json] = NO_VARIABLES,
+        opens_reply: bool = True,
     ) -> list[int]:
         """Token ids of a chat; a control token's text in it stays plain text; raises ApiError."""
-        return self.encode_parts(self.render(messages, tools, variables).split(CUT))
+        return self.encode_parts(self.render(messages, tools, variables, opens_reply).split(CUT))
 
     def encode_parts(self, parts: Iterable[str]) -> list[int]:
         """Token ids of a text that comes in parts; no token spans two of them."""
@@ -2280,6 +2285,7 @@ class Tokenizer:
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...] = (),
         variables: Mapping[str, Json] = NO_VARIABLES,
+        opens_reply: bool = True,
     ) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
         turns, offered = template_input(messages, tools, self.traits)
@@ -2292,7 +2298,7 @@ class Tokenizer:
         places = {name: f"messages[0]['template_variables']['{name}']" for name in given}
         assignments = "".join(f"{{% set {name} = {place} %}}" for name, place in places.items())
         try:
-            text = self.apply_template(json_text(chat), json_text(plain), assignments)
+            text = self.apply_template(json_text(chat), json_text(plain), assignments, opens_reply)
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
@@ -2303,9 +2309,11 @@ class Tokenizer:
         told = json_text(self.disarmed(functions, self.control_starts))
         return TOOLS_PLACE.sub(lambda _: told, text, count=1)
 
-    def apply_template(self, turns: str, tools: str, assignments: str = "") -> str:
+    def apply_template(
+        self, turns: str, tools: str, assignments: str = "", opens_reply: bool = True
+    ) -> str:
         """The template's text of turns and tools in JSON; raises RuntimeError if it refuses."""
-        given = {"template_str": assignments + self.template, "add_generation_prompt": True}
+        given = {"template_str": assignments + self.template, "add_generation_prompt": opens_reply}
         given |= {"tools": tools} if tools != "[]" else {}
         return str(self.codec.apply_chat_template(turns, **given))
 
@@ -2341,6 +2349,15 @@ class Tokenizer:
         if token >= len(self.ends):  # a vocabulary may be padded
             return b""
         return self.spelling[self.ends[token - 1] if token else 0 : self.ends[token]]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, control tokens too."""
+        texts = self.control_texts
+        spelled = (
+            texts[token].encode() if token in texts else self.token_bytes(token) for token in tokens
+        )
+        text = b"".join(spelled).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.drops_leading_space else text
 
     def token_text(self, token: int) -> str:
         """A token's text, U+FFFD for parts of characters."""
@@ -2383,6 +2400,26 @@ MEMBERSHIP = re.compile(
     r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
     r"""(?:\s+(not\s+)?in\s+(\w+(?:\.\w+|\[[^][]*\])*)(?![\w.(\[]|\s*[|+~]))?"""
 )
+
+
+def tokenizer_info(folder: Path) -> dict[str, Json]:
+    """tokenizer_config.json with the template that is used; raises ModelLoadingFailed."""
+    described = dict(read_json_file(folder / "tokenizer_config.json", {}))
+    for name, value in described.items():
+        if name.endswith("_token") and isinstance(value, dict):  # a text with its properties
+            described[name] = value["content"]
+    described.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    return described | {"chat_template": read_template(folder)}
+
+
+def read_json_file(path: Path, default: Json) -> Json:
+    """A file's JSON, `default` without the file; raises ModelLoadingFailed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError) as error:
+        raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
 
 
 def read_tokenizer(folder: Path) -> dict[str, Json]:
@@ -3415,16 +3452,6 @@ def read_pooling(folder: Path, default: str = "") -> str:
     return POOLINGS[names[0]]
 
 
-def read_json_file(path: Path, default: Json) -> Json:
-    """A file's JSON, `default` without the file; raises ModelLoadingFailed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return default
-    except (OSError, ValueError) as error:
-        raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
-
-
 def encoder_length(folder: Path, config: Mapping[str, Json]) -> int:
     """Tokens of an input at most; raises ModelLoadingFailed."""
     positions = config.get("max_position_embeddings", 512)
@@ -3869,11 +3896,57 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     return Prepared(generation, prompts, request.echo)
 
 
+def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+    """Answers a body of POST /tokenize, as vLLM does; raises ApiError."""
+    fields = parse_json(body)
+    if fields.has("model"):
+        served.check(fields.string("model"))
+    for name in ("chat_template", "continue_final_message"):
+        if fields.values.get(name):
+            raise unsupported(name, "the model's own template is used, up to its reply.")
+    if not fields.has("messages"):
+        text = fields.required("prompt").string("prompt")
+        is_started = fields.boolean("add_special_tokens", default=True)
+        tokens = tokenizer.encode_prompt(text) if is_started else tokenizer.encode(text)
+    else:
+        turns = fields.objects("messages")
+        if not turns:
+            raise empty_array("messages")
+        chat = (tuple(map(parse_message, turns)), parse_tools(fields).offered)
+        opens_reply = fields.boolean("add_generation_prompt", default=True)
+        tokens = tokenizer.encode_chat(*chat, parse_variables(fields), opens_reply)
+        if fields.boolean("add_special_tokens"):
+            tokens = tokenizer.started(tokens)
+    is_spelled = fields.boolean("return_token_strs")
+    spelled = list(map(tokenizer.token_text, tokens)) if is_spelled else None
+    counts = {"count": len(tokens), "max_model_len": served.context_length}
+    return json_text(counts | {"tokens": tokens, "token_strs": spelled}).encode()
+
+
+def detokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+    """Answers a body of POST /detokenize, as vLLM does; raises ApiError."""
+    fields = parse_json(body)
+    if fields.has("model"):
+        served.check(fields.string("model"))
+    given = fields.required("tokens").value("tokens", (list,), "an array of tokens")
+    tokens = parse_tokens(given, "tokens", served.vocab_size)
+    return json_text({"prompt": tokenizer.decode(tokens)}).encode()
+
+
+# What reads a body, by the kind of the job.
+READERS: Mapping[str, Callable[[bytes, Tokenizer, Served], Any]] = {
+    "chat": prepare_chat,
+    "text": prepare_text,
+    "tokenize": tokenize,
+    "detokenize": detokenize,
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """What a process is asked for: to read a body, else to compile a grammar."""
 
-    kind: str = ""  # of the body: chat, text or embedding
+    kind: str = ""  # of the body: of READERS, or embedding
     body: bytes = b""
     served: Served | ServedEmbedding | None = None
     grammar: Grammar | None = None
@@ -4014,9 +4087,7 @@ def set_deadline(seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def result_of(
-    job: Job, bench: Workbench, channel: socket.socket
-) -> Search | Prepared | PreparedEmbedding | Exception:
+def result_of(job: Job, bench: Workbench, channel: socket.socket) -> Any:
     """What comes of a job; an ApiError is the client's fault, a RuntimeError ours."""
     try:
         if job.grammar:
@@ -4025,8 +4096,7 @@ def result_of(
             assert bench.encode
             return prepare_embedding(job.body, bench.encode, job.served)
         assert job.served
-        prepare = prepare_chat if job.kind == "chat" else prepare_text
-        return prepare(job.body, bench.tokenizer, job.served)
+        return READERS[job.kind](job.body, bench.tokenizer, job.served)
     except ApiError as error:
         return error
     except MemoryError:
@@ -5740,7 +5810,7 @@ class Api:
         limits = (config.vocab_size, engine.context_length)
         self.served = Served(name, aliases, *limits, sampling, not engine.model.is_pruned)
         self.config = config
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokenizer_info = tokenizer, tokenizer_info(config.folder)
         self.worker = worker
         self.engine = engine
         self.metrics = engine.metrics
@@ -5825,13 +5895,23 @@ class Api:
         whole = {"object": "list", "data": data, "model": served.name, "usage": usage}
         return HttpResponse(200, b"".join(json_parts(whole)))
 
-    async def prepared(self, kind: str, body: bytes) -> Prepared:
-        """What the engine needs of a body; raises ApiError."""
+    async def tokenize(self, request: HttpRequest) -> HttpResponse:
+        """POST /tokenize."""
+        return HttpResponse(200, await self.prepared("tokenize", request.body))
+
+    async def detokenize(self, request: HttpRequest) -> HttpResponse:
+        """POST /detokenize."""
+        return HttpResponse(200, await self.prepared("detokenize", request.body))
+
+    async def show_tokenizer(self, request: HttpRequest) -> HttpResponse:
+        """GET /tokenizer_info."""
+        return json_response(self.tokenizer_info)
+
+    async def prepared(self, kind: str, body: bytes) -> Any:
+        """What a reader of READERS makes of a body; raises ApiError."""
         if len(body) > INLINE_BYTES:
-            prepared: Prepared = await self.worker.prepare(kind, body, self.served)
-            return prepared
-        prepare = prepare_chat if kind == "chat" else prepare_text
-        return prepare(body, self.tokenizer, self.served)
+            return await self.worker.prepare(kind, body, self.served)
+        return READERS[kind](body, self.tokenizer, self.served)
 
     async def reply(self, prefix: str, prepared: Prepared, drops_space: bool) -> Reply:
         """The sequences and the identity of a reply; raises ApiError for a refused schema."""
@@ -6291,6 +6371,9 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/chat/completions": {"POST": Api.chat},
     "/completions": {"POST": Api.completions},
     "/embeddings": {"POST": Api.embeddings},
+    "/tokenize": {"POST": Api.tokenize},
+    "/detokenize": {"POST": Api.detokenize},
+    "/tokenizer_info": {"GET": Api.show_tokenizer},
 }
 
 
