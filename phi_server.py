@@ -3008,6 +3008,7 @@ def stub_graph(vocab_size: int) -> bytes:
 
 MOST_INPUTS = 2048  # OpenAI's bound
 EMBEDDING_SECONDS = 0.25  # of one turn, after which generation goes on
+MOST_BATCH_TOKENS = 1024  # of several inputs; more are no faster, but take more memory
 FEWEST_TOKENS = 32  # for whose time a call is counted, if it has fewer
 CACHED_WORDS = 50_000  # whose tokens are remembered
 ENCODER_FILES = ("model.onnx", "onnx/model.onnx", "model_optimized.onnx")
@@ -3693,7 +3694,7 @@ class EmbeddingJob:
             length = len(self.inputs[place])
             padded, total = rows * length, total + length
             is_wasteful = padded > 2 * FEWEST_TOKENS and 4 * total < 3 * padded
-            if rows > 1 and (padded > most or is_wasteful):
+            if rows > 1 and (padded > min(most, MOST_BATCH_TOKENS) or is_wasteful):
                 return rows - 1
         return len(self.waiting)
 
