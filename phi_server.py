@@ -3687,6 +3687,10 @@ class EmbeddingJob:
         del self.waiting[-rows:]
         return Batch(self, places, start, len(self.inputs[places[0]]))
 
+    def least(self, model: EmbeddingModel) -> int:
+        """How many tokens the next call feeds at least."""
+        return FEWEST_TOKENS if model.is_chunked else len(self.inputs[self.waiting[-1]])
+
     def count_similar(self, most: int) -> int:
         """How many of the next inputs to compute together."""
         total = 0
@@ -3755,12 +3759,14 @@ class Embedder:
             job.finish(draining())
 
     def plan(self, seconds: float) -> list[Batch]:
-        """The next calls, which take about so many seconds together; one may take longer."""
+        """The next calls, which take so many seconds together; the first one may take longer."""
         batches: list[Batch] = []
         left = seconds - self.debt
         while left > 0 and (waiting := [job for job in self.jobs if job.waiting]):
-            job = waiting[0]
-            batches.append(job.take(int(left * self.model.speed), self.model))
+            job, most = waiting[0], int(left * self.model.speed)
+            if batches and job.least(self.model) > most:
+                break
+            batches.append(job.take(most, self.model))
             left -= max(batches[-1].tokens, FEWEST_TOKENS) / self.model.speed
             # behind the others
             self.jobs.remove(job)
@@ -6267,9 +6273,8 @@ def served_embedding(
     folder, model = Path(settings.embedding_path).expanduser(), embedder.model
     name = settings.embedding_name or file_name(folder.resolve().name)
     if name == other:
-        raise SettingsError(
-            f"EMBEDDING_NAME: expected another name than MODEL_NAME's, got {name!r}"
-        )
+        expected = "expected a name besides the model's"
+        raise SettingsError(f"EMBEDDING_NAME: {expected}, but got {name!r}")
     sizes = (model.vocab_size, model.size, model.context_length)
     return ServedEmbedding(name, "*" in settings.model_aliases, *sizes)
 
