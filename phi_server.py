@@ -3758,50 +3758,44 @@ class Embedder:
         for job in self.jobs:
             job.finish(draining())
 
-    def plan(self, seconds: float) -> list[Batch]:
-        """The next calls, which take so many seconds together; the first one may take longer."""
-        batches: list[Batch] = []
-        left = seconds - self.debt
-        while left > 0 and (waiting := [job for job in self.jobs if job.waiting]):
-            job, most = waiting[0], int(left * self.model.speed)
-            if batches and job.least(self.model) > most:
-                break
-            batches.append(job.take(most, self.model))
-            left -= max(batches[-1].tokens, FEWEST_TOKENS) / self.model.speed
-            # behind the others
-            self.jobs.remove(job)
-            self.jobs.append(job)
-        return batches
+    def plan(self, seconds: float, is_first: bool) -> Batch | None:
+        """The next call, which takes so many seconds at most; the first one may take longer."""
+        waiting = [job for job in self.jobs if job.waiting]
+        most = int((seconds - self.debt) * self.model.speed)
+        if not waiting or most <= 0 or not (is_first or waiting[0].least(self.model) <= most):
+            return None
+        job = waiting[0]
+        # behind the others
+        self.jobs.remove(job)
+        self.jobs.append(job)
+        return job.take(most, self.model)
 
     def repay(self, seconds: float) -> None:
         """Lets a call that took longer than its share be forgotten in part."""
         self.debt = max(0.0, self.debt - seconds)
 
-    def forward(self, batches: list[Batch]) -> list[Floats | None]:
-        """Computes batches in the executor; None for one whose computation failed."""
-        results: list[Floats | None] = []
-        for batch in batches:
-            started = time.perf_counter()
-            try:
-                results.append(self.model.compute(batch))
-            except Exception:  # this request's fault alone
-                logger.exception("vectors could not be computed")
-                results.append(None)
-            self.model.learn_speed(batch.tokens, time.perf_counter() - started)
-        return results
+    def forward(self, batch: Batch) -> Floats | None:
+        """Computes a batch in the executor; None if that failed."""
+        started = time.perf_counter()
+        try:
+            vectors = self.model.compute(batch)
+        except Exception:  # this request's fault alone
+            logger.exception("vectors could not be computed")
+            return None
+        self.model.learn_speed(batch.tokens, time.perf_counter() - started)
+        return vectors
 
-    def absorb(self, batches: list[Batch], results: list[Floats | None]) -> None:
-        """Hands vectors to their jobs."""
-        for batch, vectors in zip(batches, results, strict=True):
-            job = batch.job
-            if vectors is None:
-                job.waiting = []
-                job.finish(RuntimeError("vectors could not be computed"))
-                continue
-            self.metrics.embedded_tokens.add(batch.tokens)
-            job.vectors |= zip(batch.places, vectors, strict=False)
-            if len(job.vectors) == len(job.inputs):
-                job.finish()
+    def absorb(self, batch: Batch, vectors: Floats | None) -> None:
+        """Hands vectors to their job."""
+        job = batch.job
+        if vectors is None:
+            job.waiting = []
+            job.finish(RuntimeError("vectors could not be computed"))
+            return
+        self.metrics.embedded_tokens.add(batch.tokens)
+        job.vectors |= zip(batch.places, vectors, strict=False)
+        if len(job.vectors) == len(job.inputs):
+            job.finish()
 
 
 # ---- Worker --------------------------------------------------------------------------------------
@@ -5118,20 +5112,16 @@ class Engine:
             seconds /= 2 if any(slot.pending > 1 for slot in busy) else 1
         else:
             embedder.debt = 0.0
-        batches = embedder.plan(seconds)
-        if not batches:
-            return False
-        started = time.perf_counter()
-        forward = asyncio.get_running_loop().run_in_executor(
-            self.executor, embedder.forward, batches
-        )
-        self.deliver()  # the last step's text, while these are computed
-        embedder.absorb(batches, await forward)
-        if shared:
+        started, spent, loop = time.perf_counter(), 0.0, asyncio.get_running_loop()
+        while batch := embedder.plan(seconds - spent, is_first=not spent):
+            forward = loop.run_in_executor(self.executor, embedder.forward, batch)
+            self.deliver()  # the last step's text, while this is computed
+            embedder.absorb(batch, await forward)
             spent = time.perf_counter() - started
+        if shared:
             self.prefill_seconds += spent
             embedder.debt += max(0.0, spent - seconds)
-        return True
+        return spent > 0
 
     async def rest(self) -> None:
         """Waits for a sequence; after a while gives back memory that the next would overwrite."""

@@ -3996,26 +3996,35 @@ def test_embeddings_count_as_requests_and_end_with_the_server(tmp_path: Path) ->
         assert server.ended() == 0
 
 
-def test_a_call_that_takes_too_long_is_made_up_for(tmp_path: Path) -> None:
-    model = phi_server.Encoder(encoder(tmp_path), 4096, 1)
+def embedder_of(folder: Path, *lengths: list[int]) -> tuple[Any, list[Any]]:
+    """An embedder of 1,000 tokens a second, with jobs for inputs of these lengths."""
+    model = phi_server.Encoder(encoder(folder), 4096, 1)
     model.speed = 1000.0
     embedder = phi_server.Embedder(model, phi_server.Metrics())
-    job = embedder.submit([[5] * 100] * 20)
-    assert sum(batch.tokens for batch in embedder.plan(0.25)) in (200, 300)
+    jobs = [embedder.submit([[5] * length for length in each]) for each in lengths]
+    return embedder, jobs
+
+
+def test_a_call_takes_no_longer_than_generation_allows(tmp_path: Path) -> None:
+    embedder, _ = embedder_of(tmp_path, [100] * 20)
+    assert embedder.plan(0.25, is_first=True).tokens == 200
+    assert embedder.plan(0.05, is_first=False) is None
+    assert embedder.plan(0.05, is_first=True).tokens == 100
+
+
+def test_a_call_that_has_taken_longer_is_made_up_for(tmp_path: Path) -> None:
+    embedder, _ = embedder_of(tmp_path, [100] * 20)
     embedder.debt = 0.6
-    assert embedder.plan(0.25) == []
+    assert embedder.plan(0.25, is_first=True) is None
     embedder.repay(0.25)
     embedder.repay(0.25)
-    assert [batch.job for batch in embedder.plan(0.25)] == [job, job]
+    assert embedder.plan(0.25, is_first=True).tokens == 100
 
 
 def test_requests_for_embeddings_take_turns(tmp_path: Path) -> None:
-    model = phi_server.Encoder(encoder(tmp_path), 4096, 1)
-    model.speed = 1000.0
-    embedder = phi_server.Embedder(model, phi_server.Metrics())
-    many, few = embedder.submit([[5] * 200] * 20), embedder.submit([[5]])
-    assert [batch.job for batch in embedder.plan(0.25)] == [many, few]
-    assert next(batch.job for batch in embedder.plan(0.25)) is many
+    embedder, (many, few) = embedder_of(tmp_path, [200] * 20, [1])
+    planned = [embedder.plan(0.25, is_first=True).job for _ in range(3)]
+    assert planned == [many, few, many]
 
 
 def test_inputs_of_one_call_have_similar_lengths(tmp_path: Path) -> None:
