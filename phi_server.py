@@ -15,6 +15,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Calls        how models call tools, and these calls told from text
     Prompt       tokenizer, control tokens, chat template
     Grammar      schemas and tool calls as grammars, and the masks that force them
+    Embeddings   texts to vectors, by a model of their own
     Worker       the process that forks for each large body and each grammar
     Sampling     one row of logits to one token
     Text         tokens to text, stop strings
@@ -46,6 +47,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import bisect
 import codecs
 import contextlib
@@ -141,6 +143,8 @@ class Settings:
     model_path: str = setting("", "ONNX Runtime GenAI model folder; unset: the demo model")
     model_name: str = setting("", "name in the API; unset: the folder's own (demo: smollm2-135m)")
     model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
+    embedding_path: str = setting("", "folder of a model for embeddings; unset: none are served")
+    embedding_name: str = setting("", "its name in the API; unset: the folder's name")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
     server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
     max_concurrent_requests: int = setting(32, "requests accepted at once; more get 429", 1, 1024)
@@ -483,10 +487,9 @@ def host_not_allowed(host: str) -> ApiError:
     return ApiError(403, "host_not_allowed", f"The host '{host}' is not allowed. {hint}")
 
 
-def unknown_url(method: str, path: str) -> ApiError:
+def unknown_url(method: str, path: str, hint: str = "Please check the URL for typos.") -> ApiError:
     """404: no such path."""
-    message = f"Unknown request URL: {method} {path}. Please check the URL for typos."
-    return ApiError(404, "unknown_url", message)
+    return ApiError(404, "unknown_url", f"Unknown request URL: {method} {path}. {hint}")
 
 
 def wrong_method(allowed: list[str]) -> ApiError:
@@ -619,6 +622,8 @@ class Metrics:
         aside = "Sequences set aside for a while, for want of KV memory."
         self.set_aside = counter("set_aside_sequences_total", aside)
         self.generated_tokens = counter("generated_tokens_total", "Tokens sampled.")
+        embedded = "Tokens computed for embeddings, padding too."
+        self.embedded_tokens = counter("embedded_tokens_total", embedded)
         speed = "Prefill speed, averaged over recent long chunks."
         self.prefill_speed = gauge("prefill_tokens_per_second", speed)
         self.memory = gauge("process_resident_memory_bytes", "Resident memory of the process.")
@@ -1026,26 +1031,28 @@ def parse_content(fields: Fields) -> str:
     return "".join(texts)
 
 
-def parse_prompts(fields: Fields, vocab_size: int) -> tuple[str | list[int], ...]:
-    """A text completion's prompts: text, token ids, or an array of either."""
+def parse_prompts(
+    fields: Fields, vocab_size: int, name: str = "prompt", most: int = MOST_CHOICES
+) -> tuple[str | list[int], ...]:
+    """A text completion's prompts: text, token ids, or an array of either, at most `most`."""
     expected = "one of a string, array of strings, array of tokens or array of token arrays"
-    prompt = fields.value("prompt", (str, list), expected)
+    prompt = fields.value(name, (str, list), expected)
     if isinstance(prompt, str):
         return (well_formed(prompt),)
     if not prompt:
-        raise empty_array("prompt")
+        raise empty_array(name)
     if isinstance(prompt[0], int):
-        return (parse_tokens(prompt, "prompt", vocab_size),)
-    if len(prompt) > MOST_CHOICES:
-        raise array_too_long("prompt", MOST_CHOICES, len(prompt))
+        return (parse_tokens(prompt, name, vocab_size),)
+    if len(prompt) > most:
+        raise array_too_long(name, most, len(prompt))
     kind = type(prompt[0])  # of all: texts and tokens are never mixed
     for i, item in enumerate(prompt):
         if type(item) is not kind or kind not in (str, list):
             expected = "a string" if kind is str else "an array of tokens"
-            raise wrong_type(f"prompt[{i}]", expected, JSON_NAMES[type(item)])
+            raise wrong_type(f"{name}[{i}]", expected, JSON_NAMES[type(item)])
     if kind is str:
         return tuple(map(well_formed, prompt))
-    return tuple(parse_tokens(item, f"prompt[{i}]", vocab_size) for i, item in enumerate(prompt))
+    return tuple(parse_tokens(item, f"{name}[{i}]", vocab_size) for i, item in enumerate(prompt))
 
 
 def parse_tokens(tokens: list[Json], path: str, vocab_size: int) -> list[int]:
@@ -2342,7 +2349,7 @@ class KvChoice:
     folder: Path = Path()  # where scales are kept
 
 
-# Bytes of a token's float32 KV from which on int8 is chosen: what decoding gains by it is a twentieth
+# Bytes of a token's float32 KV from which on int8 is chosen: what decoding gains by it is a tenth
 # of the time at 100 tokens of Phi-3.5's context, a third at 3,800. Smaller models gain little.
 LARGE_KV = 1 << 17
 
@@ -3347,7 +3354,11 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text, behind those that the tokenizer itself puts first, mostly a BOS."""
-        tokens, start = self.encode(text), self.text_start
+        return self.started(self.encode(text))
+
+    def started(self, tokens: list[int]) -> list[int]:
+        """Tokens behind those that the tokenizer puts first, unless these are there."""
+        start = self.text_start
         return tokens if tokens[: len(start)] == start else start + tokens
 
     def encode_chat(
@@ -3355,13 +3366,15 @@ class Tokenizer:
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...] = (),
         variables: Mapping[str, Json] = NO_VARIABLES,
+        opens_reply: bool = True,
         param: str = "messages",
     ) -> list[int]:
         """Token ids of a chat; a control token's text in it stays plain text.
 
         Raises ApiError, which names `param`, for messages that the template refuses.
         """
-        return self.encode_parts(self.render(messages, tools, variables, param).split(CUT))
+        text = self.render(messages, tools, variables, opens_reply, param)
+        return self.encode_parts(text.split(CUT))
 
     def encode_parts(self, parts: Iterable[str]) -> list[int]:
         """Token ids of a text that comes in parts; no token spans two of them."""
@@ -3391,6 +3404,7 @@ class Tokenizer:
         messages: tuple[Message, ...],
         tools: tuple[Tool, ...] = (),
         variables: Mapping[str, Json] = NO_VARIABLES,
+        opens_reply: bool = True,
         param: str = "messages",
     ) -> str:
         """The template's text of a chat, CUT within forged control tokens; raises ApiError."""
@@ -3404,7 +3418,7 @@ class Tokenizer:
         places = {name: f"messages[0]['template_variables']['{name}']" for name in given}
         assignments = "".join(f"{{% set {name} = {place} %}}" for name, place in places.items())
         try:
-            text = self.apply_template(json_text(chat), json_text(plain), assignments)
+            text = self.apply_template(json_text(chat), json_text(plain), assignments, opens_reply)
         except RuntimeError as error:  # the template's raise_exception, as for roles out of order
             reason = str(error).partition(" at row")[0]
             refused = f"the model's chat template refuses them: {reason}"
@@ -3415,9 +3429,11 @@ class Tokenizer:
         told = json_text(self.disarmed(functions, self.control_starts))
         return TOOLS_PLACE.sub(lambda _: told, text, count=1)
 
-    def apply_template(self, turns: str, tools: str, assignments: str = "") -> str:
+    def apply_template(
+        self, turns: str, tools: str, assignments: str = "", opens_reply: bool = True
+    ) -> str:
         """The template's text of turns and tools in JSON; raises RuntimeError if it refuses."""
-        given = {"template_str": assignments + self.template, "add_generation_prompt": True}
+        given = {"template_str": assignments + self.template, "add_generation_prompt": opens_reply}
         given |= {"tools": tools} if tools != "[]" else {}
         return str(self.codec.apply_chat_template(turns, **given))
 
@@ -3453,6 +3469,15 @@ class Tokenizer:
         if token >= len(self.ends):  # a vocabulary may be padded
             return b""
         return self.spelling[self.ends[token - 1] if token else 0 : self.ends[token]]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, control tokens too."""
+        texts = self.control_texts
+        spelled = (
+            texts[token].encode() if token in texts else self.token_bytes(token) for token in tokens
+        )
+        text = b"".join(spelled).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.drops_leading_space else text
 
     def token_text(self, token: int) -> str:
         """A token's text, U+FFFD for parts of characters."""
@@ -3495,6 +3520,26 @@ MEMBERSHIP = re.compile(
     r"""('(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")"""
     r"""(?:\s+(not\s+)?in\s+(\w+(?:\.\w+|\[[^][]*\])*)(?![\w.(\[]|\s*[|+~]))?"""
 )
+
+
+def tokenizer_info(folder: Path) -> dict[str, Json]:
+    """tokenizer_config.json with the template that is used; raises ModelLoadingFailed."""
+    described = dict(read_json_file(folder / "tokenizer_config.json", {}))
+    for name, value in described.items():
+        if name.endswith("_token") and isinstance(value, dict):  # a text with its properties
+            described[name] = value["content"]
+    described.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    return described | {"chat_template": read_template(folder)}
+
+
+def read_json_file(path: Path, default: Json) -> Json:
+    """A file's JSON, `default` without the file; raises ModelLoadingFailed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except (OSError, ValueError) as error:
+        raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
 
 
 def read_tokenizer(folder: Path) -> dict[str, Json]:
@@ -4075,6 +4120,805 @@ def stub_graph(vocab_size: int) -> bytes:
     return protobuf((1, 8), (7, protobuf(*graph)), (8, protobuf((1, ""), (2, 14))))
 
 
+# ---- Embeddings ----------------------------------------------------------------------------------
+# Texts to vectors, by the model of a second folder, EMBEDDING_PATH: an encoder as optimum or
+# fastembed exports it, and the files of sentence-transformers beside it. onnxruntime-genai does not
+# know the tokenizers of encoders, so they are read here, as their tokenizer.json describes them
+# (huggingface.co/docs/tokenizers). Vectors are computed in short calls, between the steps of
+# generation: an EmbeddingJob is what a request wants, a Batch what one call of the graph computes.
+
+MOST_INPUTS = 2048  # OpenAI's bound
+EMBEDDING_SECONDS = 0.25  # of one turn, after which generation goes on
+MOST_BATCH_TOKENS = 1024  # of several inputs; more are no faster, but take more memory
+FEWEST_TOKENS = 32  # for whose time a call is counted, if it has fewer
+CACHED_WORDS = 50_000  # whose tokens are remembered
+ENCODER_FILES = ("model.onnx", "onnx/model.onnx", "model_optimized.onnx")
+ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+HIDDEN_OUTPUTS = ("last_hidden_state", "token_embeddings", "hidden_states")
+# Operators that round all inputs of a call by one scale: what one text gets then depends on others.
+ROUNDING_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+# Families of encoders that count positions from the padding token's id on.
+SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"}
+
+Step = Callable[[str], str]
+
+
+class CharacterMap(dict[int, str]):
+    """Texts by characters for str.translate, each computed when it first occurs."""
+
+    def __init__(self, text_of: Step) -> None:
+        super().__init__()
+        self.text_of = text_of
+
+    def __missing__(self, code: int) -> str:
+        """The text of a character that has not occurred before."""
+        self[code] = self.text_of(chr(code))
+        return self[code]
+
+
+# BertNormalizer's; its last range but two begins a hundred characters late.
+CJK = (
+    *((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F)),
+    *((0x2B740, 0x2B81F), (0x2B920, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)),
+)
+
+
+def is_cjk(character: str) -> bool:
+    """Whether BERT takes a character for a word of its own."""
+    return any(low <= ord(character) <= high for low, high in CJK)
+
+
+def is_punctuation(character: str) -> bool:
+    """Whether BERT takes a character for punctuation: all of ASCII's symbols too."""
+    category = unicodedata.category(character)
+    return category[0] == "P" or (character.isascii() and category[0] == "S")
+
+
+def bert_clean(character: str) -> str:
+    """White space as a space, no control characters."""
+    if character.isspace() and (character in "\t\n\r" or unicodedata.category(character) != "Cc"):
+        return " "
+    is_gone = character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co")
+    return "" if is_gone else character
+
+
+def bert_normalizer(described: Mapping[str, Json]) -> Iterator[Step]:
+    """The steps of a BertNormalizer."""
+    if described.get("clean_text", True):
+        yield translation(bert_clean)
+    if described.get("handle_chinese_chars", True):
+        yield translation(lambda character: f" {character} " if is_cjk(character) else character)
+    strips = described.get("strip_accents")
+    if described["lowercase"] if strips is None else strips:
+        yield normalization("NFD")
+        yield translation(without_mark)
+    if described["lowercase"]:
+        yield translation(str.lower)
+
+
+def translation(text_of: Step) -> Step:
+    """A step that replaces character by character."""
+    table = CharacterMap(text_of)
+    return lambda text: text.translate(table)
+
+
+def normalization(form: Any) -> Step:
+    """A step that brings a text into a Unicode normal form."""
+
+    def normalized(run: re.Match[str]) -> str:
+        return unicodedata.normalize(form, run[0])
+
+    return lambda text: NORMALIZED_TOGETHER.sub(normalized, text)
+
+
+def without_mark(character: str) -> str:
+    """The character, unless it is an accent."""
+    return "" if unicodedata.category(character) == "Mn" else character
+
+
+def replacement(described: Mapping[str, Json]) -> Step:
+    """The step that a normalizer Replace describes."""
+    ((kind, pattern),) = described["pattern"].items()
+    found, content = re.compile(pattern if kind == "Regex" else re.escape(pattern)), described
+    return lambda text: found.sub(lambda _: content["content"], text)
+
+
+class CharacterTrie:
+    """SentencePiece's replacements of characters, in a double array.
+
+    The array is laid out as by github.com/s-yata/darts-clone.
+    """
+
+    def __init__(self, described: Mapping[str, Json]) -> None:
+        """Reads the precompiled_charsmap of a normalizer Precompiled."""
+        data = base64.b64decode(described["precompiled_charsmap"])
+        size = int.from_bytes(data[:4], "little")
+        self.units = struct.unpack_from(f"<{size // 4}I", data, 4)
+        self.texts = data[4 + size :]
+        self.cluster = re.compile(rf"\r\n|[^{FORMATS}][{marks()}]*|[{FORMATS}]")
+        self.replaced = functools.lru_cache(CACHED_WORDS)(self.replace)
+
+    def __call__(self, text: str) -> str:
+        """The text with all that is to be replaced."""
+        return self.cluster.sub(lambda cluster: self.replaced(cluster[0]), text)
+
+    def replace(self, cluster: str) -> str:
+        """What stands for a character with its marks, together if they are short, else for each."""
+        if len(cluster.encode()) < 6 and (found := self.find(cluster)) is not None:
+            return found
+        return "".join(
+            character if (found := self.find(character)) is None else found for character in cluster
+        )
+
+    def find(self, text: str) -> str | None:
+        """What stands for the shortest beginning of a text that has a replacement."""
+        place, units = offset(self.units[0]), self.units
+        for byte in text.encode():
+            place ^= byte
+            unit = units[place]
+            if unit & 0x800000FF != byte:
+                return None
+            place ^= offset(unit)
+            if unit >> 8 & 1:
+                start = units[place] & 0x7FFFFFFF
+                return self.texts[start : self.texts.index(0, start)].decode()
+        return None
+
+
+# Characters that no mark joins, and a line's end beside (Unicode's UAX 29).
+FORMATS = "\0-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+
+
+def offset(unit: int) -> int:
+    """The distance to the children of a double array's unit."""
+    return unit >> 10 << ((unit & 1 << 9) >> 6)
+
+
+@functools.cache
+def marks() -> str:
+    """What joins the character before it to one that is seen as a whole, for a character class."""
+    planes = itertools.chain(range(0x300, 0x1F000), range(0xE0100, 0xE01F0))
+    found = [code for code in planes if unicodedata.category(chr(code))[0] == "M"]
+    return "\u200c\u200d" + "".join(map(chr, found))
+
+
+def normalizer(described: Mapping[str, Json]) -> list[Step]:
+    """What a tokenizer does with a text before it is cut; raises ModelLoadingFailed."""
+    kind = described.get("type", "")
+    match kind:
+        case "":
+            return []
+        case "Sequence":
+            return [step for each in described["normalizers"] for step in normalizer(each)]
+        case "BertNormalizer":
+            return [*bert_normalizer(described)]
+        case "NFC" | "NFD" | "NFKC" | "NFKD":
+            return [normalization(kind)]
+        case "Lowercase":
+            return [translation(str.lower)]
+        case "StripAccents":
+            return [translation(without_mark)]
+        case "Replace":
+            return [replacement(described)]
+        case "Precompiled":
+            return [CharacterTrie(described)]
+    raise ModelLoadingFailed(f"a normalizer {kind}")
+
+
+Cut = Callable[[str, bool], list[str]]  # a text, and whether it is the first one, to words
+
+
+def pre_tokenizer(described: Mapping[str, Json]) -> Cut:
+    """How a tokenizer cuts a text into words; raises ModelLoadingFailed."""
+    kind = described.get("type", "")
+    match kind:
+        case "":
+            return lambda text, _: [text]
+        case "Sequence":
+            cuts = [pre_tokenizer(each) for each in described["pretokenizers"]]
+            return functools.reduce(one_after_another, cuts)
+        case "BertPreTokenizer":
+            spaced = translation(lambda each: f" {each} " if is_punctuation(each) else each)
+            return lambda text, _: spaced(text).split()
+        case "WhitespaceSplit":
+            return lambda text, _: text.split()
+        case "Whitespace":
+            return lambda text, _: re.findall(r"\w+|[^\w\s]+", text)
+        case "Metaspace":
+            return functools.partial(cut_at_spaces, metaspace_scheme(described))
+    raise ModelLoadingFailed(f"a pre_tokenizer {kind}")
+
+
+def one_after_another(first: Cut, second: Cut) -> Cut:
+    """Two cuts as one."""
+
+    def cut(text: str, is_first: bool) -> list[str]:
+        words = first(text, is_first)
+        return [part for i, word in enumerate(words) for part in second(word, is_first and not i)]
+
+    return cut
+
+
+def metaspace_scheme(described: Mapping[str, Json]) -> str:
+    """Which texts get a space in front: always, first or never."""
+    older = "always" if described.get("add_prefix_space", True) else "never"
+    return str(described.get("prepend_scheme", older))
+
+
+def cut_at_spaces(scheme: str, text: str, is_first: bool) -> list[str]:
+    """Words that begin with SentencePiece's sign of a space."""
+    text = text.replace(" ", "\u2581")
+    if scheme == "always" or (scheme == "first" and is_first):
+        text = text if text.startswith("\u2581") else "\u2581" + text
+    return re.findall("\u2581[^\u2581]*|[^\u2581]+", text)
+
+
+class WordPiece:
+    """Cuts a word into the longest pieces from the left, all but the first with a prefix."""
+
+    def __init__(self, model: Mapping[str, Json]) -> None:
+        self.vocabulary: dict[str, int] = model["vocab"]
+        self.prefix = model.get("continuing_subword_prefix", "##")
+        self.unknown = self.vocabulary[model.get("unk_token", "[UNK]")]
+        self.longest = model.get("max_input_chars_per_word", 100)
+
+    def tokens(self, word: str) -> tuple[int, ...]:
+        """The token ids of a word; one unknown token if a part of it is unknown."""
+        if len(word) > self.longest:
+            return (self.unknown,)
+        tokens: list[int] = []
+        start, prefix = 0, ""
+        while start < len(word):
+            ends = range(len(word), start, -1)
+            found = (end for end in ends if prefix + word[start:end] in self.vocabulary)
+            end = next(found, 0)
+            if not end:
+                return (self.unknown,)
+            tokens.append(self.vocabulary[prefix + word[start:end]])
+            start, prefix = end, self.prefix
+        return tuple(tokens)
+
+
+class Unigram:
+    """Cuts a word into the pieces whose scores have the largest sum (SentencePiece)."""
+
+    PENALTY = 10.0  # of an unknown character, below the least score
+
+    def __init__(self, model: Mapping[str, Json]) -> None:
+        """Raises ModelLoadingFailed."""
+        if model.get("byte_fallback"):
+            raise ModelLoadingFailed("a Unigram model with byte_fallback")
+        self.pieces = {text: (token, score) for token, (text, score) in enumerate(model["vocab"])}
+        self.longest = max(map(len, self.pieces))
+        self.unknown = (model["unk_id"], min(score for _, score in model["vocab"]) - self.PENALTY)
+
+    @property
+    def vocabulary(self) -> Iterable[str]:
+        """The texts of all tokens."""
+        return self.pieces
+
+    def tokens(self, word: str) -> tuple[int, ...]:
+        """The token ids of a word; unknown characters in a row are one token."""
+        # Of the best way to each place: its score, the place before, the token between.
+        best: list[tuple[float, int, int]] = [(0.0, 0, 0)] + [(-math.inf, 0, 0)] * len(word)
+        for start in range(len(word)):
+            score = best[start][0]
+            for end in range(start + 1, min(start + self.longest, len(word)) + 1):
+                piece = self.pieces.get(word[start:end])
+                if piece is None and end == start + 1:
+                    piece = self.unknown
+                if piece and score + piece[1] > best[end][0]:
+                    best[end] = (score + piece[1], start, piece[0])
+        tokens: list[int] = []
+        place = len(word)
+        while place:
+            _, place, token = best[place]
+            if not (tokens and token == tokens[-1] == self.unknown[0]):
+                tokens.append(token)
+        return tuple(reversed(tokens))
+
+
+class EmbeddingTokenizer:
+    """The tokenizer of an encoder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads tokenizer.json; raises ModelLoadingFailed."""
+        path = folder / "tokenizer.json"
+        try:
+            described = read_tokenizer(folder)
+            model = described["model"]
+            kind = model.get("type") or "WordPiece"
+            if kind not in ("WordPiece", "Unigram"):
+                raise ModelLoadingFailed(f"a {kind} model")
+            self.model = WordPiece(model) if kind == "WordPiece" else Unigram(model)
+            self.steps = normalizer(described.get("normalizer") or {})
+            self.cut = pre_tokenizer(described.get("pre_tokenizer") or {})
+            self.before, self.after = special_tokens(described)
+            self.added = {token["content"]: token["id"] for token in described["added_tokens"]}
+            self.find_added = added_pattern(described["added_tokens"])
+        except ModelLoadingFailed as error:
+            reason = f"{path} has {error}, which is not read for embeddings"
+            raise ModelLoadingFailed(reason) from None
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:  # not as known
+            raise ModelLoadingFailed(f"{path} cannot be read: {error!r}") from None
+        self.vocab_size = max([*self.added.values(), len([*self.model.vocabulary]) - 1]) + 1
+        self.word_tokens = functools.lru_cache(CACHED_WORDS)(self.model.tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, with what the model expects before and behind it."""
+        tokens = list(self.before)
+        for i, part in enumerate(self.find_added.split(text)):
+            if i % 2:
+                tokens.append(self.added[part.strip()])
+            elif part:
+                tokens += self.encode_part(part, is_first=i == 0)
+        return tokens + self.after
+
+    def encode_part(self, text: str, is_first: bool) -> Iterator[int]:
+        """The token ids of a text in which no added tokens are looked for."""
+        for step in self.steps:
+            text = step(text)
+        for word in self.cut(text, is_first):
+            yield from self.word_tokens(word)
+
+
+def added_pattern(added: Iterable[Mapping[str, Json]]) -> re.Pattern[str]:
+    """Matches tokens that a text may spell, with the white space that they swallow."""
+    by_length = sorted(added, key=lambda token: -len(token["content"]))
+    spelled = [
+        r"\s*" * token["lstrip"] + re.escape(token["content"]) + r"\s*" * token["rstrip"]
+        for token in by_length
+    ]
+    return re.compile(f"({'|'.join(spelled) or '(?!)'})")
+
+
+def special_tokens(described: Mapping[str, Json]) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and behind a text."""
+    around: tuple[list[int], list[int]] = ([], [])
+    for step in steps(described, "post_processor"):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            return [step["cls"][1]], [step["sep"][1]]
+        is_behind = False
+        for piece in step.get("single", ()):
+            is_behind |= "Sequence" in piece
+            if "SpecialToken" in piece:
+                around[is_behind].extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    return around
+
+
+@dataclass(frozen=True)
+class EmbeddingRequest:
+    """A checked body of POST /v1/embeddings."""
+
+    model: str
+    inputs: tuple[str | list[int], ...]
+    dimensions: int | None
+    is_base64: bool
+
+
+@dataclass(frozen=True)
+class ServedEmbedding:
+    """What requests for embeddings are checked against."""
+
+    name: str
+    is_any_name: bool  # MODEL_ALIASES has *
+    vocab_size: int
+    size: int  # of a vector
+    context_length: int
+
+
+@dataclass(frozen=True)
+class PreparedEmbedding:
+    """A body as the embedder wants it."""
+
+    inputs: list[list[int]]
+    size: int  # of the vectors
+    is_base64: bool
+
+
+def parse_embedding(body: bytes, served: ServedEmbedding) -> EmbeddingRequest:
+    """Checks a body of POST /v1/embeddings; raises ApiError."""
+    fields = parse_json(body)
+    fields.required("model").required("input")
+    fields.string("user")
+    return EmbeddingRequest(
+        model=fields.string("model"),
+        inputs=parse_prompts(fields, served.vocab_size, "input", MOST_INPUTS),
+        dimensions=fields.integer("dimensions", 1, served.size),
+        is_base64=fields.choice("encoding_format", ("float", "base64")) == "base64",
+    )
+
+
+def prepare_embedding(
+    body: bytes, encode: Callable[[str], list[int]], served: ServedEmbedding
+) -> PreparedEmbedding:
+    """Reads a body of POST /v1/embeddings; raises ApiError."""
+    request = parse_embedding(body, served)
+    if request.model != served.name and not served.is_any_name:
+        raise unknown_model(request.model, served.name)
+    inputs = []
+    for i, given in enumerate(request.inputs):
+        param = "input" if len(request.inputs) == 1 else f"input[{i}]"
+        if not given:
+            raise invalid_value(param, "it is empty. Expected a text or tokens.")
+        inputs.append(encode(given) if isinstance(given, str) else given)
+        if len(inputs[-1]) > served.context_length:
+            raise context_exceeded(param, served.context_length, len(inputs[-1]))
+    return PreparedEmbedding(inputs, request.dimensions or served.size, request.is_base64)
+
+
+POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+POOLING_HINT = "put 1_Pooling/config.json of its sentence-transformers repository there"
+
+
+def read_pooling(folder: Path, default: str = "") -> str:
+    """How the vectors of an input's tokens become one; raises ModelLoadingFailed."""
+    modules = read_json_file(folder / "modules.json", [])
+    kinds = {module["type"].rpartition(".")[2]: module["path"] for module in modules}
+    if others := kinds.keys() - {"Transformer", "Pooling", "Normalize"}:
+        named = ", ".join(sorted(others))
+        hint = "export it with the output sentence_embedding"
+        raise ModelLoadingFailed(f"{folder} has a module {named}, which is not computed; {hint}")
+    path = folder / (kinds.get("Pooling") or "1_Pooling") / "config.json"
+    described = read_json_file(path, {})
+    if not described and default:
+        return default
+    if not described:
+        raise ModelLoadingFailed(f"{folder} does not tell how to pool; {POOLING_HINT}")
+    modes = [name for name, is_on in described.items() if "pooling_mode_" in name and is_on]
+    names = [name.removeprefix("pooling_mode_") for name in modes]
+    names = names or [described.get("pooling_mode", "")]
+    if len(names) != 1 or names[0] not in POOLINGS:
+        known = ", ".join(POOLINGS)
+        raise ModelLoadingFailed(f"{path} asks for {' and '.join(names)}; of {known} one is served")
+    return POOLINGS[names[0]]
+
+
+def encoder_length(folder: Path, config: Mapping[str, Json]) -> int:
+    """Tokens of an input at most; raises ModelLoadingFailed."""
+    positions = config.get("max_position_embeddings", 512)
+    if config.get("model_type") in SHIFTED_POSITIONS:
+        positions -= config.get("pad_token_id", 1) + 1
+    chosen = read_json_file(folder / "sentence_bert_config.json", {}).get("max_seq_length")
+    of_tokenizer = read_json_file(folder / "tokenizer_config.json", {}).get("model_max_length")
+    return int(min(chosen or positions, of_tokenizer or positions, positions))
+
+
+class EmbeddingModel:
+    """What all models of vectors have: an input of tokens becomes a vector [size]."""
+
+    tokenizer: EmbeddingTokenizer | DecoderTokenizer
+    vocab_size: int
+    context_length: int  # tokens of an input at most
+    size: int
+    is_alone = False  # whether a call takes one input
+    is_chunked = False  # whether a call takes a part of it
+
+    def __init__(self, graph: Path) -> None:
+        """Measures the speed; raises ModelLoadingFailed."""
+        longest = min(64, self.context_length)
+        try:
+            self.size = self.compute(Batch.of([0])).shape[1]
+            started = time.perf_counter()
+            self.compute(Batch.of([0] * longest))
+            self.speed = longest / (time.perf_counter() - started)  # tokens a second
+        except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
+            raise ModelLoadingFailed(f"{graph} cannot be run for embeddings: {error}") from None
+
+    def compute(self, batch: Batch) -> Floats:
+        """The vectors [inputs, size] of a batch, none of them while an input is unfinished."""
+        raise NotImplementedError
+
+    def learn_speed(self, tokens: int, seconds: float) -> None:
+        """Corrects the speed by a call that was not short."""
+        if tokens >= FEWEST_TOKENS:
+            self.speed += 0.3 * (tokens / seconds - self.speed)
+
+
+class Encoder(EmbeddingModel):
+    """An encoder: all tokens of an input see one another, so that a call takes it whole."""
+
+    def __init__(self, folder: Path, context_length: int, threads: int) -> None:
+        """Loads and runs the graph; raises ModelLoadingFailed."""
+        path = find_encoder(folder)
+        self.tokenizer = EmbeddingTokenizer(folder)
+        self.session = embedding_session(path, threads)
+        self.inputs = {port.name: port.type for port in self.session.get_inputs()}
+        outputs = [port.name for port in self.session.get_outputs()]
+        if unknown := self.inputs.keys() - {*ENCODER_INPUTS}:
+            raise ModelLoadingFailed(f"{path} has inputs that are not fed: {', '.join(unknown)}")
+        self.pooling = "" if "sentence_embedding" in outputs else read_pooling(folder)
+        known = HIDDEN_OUTPUTS if self.pooling else ("sentence_embedding",)
+        self.output = next((name for name in known if name in outputs), outputs[0])
+        config = read_json_file(folder / "config.json", {})
+        self.vocab_size = config.get("vocab_size", self.tokenizer.vocab_size)
+        self.context_length = min(context_length, encoder_length(folder, config))
+        self.is_alone = bool(OnnxGraph(path).operators & ROUNDING_TOGETHER)
+        super().__init__(path)
+
+    def compute(self, batch: Batch) -> Floats:
+        """The vectors [inputs, size] of a batch."""
+        inputs = [batch.job.inputs[place] for place in batch.places]
+        lengths = np.array([len(tokens) for tokens in inputs])
+        columns = np.arange(lengths.max())
+        mask = columns < lengths[:, None]
+        ids = np.zeros(mask.shape, np.int64)
+        ids[mask] = np.concatenate(inputs)
+        fed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+        fed["position_ids"] = np.broadcast_to(columns, ids.shape)
+        feed = {name: fed[name].astype(KINDS[kind]) for name, kind in self.inputs.items()}
+        hidden = self.session.run([self.output], feed)[0].astype(np.float32)
+        return unit_vectors(pooled(self.pooling, hidden, mask, lengths))
+
+
+KINDS = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
+
+
+class HiddenStates(EmbeddingModel):
+    """A decoder of the model builder that shows its hidden states, fed in parts."""
+
+    is_alone = is_chunked = True
+
+    def __init__(self, folder: Path, context_length: int, threads: int) -> None:
+        """Loads and runs the graph; raises ModelLoadingFailed."""
+        config = ModelConfig.read(folder)
+        self.config = config
+        self.tokenizer = DecoderTokenizer(folder)
+        self.session = embedding_session(config.graph, threads)
+        inputs = {port.name: port for port in self.session.get_inputs()}
+        self.output = config.outputs.get("hidden_states", "hidden_states")
+        if self.output not in [port.name for port in self.session.get_outputs()]:
+            hint = (
+                "export it with --extra_options include_hidden_states=true or exclude_lm_head=true"
+            )
+            raise ModelLoadingFailed(f"{config.graph} has no output {self.output}; {hint}")
+        self.pooling = read_pooling(folder, "last")
+        self.vocab_size = config.vocab_size
+        self.context_length = min(context_length, config.context_length)
+        positions = inputs.get(config.inputs["position_ids"])
+        self.position_axes = positions and [*positions.shape[:-2], 1, 1]
+        layers = [(layer, part) for layer in range(config.layers) for part in ("key", "value")]
+        self.past = [config.inputs[f"past_{part}_names"] % layer for layer, part in layers]
+        self.present = [config.outputs[f"present_{part}_names"] % layer for layer, part in layers]
+        head = kv_head(inputs[self.past[0]], config.head_size)
+        empty = np.zeros((1, config.kv_heads, 0, *head.shape), head.base)
+        self.no_past = [onnxruntime.OrtValue.ortvalue_from_numpy(empty)] * len(layers)
+        super().__init__(config.graph)
+
+    def compute(self, batch: Batch) -> Floats:
+        """The vector [1, size] of an input, or [0, size] while it is unfinished."""
+        job, names, count = batch.job, self.config.inputs, batch.stop - batch.start
+        tokens = job.inputs[batch.places[0]]
+        fed = {names["input_ids"]: np.array([tokens[batch.start : batch.stop]], np.int64)}
+        fed[names["attention_mask"]] = np.ones((1, batch.stop), np.int64)
+        if self.position_axes:
+            positions = np.arange(batch.start, batch.stop)[None]
+            fed[names["position_ids"]] = np.tile(positions, self.position_axes)
+        feed = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(value) for name, value in fed.items()
+        }
+        feed |= zip(self.past, job.past if batch.start else self.no_past, strict=True)
+        hidden, *past = self.session.run_with_ort_values([self.output, *self.present], feed)
+        states = hidden.numpy().astype(np.float32)
+        is_whole = batch.stop == len(tokens)
+        job.past = [] if is_whole else past
+        match self.pooling:
+            case "mean":
+                job.sum = states.sum(axis=1) + (job.sum if batch.start else 0)
+                states = job.sum / batch.stop
+            case "last":
+                states = states[:, count - 1]
+            case "cls":
+                job.sum = job.sum if batch.start else states[:, 0]
+                states = job.sum
+        return unit_vectors(states[: int(is_whole)])
+
+
+class DecoderTokenizer:
+    """A decoder's tokenizer, and the tokens that it puts before and behind a text."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ModelLoadingFailed."""
+        self.tokenizer = Tokenizer(folder)
+        self.after = special_tokens(read_tokenizer(folder))[1]
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text."""
+        return self.tokenizer.encode_prompt(text) + self.after
+
+
+def embedding_tokenizer(folder: Path) -> EmbeddingTokenizer | DecoderTokenizer:
+    """The tokenizer of a folder; raises ModelLoadingFailed."""
+    is_decoder = (folder / "genai_config.json").is_file()
+    return DecoderTokenizer(folder) if is_decoder else EmbeddingTokenizer(folder)
+
+
+def embedding_model(folder: Path, context_length: int, threads: int) -> EmbeddingModel:
+    """The model of a folder; raises ModelLoadingFailed."""
+    if not folder.is_dir():
+        fault = "is not a folder" if folder.exists() else "does not exist"
+        raise ModelLoadingFailed(f"EMBEDDING_PATH {folder} {fault}")
+    is_decoder = (folder / "genai_config.json").is_file()
+    return (HiddenStates if is_decoder else Encoder)(folder, context_length, threads)
+
+
+def pooled(pooling: str, hidden: Floats, mask: Booleans, lengths: Integers) -> Floats:
+    """One vector [rows, size] of those of each token [rows, tokens, size]."""
+    match pooling:
+        case "mean":
+            hidden = np.matmul(mask[:, None].astype(np.float32), hidden)[:, 0] / lengths[:, None]
+        case "cls":
+            hidden = hidden[:, 0]
+        case "last":
+            hidden = hidden[np.arange(len(hidden)), lengths - 1]
+    return hidden
+
+
+def unit_vectors(vectors: Floats) -> Floats:
+    """The vectors [rows, size] at length 1; one of zeros stays."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: Floats = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    return units
+
+
+def find_encoder(folder: Path) -> Path:
+    """The graph of an encoder's folder; raises ModelLoadingFailed."""
+    found = [folder / name for name in ENCODER_FILES if (folder / name).is_file()]
+    found = found or [*folder.glob("*.onnx"), *folder.glob("onnx/*.onnx")]
+    if not found:
+        raise ModelLoadingFailed(f"EMBEDDING_PATH {folder} has no {' or '.join(ENCODER_FILES)}")
+    return found[0]
+
+
+def embedding_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Loads a graph; raises ModelLoadingFailed."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    options.enable_mem_pattern = False  # kept for each shape that occurs
+    try:
+        return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
+        raise ModelLoadingFailed(f"{path} {load_fault(path, str(error))}") from None
+
+
+class EmbeddingJob:
+    """The vectors that a request wants."""
+
+    def __init__(self, inputs: list[list[int]]) -> None:
+        self.inputs = inputs
+        # of inputs, the shortest one last
+        self.waiting = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
+        self.vectors: dict[int, Floats] = {}
+        self.fed = 0  # tokens of the last input waiting, if it is fed in parts
+        self.past: list[onnxruntime.OrtValue] = []  # their KV
+        self.sum: Floats = np.zeros((1, 1), np.float32)  # of their vectors, as the pooling has it
+        self.fault: ApiError | RuntimeError | None = None
+        self.ended = asyncio.Event()
+
+    def take(self, most: int, model: EmbeddingModel) -> Batch:
+        """The next inputs, of similar length, that have about `most` tokens when padded."""
+        place = self.waiting[-1]
+        start, stop = self.fed, len(self.inputs[place])
+        if model.is_chunked and stop - start > max(most, FEWEST_TOKENS):
+            self.fed += max(most, FEWEST_TOKENS)
+            return Batch(self, [place], start, self.fed)
+        rows = 1 if model.is_alone else self.count_similar(most)
+        places, self.fed = self.waiting[-rows:], 0
+        del self.waiting[-rows:]
+        return Batch(self, places, start, len(self.inputs[places[0]]))
+
+    def least(self, model: EmbeddingModel) -> int:
+        """How many tokens the next call feeds at least."""
+        return FEWEST_TOKENS if model.is_chunked else len(self.inputs[self.waiting[-1]])
+
+    def count_similar(self, most: int) -> int:
+        """How many of the next inputs to compute together."""
+        total = 0
+        for rows, place in enumerate(reversed(self.waiting), 1):
+            length = len(self.inputs[place])
+            padded, total = rows * length, total + length
+            is_wasteful = padded > 2 * FEWEST_TOKENS and 4 * total < 3 * padded
+            if rows > 1 and (padded > min(most, MOST_BATCH_TOKENS) or is_wasteful):
+                return rows - 1
+        return len(self.waiting)
+
+    def finish(self, fault: ApiError | RuntimeError | None = None) -> None:
+        """Ends it for its reader."""
+        self.fault = self.fault or fault
+        self.ended.set()
+
+    async def result(self) -> list[Floats]:
+        """The vectors by input, once all are there; raises ApiError or RuntimeError."""
+        await self.ended.wait()
+        if self.fault:
+            raise self.fault
+        return [self.vectors[place] for place in range(len(self.inputs))]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one call computes: whole inputs of a job, or a part of one."""
+
+    job: EmbeddingJob
+    places: list[int]  # of the job's inputs
+    start: int  # of the tokens that are fed
+    stop: int
+
+    @classmethod
+    def of(cls, tokens: list[int]) -> Batch:
+        """One whole input."""
+        return cls(EmbeddingJob([tokens]), [0], 0, len(tokens))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the call feeds, the padding too."""
+        return len(self.places) * (self.stop - self.start)
+
+
+class Embedder:
+    """Computes the vectors of all requests, in turn."""
+
+    def __init__(self, model: EmbeddingModel, metrics: Metrics) -> None:
+        self.model = model
+        self.metrics = metrics
+        self.jobs: list[EmbeddingJob] = []  # that have not ended
+        self.debt = 0.0  # seconds that a call has taken beyond its share
+
+    def submit(self, inputs: list[list[int]]) -> EmbeddingJob:
+        """Takes a request's inputs in."""
+        self.jobs.append(EmbeddingJob(inputs))
+        return self.jobs[-1]
+
+    def withdraw(self, job: EmbeddingJob) -> None:
+        """Forgets a request."""
+        self.jobs = [each for each in self.jobs if each is not job]
+
+    def end(self) -> None:
+        """Ends all requests, because the server stops."""
+        for job in self.jobs:
+            job.finish(draining())
+
+    def plan(self, seconds: float, is_first: bool) -> Batch | None:
+        """The next call, which takes so many seconds at most; the first one may take longer."""
+        waiting = [job for job in self.jobs if job.waiting]
+        most = int((seconds - self.debt) * self.model.speed)
+        if not waiting or most <= 0 or not (is_first or waiting[0].least(self.model) <= most):
+            return None
+        job = waiting[0]
+        # behind the others
+        self.jobs.remove(job)
+        self.jobs.append(job)
+        return job.take(most, self.model)
+
+    def repay(self, seconds: float) -> None:
+        """Lets a call that took longer than its share be forgotten in part."""
+        self.debt = max(0.0, self.debt - seconds)
+
+    def forward(self, batch: Batch) -> Floats | None:
+        """Computes a batch in the executor; None if that failed."""
+        started = time.perf_counter()
+        try:
+            vectors = self.model.compute(batch)
+        except Exception:  # this request's fault alone
+            logger.exception("vectors could not be computed")
+            return None
+        self.model.learn_speed(batch.tokens, time.perf_counter() - started)
+        return vectors
+
+    def absorb(self, batch: Batch, vectors: Floats | None) -> None:
+        """Hands vectors to their job."""
+        job = batch.job
+        if vectors is None:
+            job.waiting = []
+            job.finish(RuntimeError("vectors could not be computed"))
+            return
+        self.metrics.embedded_tokens.add(batch.tokens)
+        job.vectors |= zip(batch.places, vectors, strict=False)
+        if len(job.vectors) == len(job.inputs):
+            job.finish()
+
+
 # ---- Worker --------------------------------------------------------------------------------------
 # What a client can make long runs in processes that may be killed: a large body becomes tokens, and
 # a reply is kept to a grammar, for which onnxruntime-genai holds the GIL as long as a client's text
@@ -4246,13 +5090,60 @@ def prepare_text(body: bytes, tokenizer: Tokenizer, served: Served) -> Prepared:
     return Prepared(generation, prompts, request.echo)
 
 
+def tokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+    """Answers a body of POST /tokenize, as vLLM does; raises ApiError."""
+    fields = parse_json(body)
+    if fields.has("model"):
+        served.check(fields.string("model"))
+    for name in ("chat_template", "continue_final_message"):
+        if fields.values.get(name):
+            raise unsupported(name, "the model's own template is used, up to its reply.")
+    if not fields.has("messages"):
+        text = fields.required("prompt").string("prompt")
+        is_started = fields.boolean("add_special_tokens", default=True)
+        tokens = tokenizer.encode_prompt(text) if is_started else tokenizer.encode(text)
+    else:
+        turns = fields.objects("messages")
+        if not turns:
+            raise empty_array("messages")
+        chat = (tuple(map(parse_message, turns)), parse_tools(fields).offered)
+        opens_reply = fields.boolean("add_generation_prompt", default=True)
+        variables = parse_variables(fields, fields.choice("reasoning_effort", EFFORTS))
+        tokens = tokenizer.encode_chat(*chat, variables, opens_reply)
+        if fields.boolean("add_special_tokens"):
+            tokens = tokenizer.started(tokens)
+    is_spelled = fields.boolean("return_token_strs")
+    spelled = list(map(tokenizer.token_text, tokens)) if is_spelled else None
+    counts = {"count": len(tokens), "max_model_len": served.context_length}
+    return json_text(counts | {"tokens": tokens, "token_strs": spelled}).encode()
+
+
+def detokenize(body: bytes, tokenizer: Tokenizer, served: Served) -> bytes:
+    """Answers a body of POST /detokenize, as vLLM does; raises ApiError."""
+    fields = parse_json(body)
+    if fields.has("model"):
+        served.check(fields.string("model"))
+    given = fields.required("tokens").value("tokens", (list,), "an array of tokens")
+    tokens = parse_tokens(given, "tokens", served.vocab_size)
+    return json_text({"prompt": tokenizer.decode(tokens)}).encode()
+
+
+# What reads a body, by the kind of the job.
+READERS: Mapping[str, Callable[[bytes, Tokenizer, Served], Any]] = {
+    "chat": prepare_chat,
+    "text": prepare_text,
+    "tokenize": tokenize,
+    "detokenize": detokenize,
+}
+
+
 @dataclass(frozen=True)
 class Job:
     """What a process is asked for: to read a body, else to compile a grammar."""
 
-    kind: str = ""  # of the body: chat, text or response
+    kind: str = ""  # of the body: of READERS, response or embedding
     body: bytes = b""
-    served: Served | None = None
+    served: Served | ServedEmbedding | None = None
     grammar: Grammar | None = None
     recalled: Recalled | None = None  # of a response's references, once these are known
 
@@ -4261,18 +5152,19 @@ class Job:
         """Bytes to be read."""
         return len(self.body) + (self.recalled.size if self.recalled else 0)
 
-    def prepare(self, tokenizer: Tokenizer) -> Prepared | References:
-        """Reads the body; raises ApiError."""
-        assert self.served
+    def prepare(self, tokenizer: Tokenizer) -> Any:
+        """Reads the body, unless it asks for embeddings; raises ApiError."""
+        assert isinstance(self.served, Served)
         if self.kind == "response":
             return prepare_response(self.body, tokenizer, self.served, self.recalled)
-        prepare = prepare_chat if self.kind == "chat" else prepare_text
-        return prepare(self.body, tokenizer, self.served)
+        return READERS[self.kind](self.body, tokenizer, self.served)
 
 
 # What goes between the processes, by name: in the worker this file is __main__.
-MESSAGES = (Job, Served, Prepared, Generation, Sampling, Grammar, Thinking, ApiError, RuntimeError)
-MESSAGES += (PreparedResponse, References, Recalled)  # type: ignore[assignment]
+MESSAGES = (
+    *(Job, Served, Prepared, Generation, Sampling, Grammar, Thinking, ApiError, RuntimeError),
+    *(PreparedResponse, References, Recalled, ServedEmbedding, PreparedEmbedding),
+)
 
 
 class Unpickler(pickle.Unpickler):
@@ -4295,10 +5187,11 @@ def packed(message: object) -> bytes:
 class Workbench:
     """What the worker has loaded when it forks."""
 
-    def __init__(self, folder: Path, forks: bool) -> None:
-        """Loads tokenizer and grammar engine; raises ModelLoadingFailed."""
+    def __init__(self, folder: Path, forks: bool, embedding: Path | None = None) -> None:
+        """Loads tokenizers and grammar engine; raises ModelLoadingFailed."""
         config = ModelConfig.read(folder)
         self.tokenizer = Tokenizer(folder)
+        self.encode = embedding_tokenizer(embedding).encode if embedding else None
         self.engine: GrammarEngine | None = None
         self.fault = ""  # why there is no engine
         try:
@@ -4324,7 +5217,7 @@ def shows_masks(search: Search, end_tokens: frozenset[int], forks: bool) -> bool
     return is_end
 
 
-def work(folder: Path, forks: bool) -> None:
+def work(folder: Path, forks: bool, embedding: Path | None) -> None:
     """Runs the worker on the socket that is its standard input, until the other end is closed."""
     for number in STOP_SIGNALS:  # which terminals and systemd send to all; it ends with the server
         signal.signal(number, signal.SIG_IGN)
@@ -4333,7 +5226,7 @@ def work(folder: Path, forks: bool) -> None:
         channel = socket.fromshare(sys.stdin.buffer.read())
     else:
         channel = socket.socket(fileno=0)
-    bench = Workbench(folder, forks)
+    bench = Workbench(folder, forks, embedding)
     if forks:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
         fork_for_each(channel, lambda accepted: serve_jobs(accepted, bench, forks))
@@ -4402,13 +5295,14 @@ def set_deadline(seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def result_of(
-    job: Job, bench: Workbench, channel: socket.socket
-) -> Search | Prepared | References | Exception:
+def result_of(job: Job, bench: Workbench, channel: socket.socket) -> Any:
     """What comes of a job; an ApiError is the client's fault, a RuntimeError ours."""
     try:
         if job.grammar:
             return compile_grammar(job.grammar, bench, channel)
+        if isinstance(job.served, ServedEmbedding):
+            assert bench.encode
+            return prepare_embedding(job.body, bench.encode, job.served)
         return job.prepare(bench.tokenizer)
     except ApiError as error:
         return error
@@ -4449,9 +5343,9 @@ def serve_guide(channel: socket.socket, search: Search) -> None:
 class Worker:
     """The worker's process, started again when it has died, and what it is asked for."""
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
+    def __init__(self, folder: Path, vocab_size: int, embedding: str = "") -> None:
         """Starts it; it loads beside the model, and jobs wait until it has."""
-        self.folder = folder
+        self.folder, self.embedding = folder, embedding
         self.mask_bytes = round_up(vocab_size, 8) // 8
         self.compiling, self.reading = asyncio.Semaphore(MOST_JOBS), asyncio.Semaphore(MOST_JOBS)
         self.process, self.channel = self.spawn()
@@ -4462,6 +5356,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         option = "--worker" if FORKS else "--single-worker"
         command = [sys.executable, str(Path(__file__).resolve()), option, str(self.folder)]
+        command += ["--embedding", self.embedding] if self.embedding else []
         # With threads it could not fork; llguidance starts its own with a reply's second mask.
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
         # In a session of its own, for Ctrl-C is the server's. On Windows the socket goes as bytes.
@@ -4480,12 +5375,12 @@ class Worker:
         self.process.kill()
         self.process.wait()
 
-    async def prepare(self, job: Job) -> Prepared | References:
+    async def prepare(self, job: Job) -> Any:
         """Reads a body; raises ApiError, also for one that takes too long."""
         place = self.reading if job.size > LARGE_BYTES else contextlib.nullcontext()
         async with place, self.job(job) as channel:
             try:
-                prepared: Prepared | References = await next_message(channel)
+                prepared = await next_message(channel)
             except EOFError:
                 raise invalid_body(f"reading it takes {killed(*PREPARE_LIMITS)}.") from None
             if FORKS:
@@ -5377,9 +6272,16 @@ class Engine:
     """Generates all sequences by continuous batching."""
 
     def __init__(
-        self, model: Model, metrics: Metrics, most_requests: int, batch_size: int, kv_bytes: int
+        self,
+        model: Model,
+        metrics: Metrics,
+        most_requests: int,
+        batch_size: int,
+        kv_bytes: int,
+        embedder: Embedder | None = None,
     ) -> None:
         self.model = model
+        self.embedder = embedder
         self.metrics = metrics
         self.most_requests = most_requests
         self.batch_size = batch_size
@@ -5438,6 +6340,8 @@ class Engine:
         """Ends all sequences, those that wait for a slot too."""
         for sequence in [*self.waiting, *self.slots.sequences]:
             sequence.close(reason)
+        if self.embedder and reason == "shutdown":
+            self.embedder.end()
 
     def observe(self) -> None:
         """Brings the gauges up to date."""
@@ -5462,14 +6366,37 @@ class Engine:
 
     async def step(self) -> None:
         """One plan, forward and absorb; waits for a sequence when there is nothing to do."""
+        has_embedded = await self.embed(self.embedder) if self.embedder else False
         plan = self.plan()
         if plan is None:
             self.deliver()
-            await self.rest()
+            if not has_embedded:
+                await self.rest()
             return
         forward = asyncio.get_running_loop().run_in_executor(self.executor, self.forward, plan)
         self.deliver()  # the last step's text, while this one computes
         self.absorb(plan, *await forward)
+
+    async def embed(self, embedder: Embedder) -> bool:
+        """Lets embeddings be computed, in the time that prompts and replies leave; if there are."""
+        busy = [slot for slot in self.slots.all if slot.sequence and not slot.running.finish_reason]
+        shared = len({slot.kv for slot in busy if slot.pending == 1})
+        seconds = EMBEDDING_SECONDS
+        if shared:
+            seconds = SHARED_SECONDS / shared - self.prefill_seconds
+            seconds /= 2 if any(slot.pending > 1 for slot in busy) else 1
+        else:
+            embedder.debt = 0.0
+        started, spent, loop = time.perf_counter(), 0.0, asyncio.get_running_loop()
+        while batch := embedder.plan(seconds - spent, is_first=not spent):
+            forward = loop.run_in_executor(self.executor, embedder.forward, batch)
+            self.deliver()  # the last step's text, while this is computed
+            embedder.absorb(batch, await forward)
+            spent = time.perf_counter() - started
+        if shared:
+            self.prefill_seconds += spent
+            embedder.debt += max(0.0, spent - seconds)
+        return spent > 0
 
     async def rest(self) -> None:
         """Waits for a sequence; after a while gives back memory that the next would overwrite."""
@@ -5626,6 +6553,8 @@ class Engine:
         else:
             self.pace.learn_step(seconds + self.prefill_seconds)
             self.prefill_seconds = 0.0
+            if self.embedder:
+                self.embedder.repay(SHARED_SECONDS)
             self.metrics.batch_size.observe(len(plan.slots))
         for slot, picked in zip(plan.slots, picks, strict=True):
             sequence, slot.used = slot.running, self.steps
@@ -6176,12 +7105,14 @@ class Api:
     ) -> None:
         config = engine.model.config
         name, aliases = served_name(settings, config.folder), settings.model_aliases
+        self.embedder = engine.embedder
+        self.served_embedding = served_embedding(settings, name, engine.embedder)
         limits = (config.vocab_size, engine.context_length)
         self.served = Served(name, aliases, *limits, sampling, not engine.model.is_pruned)
         # For prompts that are only counted.
         self.boundless = dataclasses.replace(self.served, context_length=MOST_TOKENS)
         self.config = config
-        self.tokenizer = tokenizer
+        self.tokenizer, self.tokenizer_info = tokenizer, tokenizer_info(config.folder)
         self.worker = worker
         self.engine = engine
         self.metrics = engine.metrics
@@ -6208,17 +7139,22 @@ class Api:
         return HttpResponse(200, self.metrics.render(), content_type=kind)
 
     async def models(self, request: HttpRequest) -> HttpResponse:
-        """GET /v1/models: the served model alone."""
-        return json_response({"object": "list", "data": [self.model_object()]})
+        """GET /v1/models: the served model, and that of embeddings."""
+        names = [self.served.name]
+        names += [self.served_embedding.name] if self.served_embedding else []
+        return json_response({"object": "list", "data": list(map(self.model_object, names))})
 
     async def show_model(self, request: HttpRequest) -> HttpResponse:
         """GET /v1/models/{id}; raises ApiError for another model."""
-        self.served.check(unquote(request.path.partition("/models/")[2]).rstrip("/"))
-        return json_response(self.model_object())
+        name = unquote(request.path.partition("/models/")[2]).rstrip("/")
+        if self.served_embedding and name == self.served_embedding.name:
+            return json_response(self.model_object(name))
+        self.served.check(name)
+        return json_response(self.model_object(self.served.name))
 
-    def model_object(self) -> dict[str, object]:
+    def model_object(self, name: str) -> dict[str, object]:
         """OpenAI's model object."""
-        name, created = self.served.name, self.created
+        created = self.created
         return {"id": name, "object": "model", "created": created, "owned_by": "phi_server"}
 
     async def chat(self, request: HttpRequest) -> Answer:
@@ -6244,11 +7180,51 @@ class Api:
         assert isinstance(prepared, Prepared)
         return prepared
 
-    async def read(self, job: Job) -> Prepared | References:
-        """Reads a body, a large one in the worker; raises ApiError."""
+    async def read(self, job: Job) -> Any:
+        """What a body is read to, a large one by the worker; raises ApiError."""
         if job.size > INLINE_BYTES:
             return await self.worker.prepare(job)
         return job.prepare(self.tokenizer)
+
+    async def embeddings(self, request: HttpRequest) -> HttpResponse:
+        """POST /v1/embeddings; raises ApiError, also without a model for them."""
+        served, embedder, body = self.served_embedding, self.embedder, request.body
+        if not served or not embedder:
+            hint = "This server has no model for embeddings; EMBEDDING_PATH names one."
+            raise unknown_url(request.method, request.path, hint)
+        prepared: PreparedEmbedding
+        if len(body) > INLINE_BYTES:
+            prepared = await self.worker.prepare(Job("embedding", body, served))
+        else:
+            prepared = prepare_embedding(body, embedder.model.tokenizer.encode, served)
+        tokens = sum(map(len, prepared.inputs))
+        request.details.update(model=served.name, inputs=len(prepared.inputs), prompt_tokens=tokens)
+        self.engine.submit([])
+        job = embedder.submit(prepared.inputs)
+        try:
+            vectors = await job.result()
+        finally:
+            embedder.withdraw(job)
+            self.engine.withdraw([])
+        data: list[bytes] = []
+        for i, vector in enumerate(vectors):
+            await asyncio.sleep(0)  # of 2,048 vectors, the JSON takes a while
+            data.append(embedding_object(i, vector[: prepared.size], prepared.is_base64))
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        whole = {"object": "list", "data": data, "model": served.name, "usage": usage}
+        return HttpResponse(200, b"".join(json_parts(whole)))
+
+    async def tokenize(self, request: HttpRequest) -> HttpResponse:
+        """POST /tokenize."""
+        return HttpResponse(200, await self.read(Job("tokenize", request.body, self.served)))
+
+    async def detokenize(self, request: HttpRequest) -> HttpResponse:
+        """POST /detokenize."""
+        return HttpResponse(200, await self.read(Job("detokenize", request.body, self.served)))
+
+    async def show_tokenizer(self, request: HttpRequest) -> HttpResponse:
+        """GET /tokenizer_info."""
+        return json_response(self.tokenizer_info)
 
     async def reply(self, prefix: str, prepared: Prepared, drops_space: bool) -> Reply:
         """The sequences and the identity of a reply; raises ApiError for a refused schema."""
@@ -6610,6 +7586,30 @@ def count_response(prepared: Prepared) -> HttpResponse:
     return json_response({"object": "response.input_tokens", "input_tokens": len(prompt)})
 
 
+def served_embedding(
+    settings: Settings, other: str, embedder: Embedder | None
+) -> ServedEmbedding | None:
+    """What requests for embeddings are checked against; raises SettingsError for the other name."""
+    if not embedder:
+        return None
+    folder, model = Path(settings.embedding_path).expanduser(), embedder.model
+    name = settings.embedding_name or file_name(folder.resolve().name)
+    if name == other:
+        expected = "expected a name besides the model's"
+        raise SettingsError(f"EMBEDDING_NAME: {expected}, but got {name!r}")
+    sizes = (model.vocab_size, model.size, model.context_length)
+    return ServedEmbedding(name, "*" in settings.model_aliases, *sizes)
+
+
+def embedding_object(index: int, vector: Floats, is_base64: bool) -> bytes:
+    """The JSON of OpenAI's embedding object; the vector has length 1 again if it was cut."""
+    (unit,) = unit_vectors(vector[None])
+    value: object = unit.tolist()
+    if is_base64:
+        value = base64.b64encode(unit.astype("<f4").tobytes()).decode()
+    return to_json({"object": "embedding", "index": index, "embedding": value})
+
+
 def json_response(value: object) -> HttpResponse:
     """A response with a JSON body."""
     return HttpResponse(200, to_json(value))
@@ -6668,7 +7668,12 @@ def own_name(folder: Path) -> str:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = str(config.get("_name_or_path") or config.get("name") or "")
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1].strip(".")
-    return re.sub(r"[^\w.:+-]+", "-", last or folder.resolve().name) or "model"
+    return file_name(last or folder.resolve().name)
+
+
+def file_name(name: str) -> str:
+    """The name of a model, without characters that clients could not write."""
+    return re.sub(r"[^\w.:+-]+", "-", name) or "model"
 
 
 # ---- Responses -----------------------------------------------------------------------------------
@@ -7027,6 +8032,10 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/responses/input_tokens": {"POST": count_response_input},
     "/responses/{id}": {"GET": show_response, "DELETE": delete_response},
     "/responses/{id}/input_items": {"GET": list_input_items},
+    "/embeddings": {"POST": Api.embeddings},
+    "/tokenize": {"POST": Api.tokenize},
+    "/detokenize": {"POST": Api.detokenize},
+    "/tokenizer_info": {"GET": Api.show_tokenizer},
 }
 
 
@@ -7810,6 +8819,16 @@ def check_template(tokenizer: Tokenizer) -> None:
         logger.warning(f"chats with this model fail: {error.message}")
 
 
+def load_embedder(settings: Settings, metrics: Metrics) -> Embedder | None:
+    """Loads the model of embeddings, if there is one; raises ModelLoadingFailed."""
+    if not settings.embedding_path:
+        return None
+    folder = Path(settings.embedding_path).expanduser()
+    threads = settings.threads or usable_cpus()
+    with startup_step(f"Loading embeddings from {folder}"):
+        return Embedder(embedding_model(folder, settings.context_length, threads), metrics)
+
+
 def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
@@ -7817,7 +8836,7 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     check_template(tokenizer)
     model = load_model(settings, config, kv_choice(settings, tokenizer))
     limits = (settings.max_concurrent_requests, settings.batch_size)
-    engine = Engine(model, metrics, *limits, model.kv_bytes)
+    engine = Engine(model, metrics, *limits, model.kv_bytes, load_embedder(settings, metrics))
     return Api(settings, tokenizer, worker, engine, sampling)
 
 
@@ -7874,9 +8893,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"phi_server {VERSION}")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # see Worker.spawn
     parser.add_argument("--single-worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--embedding", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if folder := options.worker or options.single_worker:
-        work(folder, forks=options.worker is not None)
+        work(folder, options.worker is not None, options.embedding)
         return 0
     # Until serve() takes over: PID 1 of a container ignores SIGTERM without a handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -7887,7 +8907,10 @@ def main(argv: list[str]) -> int:
         listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
         chosen = settings.model_path
         config = ModelConfig.read(Path(chosen).expanduser() if chosen else demo_model_folder())
-        with contextlib.closing(Worker(config.folder, config.vocab_size)) as worker:
+        embedding = (
+            str(Path(settings.embedding_path).expanduser()) if settings.embedding_path else ""
+        )
+        with contextlib.closing(Worker(config.folder, config.vocab_size, embedding)) as worker:
             api = make_api(settings, config, worker)
             asyncio.run(serve(settings, listener, keys, api))
     except SettingsError as error:

@@ -9,6 +9,7 @@ table; `-m soak` loads a server for half an hour; `-m folders` compares folders 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import copy
 import dataclasses
@@ -3692,6 +3693,601 @@ def test_a_reply_has_a_bounded_number_of_calls(grammars: Any, tokenizer: Any) ->
     grammar = phi_server.reply_grammar(parse(CHAT, tools=TOOLS, **FORCED).tools, None)
     done = allowed(grammars(grammar.text), "\n".join([CLOCK_CALL] * 20), tokenizer)
     assert done.count("</tool_call>") == phi_server.MOST_CALLS
+
+
+# ---- Embeddings ----------------------------------------------------------------------------------
+# The encoder is made here: each token's vector, plus the mean of all in its row, goes through two
+# matrices. So padding, batches and pooling show, and numpy computes the same. Tokens are compared
+# with those of the tokenizers package, a decoder's vectors with those of transformers.
+
+EMBEDDINGS = "/v1/embeddings"
+LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c", "##a", "##b", "##c", "ab"]
+LETTERS += ["hello", "world", "##s", "!", ",", "'", "e", "cafe", "\u6f22", "##x"]
+SIZES = (64, 2048)  # of a vector, and of what is between the two matrices
+LONGEST_INPUT = 256
+MEAN = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
+AS_IT_IS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+WORDPIECE_JSON: dict[str, Any] = {
+    "added_tokens": [
+        {"id": i, "content": text, "special": True, **AS_IT_IS}
+        for i, text in enumerate(LETTERS[:5])
+    ],
+    "normalizer": {
+        "type": "BertNormalizer",
+        "clean_text": True,
+        "handle_chinese_chars": True,
+        "strip_accents": None,
+        "lowercase": True,
+    },
+    "pre_tokenizer": {"type": "BertPreTokenizer"},
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {
+            text: {"id": text, "ids": [i], "tokens": [text]}
+            for i, text in ((2, "[CLS]"), (3, "[SEP]"))
+        },
+    },
+    "decoder": None,
+    "model": {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": {text: i for i, text in enumerate(LETTERS)},
+    },
+}
+SPACES_BEFORE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}
+SPACES_BEFORE |= {"split": True}
+UNIGRAM_JSON: dict[str, Any] = {
+    "added_tokens": [{"id": 0, "content": "<s>", "special": True, **AS_IT_IS}],
+    "normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    "pre_tokenizer": SPACES_BEFORE,
+    "post_processor": None,
+    "decoder": None,
+    "model": {
+        "type": "Unigram",
+        "unk_id": 1,
+        "byte_fallback": False,
+        "vocab": [
+            *(["<s>", 0.0], ["<unk>", 0.0], ["\u2581", -3.0], ["a", -3.5], ["b", -3.5]),
+            *(["ab", -4.0], ["\u2581a", -4.5], ["ba", -4.2], ["bab", -6.0], ["\u2581ab", -7.5]),
+        ],
+    },
+}
+
+
+def matrices() -> list[Any]:
+    """The encoder's table of tokens, and its two matrices."""
+    draw = np.random.default_rng(0)
+    shapes = ((len(LETTERS), SIZES[0]), SIZES, SIZES[::-1])
+    return [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def encoder_graph(rounds: bool = False, inputs: Iterable[str] = ("input_ids",)) -> bytes:
+    """An ONNX encoder; with `rounds`, it rounds its inputs by one scale for all."""
+    protobuf, nodes, tensors = phi_server.protobuf, [], []
+
+    def node(operator: str, sources: str, result: str, *attributes: bytes) -> None:
+        names = [(1, name) for name in sources.split()]
+        nodes.append(protobuf(*names, (2, result), (4, operator), *((5, a) for a in attributes)))
+
+    def constant(name: str, array: Any) -> None:
+        kind = {"float32": 1, "int64": 7}[array.dtype.name]
+        sizes = [(1, size) for size in array.shape]
+        tensors.append(protobuf(*sizes, (2, kind), (8, name), (9, array.tobytes())))
+
+    for name, array in zip(("table", "wide", "narrow"), matrices(), strict=True):
+        constant(name, array)
+    constant("one", np.array([1]))
+    constant("two", np.array([2]))
+    node("Gather", "table input_ids", "own")
+    node("Cast", "attention_mask", "mask", protobuf((1, "to"), (3, 1), (20, 2)))
+    node("Unsqueeze", "mask one", "row")
+    node("MatMul", "row own", "sum")
+    node("ReduceSum", "row two", "count")
+    node("Div", "sum count", "mean")
+    node("Add", "own mean", "mixed")
+    if rounds:
+        sources = [(1, "mixed"), *((2, name) for name in ("codes", "scale", "zero"))]
+        nodes.append(protobuf(*sources, (4, "DynamicQuantizeLinear")))
+        node("DequantizeLinear", "codes scale zero", "rounded")
+    node("MatMul", "rounded wide" if rounds else "mixed wide", "between")
+    node("MatMul", "between narrow", "last_hidden_state")
+    shape = ("batch", "sequence")
+    ports = [(11, phi_server.tensor_port(name, 7, shape)) for name in (*inputs, "attention_mask")]
+    output = phi_server.tensor_port("last_hidden_state", 1, (*shape, SIZES[0]))
+    graph = [(1, each) for each in nodes] + [(2, "encoder")] + [(5, each) for each in tensors]
+    operators = protobuf((1, ""), (2, 13))
+    return protobuf((1, 8), (7, protobuf(*graph, *ports, (12, output))), (8, operators))
+
+
+def encoder(folder: Path, **files: object) -> Path:
+    """An encoder's folder, with some files' contents replaced, or left out if None."""
+    chosen = {
+        "model.onnx": encoder_graph(),
+        "tokenizer.json": WORDPIECE_JSON,
+        "config.json": {"model_type": "bert", "max_position_embeddings": LONGEST_INPUT},
+        "1_Pooling/config.json": MEAN,
+    } | files
+    for name, content in chosen.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            path.write_bytes(data)
+    return folder
+
+
+def token_vectors(tokens: list[int]) -> Any:
+    """What the encoder computes for an input alone, [tokens, size]."""
+    table, wide, narrow = matrices()
+    own = table[tokens]
+    return (own + own.mean(axis=0)) @ wide @ narrow
+
+
+def unit(vector: Any) -> Any:
+    return vector / np.linalg.norm(vector)
+
+
+def expected(tokens: list[int]) -> Any:
+    """The vector of an input."""
+    return unit(token_vectors(tokens).mean(axis=0))
+
+
+@pytest.fixture(scope="session")
+def embedding_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with an encoder, which is called letters."""
+    folder = encoder(tmp_path_factory.mktemp("encoders") / "letters")
+    with running(EMBEDDING_PATH=folder) as server:
+        yield server
+
+
+def embed(server: Server, given: object, **fields: object) -> Reply:
+    return post(server, EMBEDDINGS, {"model": "letters", "input": given, **fields})
+
+
+def vectors_of(reply: Reply) -> Any:
+    data = reply.json["data"]
+    assert [each["index"] for each in data] == list(range(len(data)))
+    return np.array([each["embedding"] for each in data])
+
+
+TOKENS_OF_ABC = [2, 11, 10, 3]  # [CLS] ab ##c [SEP]
+INPUTS = {
+    "a text": ("abc", [TOKENS_OF_ABC]),
+    "texts of many lengths": (
+        ["abc", "a " * 100 + "b", "hello"],
+        [TOKENS_OF_ABC, [2, *[5] * 100, 6, 3], [2, 12, 3]],
+    ),
+    "tokens, as they are": ([11, 10], [[11, 10]]),
+    "lists of tokens": ([[11, 10], [5], TOKENS_OF_ABC], [[11, 10], [5], TOKENS_OF_ABC]),
+    "a body for the worker": (["abc", "c " * 200] * 40, [TOKENS_OF_ABC, [2, *[7] * 200, 3]] * 40),
+}
+
+
+@cases("given tokens", INPUTS)
+def test_each_input_gets_the_models_vector_of_it(
+    embedding_server: Server, given: Any, tokens: list[list[int]]
+) -> None:
+    reply = embed(embedding_server, given)
+    count = sum(map(len, tokens))
+    assert (reply.status, reply.json["object"], reply.json["model"]) == (200, "list", "letters")
+    assert reply.json["usage"] == {"prompt_tokens": count, "total_tokens": count}
+    cosines = (vectors_of(reply) * [expected(each) for each in tokens]).sum(axis=1)
+    assert cosines.min() > 0.999999
+
+
+def test_vectors_come_as_base64_of_little_endian_floats(embedding_server: Server) -> None:
+    plain = vectors_of(embed(embedding_server, "abc", encoding_format="float"))[0]
+    (coded,) = embed(embedding_server, "abc", encoding_format="base64").json["data"]
+    assert np.frombuffer(base64.b64decode(coded["embedding"]), "<f4") == pytest.approx(plain)
+
+
+def test_clients_get_vectors_in_their_own_way(embedding_server: Server) -> None:
+    wanted = [expected(TOKENS_OF_ABC), expected([2, 12, 3])]
+    options = {"base_url": embedding_server.url, "api_key": "none"}
+    openai = pytest.importorskip("openai").OpenAI(**options)
+    reply = openai.embeddings.create(model="letters", input=["abc", "hello"])
+    assert np.array([each.embedding for each in reply.data]) == pytest.approx(
+        np.array(wanted), abs=1e-6
+    )
+    langchain = pytest.importorskip("langchain_openai").OpenAIEmbeddings
+    chain = langchain(model="letters", check_embedding_ctx_length=False, **options)
+    assert chain.embed_query("hello") == pytest.approx(wanted[1], abs=1e-6)
+
+
+@cases("dimensions", [1, 16, 64])
+def test_vectors_are_cut_and_have_length_1(embedding_server: Server, dimensions: int) -> None:
+    (vector,) = vectors_of(embed(embedding_server, "abc", dimensions=dimensions))
+    assert vector == pytest.approx(unit(expected(TOKENS_OF_ABC)[:dimensions]), abs=1e-6)
+
+
+TOO_LONG = ["a", "b " * LONGEST_INPUT]
+
+
+@cases(
+    "fields code param message",
+    {
+        "no input": ({"input": None}, "missing_parameter", "input", "Missing required"),
+        "no model": ({"model": None}, "missing_parameter", "model", "Missing required"),
+        "a number": ({"input": 1}, "invalid_parameter", "input", "expected one of a string, arr"),
+        "nothing": ({"input": []}, "invalid_parameter", "input", "empty array"),
+        "an empty text": ({"input": ""}, "invalid_parameter", "input", "empty"),
+        "one empty text": ({"input": ["a", ""]}, "invalid_parameter", "input[1]", "empty"),
+        "no tokens": ({"input": [[5], []]}, "invalid_parameter", "input[1]", "empty"),
+        "a mixture": ({"input": ["a", [5]]}, "invalid_parameter", "input[1]", "expected a string"),
+        "no token": ({"input": [[5, 22]]}, "invalid_parameter", "input[0][1]", "a value <= 21"),
+        "too many": ({"input": ["a"] * 2049}, "invalid_parameter", "input", "length 2048"),
+        "no format": ({"encoding_format": "x"}, "invalid_parameter", "encoding_format", "'base64'"),
+        "no dimensions": ({"dimensions": 0}, "invalid_parameter", "dimensions", ">= 1"),
+        "too wide": ({"dimensions": 65}, "invalid_parameter", "dimensions", "<= 64"),
+        "a user": ({"user": 1}, "invalid_parameter", "user", "expected a string"),
+        "too long": ({"input": TOO_LONG}, "context_length_exceeded", "input[1]", " 258 tokens"),
+    },
+)
+def test_a_bad_request_for_embeddings_names_the_fault(
+    embedding_server: Server, fields: dict[str, Any], code: str, param: str, message: str
+) -> None:
+    reply = post(embedding_server, EMBEDDINGS, {"model": "letters", "input": "a", **fields})
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, code, param)
+    assert message in reply.error["message"]
+
+
+def test_both_models_are_listed_and_each_has_its_routes(embedding_server: Server) -> None:
+    listed = get(embedding_server, "/v1/models").json["data"]
+    assert [model["id"] for model in listed] == [embedding_server.model, "letters"]
+    assert get(embedding_server, "/v1/models/letters").json == listed[1]
+    for path, fields in ((EMBEDDINGS, {"input": "a"}), (TEXT, {"prompt": "a"})):
+        other = {EMBEDDINGS: embedding_server.model, TEXT: "letters"}[path]
+        reply = post(embedding_server, path, {**fields, "model": other})
+        assert reply.failure == (404, "model_not_found")
+
+
+def test_without_a_model_for_embeddings_the_setting_is_named(server: Server) -> None:
+    reply = post(server, EMBEDDINGS, {"input": "a"})
+    assert reply.failure == (404, "unknown_url")
+    assert "EMBEDDING_PATH" in reply.error["message"]
+
+
+MANY_INPUTS = ["a " * 250] * 2000
+
+
+def test_streams_go_on_while_embeddings_are_computed(embedding_server: Server) -> None:
+    body = {"prompt": "One, two", "max_tokens": 30, "stream": True, "ignore_eos": True}
+    with Wire(embedding_server) as flood, Wire(embedding_server) as stream:
+        flood.send(
+            posting(embedding_server, EMBEDDINGS, {"model": "letters", "input": MANY_INPUTS})
+        )
+        stream.send(posting(embedding_server, TEXT, body))
+        stream.read_until(b"data: ")
+        gaps, last, during = [], time.perf_counter(), 0
+        for _ in range(29):
+            stream.read_until(b"data: ")
+            gaps.append(time.perf_counter() - last)
+            last += gaps[-1]
+            during += not flood.is_readable(0)
+        assert flood.reply().status == 200
+    assert during >= 5, "the embeddings had ended before"
+    assert max(gaps) < 0.6
+    assert sum(gaps) / len(gaps) < 0.5
+
+
+def test_embeddings_end_when_the_client_leaves(embedding_server: Server) -> None:
+    with Wire(embedding_server) as wire:
+        body = {"model": "letters", "input": MANY_INPUTS}
+        wire.send(posting(embedding_server, EMBEDDINGS, body, "x-request-id: left"))
+        assert not wire.is_readable(1.0), "it had ended before"
+    embedding_server.logged(request_id="left", status=499)
+    started = time.perf_counter()
+    assert embed(embedding_server, "a").status == 200
+    assert time.perf_counter() - started < 1
+
+
+def test_embeddings_count_as_requests_and_end_with_the_server(tmp_path: Path) -> None:
+    folder = encoder(tmp_path / "letters")
+    limits = {"MAX_CONCURRENT_REQUESTS": 1, "DRAIN_SECONDS": 0.2}
+    with running(EMBEDDING_PATH=folder, **limits) as server, Wire(server) as wire:
+        wire.send(posting(server, EMBEDDINGS, {"model": "letters", "input": MANY_INPUTS}))
+        assert not wire.is_readable(1.0), "it had ended before"
+        assert embed(server, "a").failure == (429, "rate_limit_exceeded")
+        server.process.send_signal(signal.SIGTERM)
+        assert wire.reply().failure == (503, "shutting_down")
+        assert server.ended() == 0
+
+
+def embedder_of(folder: Path, *lengths: list[int]) -> tuple[Any, list[Any]]:
+    """An embedder of 1,000 tokens a second, with jobs for inputs of these lengths."""
+    model = phi_server.Encoder(encoder(folder), 4096, 1)
+    model.speed = 1000.0
+    embedder = phi_server.Embedder(model, phi_server.Metrics())
+    jobs = [embedder.submit([[5] * length for length in each]) for each in lengths]
+    return embedder, jobs
+
+
+def test_a_call_takes_no_longer_than_generation_allows(tmp_path: Path) -> None:
+    embedder, _ = embedder_of(tmp_path, [100] * 20)
+    assert embedder.plan(0.25, is_first=True).tokens == 200
+    assert embedder.plan(0.05, is_first=False) is None
+    assert embedder.plan(0.05, is_first=True).tokens == 100
+
+
+def test_a_call_that_has_taken_longer_is_made_up_for(tmp_path: Path) -> None:
+    embedder, _ = embedder_of(tmp_path, [100] * 20)
+    embedder.debt = 0.6
+    assert embedder.plan(0.25, is_first=True) is None
+    embedder.repay(0.25)
+    embedder.repay(0.25)
+    assert embedder.plan(0.25, is_first=True).tokens == 100
+
+
+def test_requests_for_embeddings_take_turns(tmp_path: Path) -> None:
+    embedder, (many, few) = embedder_of(tmp_path, [200] * 20, [1])
+    planned = [embedder.plan(0.25, is_first=True).job for _ in range(3)]
+    assert planned == [many, few, many]
+
+
+def test_inputs_of_one_call_have_similar_lengths(tmp_path: Path) -> None:
+    model = phi_server.Encoder(encoder(tmp_path), 4096, 1)
+    lengths = [3, 250, 4, 3, 120, 4, 110, 255, 4]
+    job, batches = phi_server.EmbeddingJob([[5] * length for length in lengths]), []
+    while job.waiting:
+        batches.append(job.take(10_000, model))
+    taken = [sorted(lengths[place] for place in batch.places) for batch in batches]
+    assert taken == [[3, 3, 4, 4, 4], [110, 120], [250, 255]]
+
+
+def test_a_model_that_rounds_all_inputs_by_one_scale_gets_them_alone(tmp_path: Path) -> None:
+    graph = encoder_graph(rounds=True)
+    model = phi_server.Encoder(encoder(tmp_path, **{"model.onnx": graph}), 4096, 1)
+    job = phi_server.EmbeddingJob([[5, 6], [7], [8]])
+    assert len(job.take(1000, model).places) == 1
+
+
+POOLING_MODES = {
+    "mean_tokens": lambda vectors: vectors.mean(axis=0),
+    "cls_token": lambda vectors: vectors[0],
+    "lasttoken": lambda vectors: vectors[-1],
+}
+
+
+@cases("mode", POOLING_MODES.keys())
+def test_vectors_are_pooled_as_the_folder_says(tmp_path: Path, mode: str) -> None:
+    pooling = {"1_Pooling/config.json": {f"pooling_mode_{mode}": True}}
+    model = phi_server.Encoder(encoder(tmp_path, **pooling), 4096, 1)
+    inputs = [[5, 6, 7], [9]]
+    job = phi_server.EmbeddingJob(inputs)
+    computed = model.compute(phi_server.Batch(job, [0, 1], 0, 3))
+    wanted = [unit(POOLING_MODES[mode](token_vectors(tokens))) for tokens in inputs]
+    assert (computed * wanted).sum(axis=1).min() > 0.999999
+
+
+@cases(
+    "files tokens",
+    {
+        "its positions": ({}, LONGEST_INPUT),
+        "those of RoBERTa, which begin late": (
+            {"config.json": {"model_type": "xlm-roberta", "max_position_embeddings": 66}},
+            64,
+        ),
+        "sentence-transformers' bound": ({"sentence_bert_config.json": {"max_seq_length": 50}}, 50),
+        "the tokenizer's": ({"tokenizer_config.json": {"model_max_length": 40}}, 40),
+        "no bound, written as a huge number": (
+            {"tokenizer_config.json": {"model_max_length": 10**30}},
+            LONGEST_INPUT,
+        ),
+    },
+)
+def test_an_input_may_be_as_long_as_the_folder_says(
+    tmp_path: Path, files: dict[str, Any], tokens: int
+) -> None:
+    folder = encoder(tmp_path, **files)
+    assert phi_server.Encoder(folder, 4096, 1).context_length == tokens
+    assert phi_server.Encoder(folder, 20, 1).context_length == 20
+
+
+def with_tokenizer(**parts: object) -> dict[str, Any]:
+    return {"tokenizer.json": WORDPIECE_JSON | parts}
+
+
+DENSE = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
+
+
+@cases(
+    "files named",
+    {
+        "no graph": ({"model.onnx": None}, "has no model.onnx or onnx/model.onnx"),
+        "no ONNX": ({"model.onnx": b"x"}, "model.onnx cannot be loaded"),
+        "another input": (
+            {"model.onnx": encoder_graph(inputs=("input_ids", "pixel_values"))},
+            "inputs that are not fed: pixel_values",
+        ),
+        "no pooling": ({"1_Pooling/config.json": None}, "does not tell how to pool"),
+        "another pooling": (
+            {"1_Pooling/config.json": {"pooling_mode_max_tokens": True}},
+            "max_tok",
+        ),
+        "a layer behind it": ({"modules.json": DENSE}, "a module Dense"),
+        "no tokenizer": ({"tokenizer.json": None}, "tokenizer.json cannot be read"),
+        "a BPE": (with_tokenizer(model={"type": "BPE"}), "has a BPE model"),
+        "a normalizer": (with_tokenizer(normalizer={"type": "Nmt"}), "has a normalizer Nmt"),
+        "a split": (with_tokenizer(pre_tokenizer={"type": "Split"}), "has a pre_tokenizer Split"),
+    },
+)
+def test_a_folder_that_cannot_be_served_for_embeddings_is_refused_by_name(
+    tmp_path: Path, files: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(phi_server.ModelLoadingFailed, match=re.escape(named)):
+        phi_server.embedding_model(encoder(tmp_path, **files), 4096, 1)
+
+
+@cases(
+    "settings code named",
+    {
+        "no such folder": ({"EMBEDDING_PATH": "/no/such"}, 1, "EMBEDDING_PATH /no/such does not"),
+        "two models of a name": (
+            {"EMBEDDING_NAME": "same", "MODEL_NAME": "same"},
+            2,
+            "EMBEDDING_NAME: expected a name besides the model's, but got 'same'",
+        ),
+    },
+)
+def test_wrong_settings_of_embeddings_end_the_start(
+    tmp_path: Path, settings: dict[str, str], code: int, named: str
+) -> None:
+    ended = run(cwd=tmp_path, **{"EMBEDDING_PATH": encoder(tmp_path / "x"), **settings})
+    assert (ended.returncode, named in ended.stderr) == (code, True), ended.stderr
+
+
+@cases(
+    "text tokens",
+    {
+        "words of pieces": ("abc ab a", [11, 10, 11, 5]),
+        "capitals and accents": ("H\u00c9LLO Caf\u00e9", [12, 19]),
+        "punctuation": ("hello,world!'", [12, 16, 13, 15, 17]),
+        "an unknown part": ("abz hello", [1, 12]),
+        "Chinese characters": ("a\u6f22b", [5, 20, 6]),
+        "control characters": ("hel\u00adlo\x07\ufeff \tworld", [12, 13]),
+        "special tokens": ("a[MASK]b [SEP]", [5, 4, 6, 3]),
+        "a word that is too long": ("a" + "b" * 100, [1]),
+        "nothing but space": (" \n", []),
+    },
+)
+def test_wordpiece_cuts_text_as_bert_does(tmp_path: Path, text: str, tokens: list[int]) -> None:
+    encode = phi_server.EmbeddingTokenizer(encoder(tmp_path)).encode
+    assert encode(text) == [2, *tokens, 3]
+
+
+@cases(
+    "text tokens",
+    {
+        "the likeliest pieces": ("ab", [2, 5]),
+        "several words": ("a  bab", [6, 2, 8]),
+        "unknown characters as one": ("a??b?", [6, 1, 4, 1]),
+        "control tokens": ("<s>a", [0, 6]),
+    },
+)
+def test_unigram_cuts_text_into_the_likeliest_pieces(
+    tmp_path: Path, text: str, tokens: list[int]
+) -> None:
+    folder = encoder(tmp_path, **{"tokenizer.json": UNIGRAM_JSON})
+    assert phi_server.EmbeddingTokenizer(folder).encode(text) == tokens
+
+
+@cases("described", {"WordPiece": WORDPIECE_JSON, "Unigram": UNIGRAM_JSON})
+def test_text_is_cut_as_by_the_tokenizers_package(tmp_path: Path, described: Any) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = encoder(tmp_path, **{"tokenizer.json": described})
+    own = phi_server.EmbeddingTokenizer(folder)
+    other = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # Punctuation newer than Unicode 8 is left out: tokenizers 0.23 does not know it.
+    pools = [
+        "abcx",
+        "abc ,!'",
+        "A\u00c0\u00e9e\u0301",
+        " \t\n\x07\u00ad",
+        "\u6f22\u3042\uff21\u1100",
+    ]
+    pools += ["".join(map(chr, range(32, 0x500)))]
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("".join(draw.choices(pools, k=2)), k=12)) for _ in range(2000)]
+    different = [text for text in texts if own.encode(text) != other.encode(text).ids]
+    assert different == []
+
+
+@cases("pooling", {"last token": "lasttoken", "mean": "mean_tokens"})
+@cases("option", ["include_hidden_states=true", "exclude_lm_head=true"])
+def test_a_decoders_hidden_states_are_those_of_transformers(
+    tmp_path: Path, option: str, pooling: str
+) -> None:
+    folder, model = build(Recipe("LlamaForCausalLM", options=(option,)), tmp_path)
+    encoder(folder, **dict.fromkeys(("model.onnx", "tokenizer.json", "config.json")))
+    (folder / "1_Pooling/config.json").write_text(json.dumps({f"pooling_mode_{pooling}": True}))
+    served = phi_server.embedding_model(folder, 4096, 1)
+    torch = sys.modules["torch"]
+    for count, most in ((1, 100), (300, 10_000), (300, 50)):  # the last in parts
+        job = phi_server.EmbeddingJob([PROMPT[:count]])
+        computed = np.zeros((0, 1))
+        while job.waiting:
+            computed = served.compute(job.take(most, served))
+        with torch.no_grad():
+            states = model.model(torch.tensor([PROMPT[:count]])).last_hidden_state[0].numpy()
+        assert (computed[0] * unit(POOLING_MODES[pooling](states))).sum() > 0.99999
+
+
+def test_a_decoder_without_hidden_states_is_refused(model_folder: Path) -> None:
+    with pytest.raises(phi_server.ModelLoadingFailed, match="has no output hidden_states"):
+        phi_server.embedding_model(model_folder, 4096, 1)
+
+
+@cases("is_started", [False, True])
+def test_text_is_tokenized_exactly(server: Server, tokenizer: Any, is_started: bool) -> None:
+    for text in ("Hello <|im_end|> w\u00f6rld \U0001f600", "one two " * 2000):  # the worker's
+        fields = {"prompt": text, "add_special_tokens": is_started, "return_token_strs": True}
+        reply = exchange(server, posting(server, "/tokenize", fields), 1)[0]
+        tokens = tokenizer.encode_prompt(text) if is_started else tokenizer.encode(text)
+        assert reply.json == {
+            "count": len(tokens),
+            "max_model_len": 4096,
+            "tokens": tokens,
+            "token_strs": list(map(tokenizer.token_text, tokens)),
+        }
+        back = post(server, "/detokenize", {"tokens": tokenizer.encode(text)})
+        assert back.json == {"prompt": text}
+
+
+def test_a_chat_is_tokenized_as_it_is_generated_from(server: Server) -> None:
+    chat = {"messages": turns("Hi"), "tools": TOOLS}
+    generated = post(server, CHAT, {**chat, "max_tokens": 1}).json["usage"]["prompt_tokens"]
+    whole = post(server, "/tokenize", chat).json
+    closed = post(server, "/tokenize", {**chat, "add_generation_prompt": False}).json
+    assert (whole["count"], len(whole["tokens"]), whole["token_strs"]) == (
+        generated,
+        generated,
+        None,
+    )
+    assert closed["tokens"] == whole["tokens"][: closed["count"]]
+    assert 0 < closed["count"] < whole["count"]
+
+
+@cases(
+    "path fields code param",
+    {
+        "no text": ("/tokenize", {}, "missing_parameter", "prompt"),
+        "a number": ("/tokenize", {"prompt": 1}, "invalid_parameter", "prompt"),
+        "no turns": ("/tokenize", {"messages": []}, "invalid_parameter", "messages"),
+        "no role": ("/tokenize", {"messages": [{}]}, "missing_parameter", "messages[0].role"),
+        "a template": (
+            "/tokenize",
+            {"messages": turns("Hi"), "chat_template": "x"},
+            "unsupported_value",
+            "chat_template",
+        ),
+        "no tokens": ("/detokenize", {}, "missing_parameter", "tokens"),
+        "a text": ("/detokenize", {"tokens": "x"}, "invalid_parameter", "tokens"),
+        "no token": ("/detokenize", {"tokens": [-1]}, "invalid_parameter", "tokens[0]"),
+    },
+)
+def test_what_cannot_be_tokenized_is_named(
+    server: Server, path: str, fields: dict[str, Any], code: str, param: str
+) -> None:
+    reply = post(server, path, fields)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (400, code, param)
+    assert post(server, path, {**fields, "model": "x"}).failure == (404, "model_not_found")
+
+
+def test_tokenizer_routes_need_no_model_and_tell_the_template(server: Server) -> None:
+    reply = post(server, "/tokenize", b'{"prompt": "Hi"}')
+    assert reply.status == 200
+    described = get(server, "/tokenizer_info").json
+    assert isinstance(described["tokenizer_class"], str)
+    assert isinstance(described["eos_token"], str)
+    assert "messages" in described["chat_template"]
 
 
 # ---- Worker --------------------------------------------------------------------------------------
@@ -8944,7 +9540,21 @@ def test_the_readme_shows_the_two_commands(readme: str, command: str) -> None:
     assert f"pip install -r requirements.txt && {command}" in readme
 
 
-@cases("path", ["/v1/models", CHAT, TEXT, RESPONSES, "/health", "/metrics"])
+@cases(
+    "path",
+    [
+        "/v1/models",
+        CHAT,
+        TEXT,
+        RESPONSES,
+        EMBEDDINGS,
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/health",
+        "/metrics",
+    ],
+)
 def test_the_readme_names_every_endpoint(readme: str, path: str) -> None:
     assert path in readme
 
