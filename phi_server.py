@@ -4801,9 +4801,10 @@ PAGE = r"""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>phi_server</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' fill='none'
- stroke='white' stroke-width='7' viewBox='0 0 64 64'><rect width='64' height='64' rx='15' stroke='none'
- fill='seagreen'/><circle cx='32' cy='32' r='12'/><path d='M32 11v42'/></svg>">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 64 64'><rect width='64' height='64' rx='15' fill='seagreen'/><path d='M32 10v44'
+ stroke='white' stroke-width='7'/><circle cx='32' cy='32' r='13' fill='seagreen' stroke='white'
+ stroke-width='7'/></svg>">
 <style>
 :root { color-scheme: light dark; --page: #fcfbf8; --panel: #f3f1eb; --line: #dfdbd1;
   --text: #25231e; --soft: #6a665c; --accent: #2b6e5d; --on: #fff; --second: #b4672a;
@@ -4811,7 +4812,7 @@ PAGE = r"""<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --page: #171614; --panel: #201f1c; --line: #37342e;
   --text: #e9e6de; --soft: #a29d91; --accent: #6cc0a8; --on: #10201b; --second: #e0a067;
   --fault: #ff9b90; --fault-panel: #3a201d; --mine: #26332d; --shade: #000a } }
-* { box-sizing: border-box }
+* { box-sizing: border-box; scrollbar-width: thin; scrollbar-color: var(--line) transparent }
 [hidden] { display: none !important }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
 body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr);
@@ -4841,10 +4842,10 @@ main { display: flex; flex-direction: column; min-height: 0 }
 header { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem }
 header nav { display: flex; padding: 3px; border-radius: .75rem; background: var(--panel) }
 header nav a { padding: .15rem .9rem }
-header nav a[aria-current] { background: var(--page); box-shadow: 0 1px 3px #0003 }
+header nav a[aria-current] { background: var(--page); box-shadow: 0 0 0 1px var(--line) }
 header button { padding: .5rem }
 #model { flex: 1; text-align: right; font-size: .875rem; overflow: hidden; text-overflow: ellipsis }
-#warning { margin: 0 1rem .5rem }
+main > p { margin: 0 1rem .5rem }
 #menu { display: none }
 
 #chat { flex: 1; min-height: 0; display: flex; flex-direction: column }
@@ -4852,7 +4853,7 @@ header button { padding: .5rem }
 #messages > * { max-width: 46rem; margin: 0 auto 1.5rem }
 #greeting { text-align: center; padding-top: 14vh }
 #greeting h2 { font-size: 1.6rem; letter-spacing: -.02em; margin: 0 }
-#greeting button { margin: .25rem; border-radius: 2rem }
+#greeting button { margin: .25rem; border-color: var(--line); border-radius: 2rem }
 .user .text { width: fit-content; max-width: 88%; margin-left: auto; padding: .55rem 1rem;
   white-space: pre-wrap; background: var(--mine); border-radius: 1.1rem 1.1rem .3rem }
 .text, .thoughts { overflow-wrap: anywhere }
@@ -4867,7 +4868,8 @@ header button { padding: .5rem }
 .text a { color: var(--accent) }
 blockquote, .thoughts { border-left: 3px solid var(--line); padding-left: 1rem }
 .text table { display: block; overflow-x: auto; border-collapse: collapse }
-:is(td, th) { border-bottom: 1px solid var(--line); padding: .35rem 1rem .35rem 0; text-align: left }
+:is(td, th) { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) }
+th { text-align: left }
 code { font: .875em/1.55 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
 :not(pre) > code { background: var(--panel); border-radius: .3rem; padding: .1em .3em }
 figure { border: 1px solid var(--line); border-radius: .75rem; background: var(--panel) }
@@ -4941,7 +4943,8 @@ dialog :is(input, textarea) { display: block; width: 100%; margin-top: .25rem; p
       <path d="M4 7h9m5 0h2M4 17h2m5 0h9"/><circle cx="15.5" cy="7" r="2.5"/>
       <circle cx="8.5" cy="17" r="2.5"/></svg></button>
   </header>
-  <p id="warning" class="fault" role="alert" hidden></p>
+  <p id="lost" class="fault" role="alert" hidden></p>
+  <p id="full" class="fault" role="alert" hidden></p>
   <div id="chat">
     <div id="messages" role="region" aria-label="Messages" tabindex="0"></div>
     <form id="ask">
@@ -4988,7 +4991,7 @@ const INLINE = new RegExp([
   "``?([^`\\n]+)``?", // code
   "\\*\\*(?!\\s)([^\\n]+?)\\*\\*", // strong
   "(?<!\\w)([*_])(?!\\s)([^*_\\n]+)\\3(?!\\w)", // emphasis
-  "\\[([^[\\]\\n]+)\\]\\((https?://[^\\s()]+)\\)", // link
+  "!?\\[([^[\\]\\n]+)\\]\\((https?://[^\\s()]+)\\)", // link; of an image too, which is not shown
   "(https?://[^\\s<>()\"'`]*[\\w/])", // address
 ].join("|"), "g");
 
@@ -5094,20 +5097,18 @@ const running = new Map(); // by id of a conversation: the reply in the making, 
 const articles = new Map(); // by message of the conversation that is shown
 let chat = null; // the one that is shown
 
-function recall(name) {
-  try { return localStorage.getItem(name); } catch { return null; } // where cookies are blocked
-}
+const store = (() => {
+  try { return window.localStorage; } catch { return null; } // where cookies are blocked
+})();
 
-function keptNames() {
-  try { return Object.keys(localStorage).filter((name) => name.startsWith(PREFIX)); } catch { return []; }
-}
+const recall = (name) => store?.getItem(name) ?? null;
 
 function keep(name, value) {
   try {
-    if (value) localStorage.setItem(name, value);
-    else localStorage.removeItem(name);
+    if (value) store.setItem(name, value);
+    else store.removeItem(name);
   } catch {
-    warn("This browser keeps nothing more: delete conversations, or a reload loses what is new.");
+    warn("full", "This browser keeps nothing more: a reload loses what is new.");
   }
 }
 
@@ -5171,7 +5172,7 @@ function greeting() {
     "Explain recursion with an example in Python"];
   return make("div", { id: "greeting" }, make("h2", {}, "What would you like to know?"),
     make("p", { className: "soft" }, "The reply is computed on this server's CPU, and stays here."),
-    ...ideas.map((idea) => make("button", { className: "framed", onclick: () => send(idea) }, idea)));
+    ...ideas.map((idea) => make("button", { onclick: () => send(idea) }, idea)));
 }
 
 function show(message) {
@@ -5188,15 +5189,15 @@ function draw(message) {
   if (!articles.has(message)) return;
   const { role, content, thinking, error } = message;
   const isWritten = message === running.get(chat.id)?.reply;
-  const [details, text, foot] = articles.get(message).children, [summary, thoughts] = details.children;
+  const [details, text, foot] = articles.get(message).children;
+  const [summary, thoughts] = details.children;
   details.hidden = !thinking;
   summary.textContent = isWritten && !content ? "Thinking\u2026" : "Thoughts";
   thoughts.textContent = thinking;
   text.replaceChildren(role === "user" ? content : markdown(content));
   foot.replaceChildren();
   if (error) {
-    const wait = error.wait ? ` Try again in ${error.wait} s.` : "";
-    foot.append(make("div", { className: "fault" }, make("b", {}, error.title), error.message, wait));
+    foot.append(make("div", { className: "fault" }, make("b", {}, error.title), error.message));
   }
   if (isWritten) foot.append(make("div", { className: "working" }));
   else if (role === "assistant") foot.append(facts(message));
@@ -5228,11 +5229,12 @@ function showButtons() {
 
 const BASE = location.pathname.replace(/\/*(v1\/*)?$/, "/"); // a proxy may put a path in front
 
-const fault = (title, message, wait) => Object.assign(Error(message), { title, wait });
+const fault = (title, message) => Object.assign(Error(message), { title });
 
 async function call(path, options = {}) {
   const key = recall("phi_server.key");
-  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const inUtf8 = String.fromCharCode(...new TextEncoder().encode(key ?? "")); // as a header has it
+  const headers = key ? { Authorization: `Bearer ${inUtf8}` } : {};
   const response = await fetch(BASE + path, { headers, ...options }).catch((cause) => {
     throw cause.name === "AbortError" ? cause : fault("No answer", "The server cannot be reached.");
   });
@@ -5240,7 +5242,7 @@ async function call(path, options = {}) {
   const { error } = await response.json().catch(() => ({}));
   const title = `${response.status} ${error?.code ?? error?.type ?? response.statusText}`;
   if (response.status === 401 && path !== "metrics") askForKey(error?.message ?? "");
-  throw fault(title, error?.message ?? "", response.headers.get("retry-after"));
+  throw fault(title, error?.message ?? "This is not phi_server's answer.");
 }
 
 async function findModel() {
@@ -5322,9 +5324,9 @@ async function answer(which) {
     const body = requestBody(question, await findModel());
     const response = await call("v1/chat/completions", { method: "POST", body, signal });
     await receive(response, reply, redraw);
-  } catch ({ name, title = "Connection lost", message, wait }) {
+  } catch ({ name, title = "Connection lost", message }) {
     if (name === "AbortError") reply.facts.end = "stopped";
-    else reply.error = { title, message, wait };
+    else reply.error = { title, message };
   }
   running.delete(which.id);
   if (chats.has(which.id)) save(which);
@@ -5369,9 +5371,9 @@ async function sample() {
     samples.push(next);
     while (samples[0].time < next.time - MOST_SECONDS) samples.shift();
     if (!byId("server").hidden) showServer();
-    warn("");
-  } catch (cause) {
-    warn(cause.message);
+    warn("lost", "");
+  } catch ({ message }) {
+    warn("lost", message);
   }
 }
 
@@ -5431,7 +5433,8 @@ function gauge(value, bound, y, className, text) {
 
 function size(bytes) {
   const power = Math.floor(Math.log2(Math.max(1, bytes)) / 10);
-  return `${(bytes / 1024 ** power).toPrecision(3)} ${["bytes", "KiB", "MiB", "GiB", "TiB"][power]}`;
+  const unit = ["bytes", "KiB", "MiB", "GiB", "TiB"][power];
+  return `${Number((bytes / 1024 ** power).toPrecision(3))} ${unit}`;
 }
 
 function speeds() {
@@ -5475,9 +5478,9 @@ function showServer() {
 
 // Controls.
 
-function warn(text) {
-  byId("warning").textContent = text;
-  byId("warning").hidden = !text;
+function warn(id, text) {
+  byId(id).textContent = text;
+  byId(id).hidden = !text;
 }
 
 function askForKey(reason) {
@@ -5503,7 +5506,7 @@ function closeSettings() {
 }
 
 function connect() {
-  findModel().then(sample, ({ message }) => warn(message));
+  findModel().then(sample, ({ message }) => warn("lost", message));
 }
 
 function toggleMenu(isOpen) {
@@ -5575,8 +5578,9 @@ setInterval(() => {
   if (!byId("server").hidden && !document.hidden) sample();
 }, 1000);
 
-keptNames().forEach(load);
-if (chats.has(recall("phi_server.current"))) choose(chats.get(recall("phi_server.current")));
+Object.keys(store ?? {}).filter((name) => name.startsWith(PREFIX)).forEach(load);
+const last = chats.get(recall("phi_server.current"));
+if (last) choose(last);
 else chooseNewest();
 showView();
 connect();
