@@ -4823,7 +4823,7 @@ button, nav a { border: 1px solid transparent; border-radius: .6rem; padding: .3
 :is(button, nav a):hover { background: var(--line) }
 .framed { border-color: var(--line) }
 button.filled { background: var(--accent); color: var(--on) }
-.icon { display: block; width: 1.25rem; fill: none; stroke: currentColor; stroke-width: 1.8;
+button svg { display: block; width: 1.25rem; fill: none; stroke: currentColor; stroke-width: 1.8;
   stroke-linecap: round }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 .soft, small, summary, figcaption, ::placeholder { color: var(--soft); opacity: 1 }
@@ -4936,10 +4936,10 @@ dialog :is(input, textarea) { display: block; width: 100%; margin-top: .25rem; p
 <main>
   <header>
     <button id="menu" aria-label="Conversations" aria-controls="side" aria-expanded="false">
-      <svg class="icon" viewBox="0 0 24 24"><path d="M4 7h16M4 12h16M4 17h16"/></svg></button>
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M4 12h16M4 17h16"/></svg></button>
     <nav id="views" aria-label="Views"><a href="#chat">Chat</a><a href="#server">Server</a></nav>
     <span id="model" class="soft"></span>
-    <button id="options" aria-label="Settings"><svg class="icon" viewBox="0 0 24 24">
+    <button id="options" aria-label="Settings"><svg viewBox="0 0 24 24" aria-hidden="true">
       <path d="M4 7h9m5 0h2M4 17h2m5 0h9"/><circle cx="15.5" cy="7" r="2.5"/>
       <circle cx="8.5" cy="17" r="2.5"/></svg></button>
   </header>
@@ -4950,10 +4950,9 @@ dialog :is(input, textarea) { display: block; width: 100%; margin-top: .25rem; p
     <form id="ask">
       <textarea id="question" rows="1" aria-label="Message" placeholder="Ask something"></textarea>
       <button id="send" class="filled" aria-label="Send">
-        <svg class="icon" viewBox="0 0 24 24"><path d="M12 19V5m-6 6 6-6 6 6"/></svg></button>
+        <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 19V5m-6 6 6-6 6 6"/></svg></button>
       <button id="stop" class="filled" type="button" aria-label="Stop" title="Stop (Escape)" hidden>
-        <svg class="icon" viewBox="0 0 24 24"><path d="M7 7h10v10H7z" fill="currentColor"/></svg>
-      </button>
+        <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 8h8v8H8z"/></svg></button>
     </form>
   </div>
   <div id="server" hidden><div id="cards"></div></div>
@@ -5033,7 +5032,7 @@ function table([head, , ...body]) {
   return make("table", {}, row("th", head), ...body.map((line) => row("td", line)));
 }
 
-function markdown(text) {
+function markdown(text, depth = 0) {
   const root = document.createDocumentFragment(), lines = text.split("\n");
   let lists = [], paragraph = null; // the open lists, {indent, list}, from the outermost on
   for (let i = 0; i < lines.length; i++) {
@@ -5073,10 +5072,10 @@ function markdown(text) {
       }
       paragraph = make("li", {}, ...inline(item[2]));
       lists.at(-1).list.append(paragraph);
-    } else if (line.startsWith(">")) {
+    } else if (line.startsWith(">") && depth < 5) {
       const quote = takeWhile((next) => next.startsWith(">"));
       const inner = quote.map((each) => each.replace(/^\s*> ?/, "")).join("\n");
-      add(make("blockquote", {}, markdown(inner)));
+      add(make("blockquote", {}, markdown(inner, depth + 1)));
     } else if (line.includes("|") && /^[\s|:]*-[\s|:-]*$/.test(lines[i + 1] ?? "")) {
       add(table(takeWhile((next) => next.includes("|"))));
     } else if (paragraph) {
@@ -5564,7 +5563,7 @@ document.body.onkeydown = ({ key }) => {
   else running.get(chat.id)?.aborter.abort();
 };
 window.onhashchange = showView;
-window.onpagehide = () => running.forEach((_, id) => save(chats.get(id)));
+window.onbeforeunload = () => running.forEach(({ aborter }) => aborter.abort());
 window.onstorage = ({ key, newValue }) => { // another tab has changed a conversation
   const id = key?.startsWith(PREFIX) ? key.slice(PREFIX.length) : "";
   if (!id || running.has(id)) return;
