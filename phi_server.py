@@ -4914,7 +4914,8 @@ dialog :is(input, textarea) { display: block; width: 100%; margin-top: .25rem; p
 #cards .first { --colour: var(--accent) }
 #cards .second { --colour: var(--second) }
 #cards :is(path, rect) { fill: var(--colour, var(--line)) }
-#cards path { stroke: var(--colour, var(--line)); fill-opacity: .25; stroke-width: 1.5 }
+#cards path { stroke: var(--colour, var(--line)); stroke-width: 1.5;
+  fill: color-mix(in srgb, var(--colour) 25%, var(--page)) }
 #cards span:is(.first, .second)::before { content: ""; display: inline-block; width: .65rem;
   height: .65rem; border-radius: .2rem; background: var(--colour); margin-right: .4rem }
 
@@ -5111,7 +5112,9 @@ function keep(name, value) {
   }
 }
 
-const save = (which) => keep(PREFIX + which.id, JSON.stringify(which));
+function save(which) {
+  if (chats.has(which.id)) keep(PREFIX + which.id, JSON.stringify(which)); // else it is deleted
+}
 
 function load(name) {
   const kept = JSON.parse(recall(name));
@@ -5128,6 +5131,11 @@ function choose(which) {
   if (!chat.messages.length) byId("messages").append(greeting());
   byId("messages").scrollTop = byId("messages").scrollHeight;
   showButtons();
+}
+
+function goTo(which) { // where the keyboard goes on
+  choose(which);
+  byId("messages").focus();
 }
 
 function begin() {
@@ -5157,7 +5165,7 @@ function chooseNewest() {
 
 function showList() {
   byId("chats").replaceChildren(...newestFirst().map((each) => {
-    const link = make("a", { href: "#chat", onclick: () => choose(each) }, each.title);
+    const link = make("a", { href: "#chat", onclick: () => goTo(each) }, each.title);
     if (each === chat) link.ariaCurrent = "true";
     const ariaLabel = `Delete ${each.title}`, onclick = () => remove(each);
     return make("li", {}, link, make("button", { ariaLabel, onclick }, "\u00d7"));
@@ -5209,7 +5217,7 @@ function facts(message) {
   if (message === chat.messages.at(-1)) row.append(make("button", { onclick: retry }, "Try again"));
   const words = [
     end === "stopped" && "stopped",
-    end === "length" && "cut off at max tokens",
+    end === "length" && "cut off for its length",
     speed && `${speed} tokens/s`,
     tokens && `${tokens} tokens`,
     first && `first after ${first} s`,
@@ -5328,7 +5336,7 @@ async function answer(which) {
     else reply.error = { title, message };
   }
   running.delete(which.id);
-  if (chats.has(which.id)) save(which);
+  save(which);
   following(() => draw(reply));
   byId("news").textContent = reply.error?.message ?? reply.content;
   showButtons();
@@ -5338,6 +5346,7 @@ async function answer(which) {
 function retry() {
   chat.messages.pop();
   answer(chat);
+  byId("messages").focus();
 }
 
 function send(text) {
@@ -5404,12 +5413,12 @@ function curves(curvesByClass, least) { // numbers of all samples by class; the 
   const y = (value) => BOTTOM - value / most * (BOTTOM - TOP);
   const ticks = Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step);
   return [
-    ...ticks.map((tick) => shape("path", { d: `M${LEFT} ${y(tick)}H${WIDTH}` })),
-    ...ticks.map((tick) => label(tick, LEFT - 7, y(tick) + 4, "end")),
     ...Object.entries(curvesByClass).map(([name, values]) => {
       const line = values.map((value, i) => `L${x(samples[i].time)} ${y(value)}`).join("");
       return shape("path", { class: name, d: `M${x(samples[0].time)} ${BOTTOM}${line}V${BOTTOM}` });
     }),
+    ...ticks.map((tick) => shape("path", { d: `M${LEFT} ${y(tick)}H${WIDTH}` })),
+    ...ticks.map((tick) => label(tick, LEFT - 7, y(tick) + 4, "end")),
     label(span < 90 ? "a minute ago" : `${Math.round(span / 60)} minutes ago`, LEFT, HEIGHT - 5),
     label("now", WIDTH, HEIGHT - 5, "end"),
   ];
@@ -5471,7 +5480,7 @@ function showServer() {
       ...curves({ second, first }, 4)),
     card("Replies computed together", [[mean, "in a step, on average"]], ...bars(counts, ranges)),
     card("Memory for conversations (KV)", [[size(used), `of ${size(bound)}`]],
-      ...gauge(used, bound, 30, "first", `${size(used)} in use, of running and kept ones`),
+      ...gauge(used, bound, 30, "first", `${size(used)} in use, by running and kept ones`),
       ...gauge(promised, bound, 90, "second", `${size(promised)} promised to running ones`)));
 }
 
@@ -5511,6 +5520,7 @@ function connect() {
 function toggleMenu(isOpen) {
   document.body.classList.toggle("menu", isOpen);
   byId("menu").ariaExpanded = isOpen;
+  if (isOpen) byId("new").focus();
 }
 
 function showView() {
