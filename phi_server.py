@@ -21,6 +21,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Text         tokens to text, stop strings
     Engine       continuous batching: slots and their KV; plan, forward, absorb, deliver
     HTTP         HTTP/1.1 on asyncio streams
+    Page         what browsers get: a page to chat in, and to see the server at work
     Routes       the OpenAI endpoints, and the objects they answer with
     Responses    the endpoints of the Responses API, its items and events
     Server       exchanges, routing, keys, hosts, CORS, log lines, shutdown
@@ -7022,6 +7023,844 @@ def encode_head(status: int, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
+# ---- Page ----------------------------------------------------------------------------------------
+# What a browser gets at /: one document to chat in, and to see the server at work. It asks nobody
+# but this server, keeps conversations in the browser, and makes the nodes of a reply one by one,
+# never from markup. The policy lets run what stands here alone, and no string become markup.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>phi_server</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 64 64'><rect width='64' height='64' rx='15' fill='seagreen'/><path d='M32 10v44'
+ stroke='white' stroke-width='7'/><circle cx='32' cy='32' r='13' fill='seagreen' stroke='white'
+ stroke-width='7'/></svg>">
+<style>
+:root { color-scheme: light dark; --page: #fcfbf8; --panel: #f3f1eb; --line: #dfdbd1;
+  --text: #25231e; --soft: #6a665c; --accent: #2b6e5d; --on: #fff; --second: #b4672a;
+  --fault: #a8261c; --fault-panel: #fbecea; --mine: #e6eee9; --shade: #0006 }
+@media (prefers-color-scheme: dark) { :root { --page: #171614; --panel: #201f1c; --line: #37342e;
+  --text: #e9e6de; --soft: #a29d91; --accent: #6cc0a8; --on: #10201b; --second: #e0a067;
+  --fault: #ff9b90; --fault-panel: #3a201d; --mine: #26332d; --shade: #000a } }
+* { box-sizing: border-box; scrollbar-width: thin; scrollbar-color: var(--line) transparent }
+[hidden] { display: none !important }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
+body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr);
+  background: var(--page); color: var(--text); font: 1rem/1.6 system-ui, sans-serif }
+button, input, textarea { font: inherit; color: inherit }
+button, nav a { border: 1px solid transparent; border-radius: .6rem; padding: .35rem .7rem;
+  background: none; color: inherit; text-decoration: none; cursor: pointer }
+:is(button, nav a):hover { background: var(--line) }
+.framed { border-color: var(--line) }
+button.filled { background: var(--accent); color: var(--on) }
+button svg { display: block; width: 1.25rem; fill: none; stroke: currentColor; stroke-width: 1.8;
+  stroke-linecap: round }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+.soft, small, summary, figcaption, ::placeholder { color: var(--soft); opacity: 1 }
+.fault { border-radius: .75rem; padding: .6rem .9rem; background: var(--fault-panel);
+  color: var(--fault); overflow-wrap: anywhere }
+
+#side { display: flex; flex-direction: column; gap: .75rem; padding: .85rem; min-height: 0;
+  background: var(--panel); border-right: 1px solid var(--line) }
+#side h1 { margin: .1rem .3rem; font-size: 1.05rem; letter-spacing: -.01em }
+#chats { flex: 1; margin: 0; padding: 2px; overflow-y: auto; list-style: none }
+#chats li { display: flex; border-radius: .6rem; margin-bottom: 2px }
+#chats li:has([aria-current]) { background: var(--line); font-weight: 550 }
+#chats a { flex: 1; overflow: hidden; white-space: nowrap; text-overflow: ellipsis }
+#chats button:not(:hover, :focus-visible) { color: var(--soft) }
+main { display: flex; flex-direction: column; min-height: 0 }
+header { display: flex; align-items: center; gap: .5rem; padding: .6rem 1rem }
+header nav { display: flex; padding: 3px; border-radius: .75rem; background: var(--panel) }
+header nav a { padding: .15rem .9rem }
+header nav a[aria-current] { background: var(--page); box-shadow: 0 0 0 1px var(--line) }
+header button { padding: .5rem }
+#model { flex: 1; text-align: right; font-size: .875rem; overflow: hidden; text-overflow: ellipsis }
+main > p { margin: 0 1rem .5rem }
+#menu { display: none }
+
+#chat { flex: 1; min-height: 0; display: flex; flex-direction: column }
+#messages { flex: 1; overflow-y: auto; padding: 1rem; scrollbar-gutter: stable both-edges }
+#messages > * { max-width: 46rem; margin: 0 auto 1.5rem }
+#greeting { text-align: center; padding-top: 14vh }
+#greeting h2 { font-size: 1.6rem; letter-spacing: -.02em; margin: 0 }
+#greeting button { margin: .25rem; border-color: var(--line); border-radius: 2rem }
+.user .text { width: fit-content; max-width: 88%; margin-left: auto; padding: .55rem 1rem;
+  white-space: pre-wrap; background: var(--mine); border-radius: 1.1rem 1.1rem .3rem }
+.text, .thoughts { overflow-wrap: anywhere }
+.text > :first-child { margin-top: 0 }
+.text > :last-child { margin-bottom: 0 }
+.text :is(p, ul, ol, blockquote, table, figure) { margin: .75rem 0 }
+.text :is(p, li) { white-space: pre-line }
+.text :is(ul, ol) { padding-left: 1.6rem }
+.text :is(ul, ol) :is(ul, ol) { margin: 0 }
+.text :is(h3, h4, h5) { margin: 1.4rem 0 .5rem; line-height: 1.3 }
+.text hr { border: 0; border-top: 1px solid var(--line) }
+.text a { color: var(--accent) }
+blockquote, .thoughts { border-left: 3px solid var(--line); padding-left: 1rem }
+.text table { display: block; overflow-x: auto; border-collapse: collapse }
+:is(td, th) { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line) }
+th { text-align: left }
+code { font: .875em/1.55 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+:not(pre) > code { background: var(--panel); border-radius: .3rem; padding: .1em .3em }
+figure { border: 1px solid var(--line); border-radius: .75rem; background: var(--panel) }
+figcaption { display: flex; justify-content: space-between; align-items: center; font-size: .8rem;
+  min-height: 2.1rem; padding: 0 .4rem 0 .9rem; border-bottom: 1px solid var(--line) }
+pre { margin: 0; padding: .8rem .9rem; overflow-x: auto; tab-size: 4 }
+summary { width: fit-content; cursor: pointer; font-size: .9rem }
+.thoughts { white-space: pre-wrap; font-size: .9rem; margin: .3rem 0 .75rem }
+.facts { display: flex; flex-wrap: wrap; gap: 0 .9rem; align-items: center; margin-top: .5rem;
+  font-size: .8rem; font-variant-numeric: tabular-nums }
+.facts button { margin-left: -.55rem; padding: .1rem .5rem }
+:is(.facts, figcaption) button { font-size: .8rem; padding: .1rem .5rem }
+article .fault { margin-top: .6rem }
+.fault b { display: block }
+.working::after { content: ""; display: inline-block; width: .6rem; height: .6rem;
+  border-radius: 50%; background: var(--accent); animation: pulse 1s infinite alternate }
+@keyframes pulse { from { opacity: .3 } }
+#ask { display: flex; align-items: flex-end; width: calc(100% - 2rem); max-width: 48rem;
+  margin: 0 auto max(1rem, env(safe-area-inset-bottom)); padding: .45rem; background: var(--panel);
+  border: 1px solid var(--line); border-radius: 1.5rem }
+#ask:focus-within { border-color: var(--accent) }
+#ask textarea { flex: 1; max-height: 40vh; padding: .45rem .8rem; resize: none; border: 0;
+  outline: 0; background: none; line-height: 1.5 }
+#ask button { border-radius: 50%; padding: .6rem }
+
+dialog { width: min(30rem, 100vw - 2rem); padding: 1.4rem; border: 1px solid var(--line);
+  border-radius: 1rem; background: var(--page); color: var(--text) }
+dialog::backdrop, .menu::before { background: var(--shade) }
+dialog form { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
+dialog form > * { grid-column: 1 / -1; margin: 0 }
+dialog .half { grid-column: auto }
+dialog :is(input, textarea) { display: block; width: 100%; margin-top: .25rem; padding: .5rem .7rem;
+  border: 1px solid var(--line); border-radius: .6rem; background: var(--panel) }
+#server { flex: 1; overflow-y: auto; padding: .5rem 1rem 1.5rem }
+#cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
+  gap: 1rem; max-width: 72rem; margin: 0 auto }
+#cards section { border: 1px solid var(--line); border-radius: 1rem; padding: 1rem 1.1rem }
+#cards h2 { margin: 0; font-size: .9rem; font-weight: 550 }
+#cards span { margin-right: 1.2rem; font-size: .85rem; color: var(--soft) }
+#cards b { font-size: 1.7rem; letter-spacing: -.02em; margin-right: .35rem; color: var(--text) }
+#cards svg { display: block; margin-top: .6rem; font-size: .75rem; fill: var(--soft) }
+#cards .first { --colour: var(--accent) }
+#cards .second { --colour: var(--second) }
+#cards :is(path, rect) { fill: var(--colour, var(--line)) }
+#cards path { stroke: var(--colour, var(--line)); stroke-width: 1.5;
+  fill: color-mix(in srgb, var(--colour) 25%, var(--page)) }
+#cards span:is(.first, .second)::before { content: ""; display: inline-block; width: .65rem;
+  height: .65rem; border-radius: .2rem; background: var(--colour); margin-right: .4rem }
+
+@media (max-width: 46rem) {
+  body { grid-template-columns: minmax(0, 1fr) }
+  header { padding: .5rem .6rem }
+  #menu { display: block }
+  #side { position: fixed; inset: 0 20% 0 0; z-index: 1; visibility: hidden }
+  .menu #side { visibility: visible }
+  .menu::before { content: ""; position: fixed; inset: 0; z-index: 1 }
+  #messages { scrollbar-gutter: auto }
+}
+</style>
+<nav id="side" aria-label="Conversations">
+  <h1>phi_server</h1>
+  <button id="new" class="framed">New conversation</button>
+  <ul id="chats"></ul>
+</nav>
+<main>
+  <header>
+    <button id="menu" aria-label="Conversations" aria-controls="side" aria-expanded="false">
+      <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M4 7h16M4 12h16M4 17h16"/></svg></button>
+    <nav id="views" aria-label="Views"><a href="#chat">Chat</a><a href="#server">Server</a></nav>
+    <span id="model" class="soft"></span>
+    <button id="options" aria-label="Settings"><svg viewBox="0 0 24 24" aria-hidden="true">
+      <path d="M4 7h9m5 0h2M4 17h2m5 0h9"/><circle cx="15.5" cy="7" r="2.5"/>
+      <circle cx="8.5" cy="17" r="2.5"/></svg></button>
+  </header>
+  <p id="lost" class="fault" role="alert" hidden></p>
+  <p id="full" class="fault" role="alert" hidden></p>
+  <div id="chat">
+    <div id="messages" role="region" aria-label="Messages" tabindex="0"></div>
+    <form id="ask">
+      <textarea id="question" rows="1" aria-label="Message" placeholder="Ask something"></textarea>
+      <button id="send" class="filled" aria-label="Send">
+        <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 19V5m-6 6 6-6 6 6"/></svg></button>
+      <button id="stop" class="filled" type="button" aria-label="Stop" title="Stop (Escape)" hidden>
+        <svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 8h8v8H8z"/></svg></button>
+    </form>
+  </div>
+  <div id="server" hidden><div id="cards"></div></div>
+  <div id="news" class="unseen" role="status"></div>
+</main>
+<dialog id="settings" aria-labelledby="settings-title">
+  <form method="dialog">
+    <h2 id="settings-title">Settings</h2>
+    <label id="key-row" hidden>API key <input id="key" type="password" autocomplete="off">
+      <small id="key-note"></small></label>
+    <label>System prompt <textarea id="system" rows="4"
+      placeholder="What the model is told before the conversation"></textarea></label>
+    <label class="half">Temperature <input id="temperature" type="number" min="0" max="2" step="any"
+      placeholder="the model's own"><small>0 is the likeliest reply</small></label>
+    <label class="half">Max tokens <input id="max_tokens" type="number" min="1"
+      placeholder="as many as fit"><small>of a reply</small></label>
+    <small>The key is for all conversations, the rest for this one and those begun from it.</small>
+    <button id="done" class="filled">Done</button>
+  </form>
+</dialog>
+<script>
+"use strict";
+const byId = (id) => document.getElementById(id);
+
+function make(tag, properties, ...children) {
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
+}
+
+// Markdown to nodes, by createElement and text alone. No expression looks far ahead in vain: a
+// small model may repeat one bracket to the end.
+
+const INLINE = new RegExp([
+  "``?([^`\\n]+)``?", // code
+  "\\*\\*(?!\\s)([^\\n]+?)\\*\\*", // strong
+  "(?<!\\w)([*_])(?!\\s)([^*_\\n]+)\\3(?!\\w)", // emphasis
+  "!?\\[([^[\\]\\n]+)\\]\\((https?://[^\\s()]+)\\)", // link; of an image too, which is not shown
+  "(https?://[^\\s<>()\"'`]*[\\w/])", // address
+].join("|"), "g");
+
+function inline(text) {
+  const nodes = [];
+  let end = 0;
+  for (const found of text.matchAll(INLINE)) {
+    const [whole, code, strong, , emphasis, label, target, address] = found;
+    nodes.push(text.slice(end, found.index));
+    end = found.index + whole.length;
+    if (code) nodes.push(make("code", {}, code));
+    else if (strong) nodes.push(make("strong", {}, ...inline(strong)));
+    else if (emphasis) nodes.push(make("em", {}, ...inline(emphasis)));
+    else {
+      const link = { href: target ?? address, target: "_blank", rel: "noopener noreferrer" };
+      nodes.push(make("a", link, label ?? address));
+    }
+  }
+  return [...nodes, text.slice(end)];
+}
+
+function codeBlock(language, code) {
+  const caption = make("figcaption", {}, make("span", {}, language || "text"), ...copy(() => code));
+  return make("figure", {}, caption, make("pre", {}, make("code", {}, code)));
+}
+
+function copy(text) { // browsers allow it over HTTPS and on the same machine
+  const onclick = async ({ target }) => {
+    await navigator.clipboard.writeText(text());
+    target.textContent = "Copied";
+  };
+  return navigator.clipboard ? [make("button", { onclick }, "Copy")] : [];
+}
+
+function table([head, , ...body]) {
+  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|");
+  const row = (tag, line) => make("tr", {}, ...cells(line).map(
+    (cell) => make(tag, {}, ...inline(cell.trim()))));
+  return make("table", {}, row("th", head), ...body.map((line) => row("td", line)));
+}
+
+function markdown(text, depth = 0) {
+  const root = document.createDocumentFragment(), lines = text.split("\n");
+  let lists = [], paragraph = null; // the open lists, {indent, list}, from the outermost on
+  for (let i = 0; i < lines.length; i++) {
+    const indent = lines[i].search(/\S|$/), line = lines[i].trim();
+    const takeWhile = (belongs) => {
+      const start = i;
+      while (i + 1 < lines.length && belongs(lines[i + 1].trim())) i++;
+      return lines.slice(start, i + 1);
+    };
+    const add = (node) => {
+      if (indent <= (lists.at(-1)?.indent ?? Infinity)) lists = [];
+      (lists.at(-1)?.list.lastChild ?? root).append(node);
+      paragraph = node.tagName === "P" ? node : null;
+    };
+    const fence = line.match(/^(```+|~~~+)\s*([^\s`]*)[^`]*$/);
+    const heading = line.match(/^(#{1,6})\s+(.*)$/);
+    const item = line.match(/^(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/);
+    if (!line) {
+      paragraph = null;
+    } else if (fence) {
+      const [, ...code] = takeWhile((next) => !next.startsWith(fence[1]));
+      const edge = new RegExp(`^ {0,${indent}}`);
+      add(codeBlock(fence[2], code.map((each) => each.replace(edge, "")).join("\n")));
+      i++; // past the closing fence
+    } else if (heading) {
+      add(make(`h${Math.min(heading[1].length + 2, 5)}`, {}, ...inline(heading[2])));
+    } else if (/^([-*_] *){3,}$/.test(line)) {
+      add(make("hr"));
+    } else if (item) {
+      const tag = item[1] ? "OL" : "UL";
+      while (lists.length && indent < lists.at(-1).indent) lists.pop();
+      if (lists.at(-1)?.indent === indent && lists.at(-1).list.tagName !== tag) lists.pop();
+      if (!(indent <= lists.at(-1)?.indent)) {
+        const list = make(tag, item[1] ? { start: item[1] } : {});
+        (lists.at(-1)?.list.lastChild ?? root).append(list);
+        lists.push({ indent, list });
+      }
+      paragraph = make("li", {}, ...inline(item[2]));
+      lists.at(-1).list.append(paragraph);
+    } else if (line.startsWith(">") && depth < 5) {
+      const quote = takeWhile((next) => next.startsWith(">"));
+      const inner = quote.map((each) => each.replace(/^\s*> ?/, "")).join("\n");
+      add(make("blockquote", {}, markdown(inner, depth + 1)));
+    } else if (line.includes("|") && /^[\s|:]*-[\s|:-]*$/.test(lines[i + 1] ?? "")) {
+      add(table(takeWhile((next) => next.includes("|"))));
+    } else if (paragraph) {
+      paragraph.append("\n", ...inline(line));
+    } else {
+      add(make("p", {}, ...inline(line)));
+    }
+  }
+  return root;
+}
+
+// Conversations. Each is kept in the browser under its own name, so that two tabs lose nothing.
+
+const PREFIX = "phi_server.chat.";
+const SETTINGS = ["system", "temperature", "max_tokens"];
+const chats = new Map(); // by id: {id, title, messages, and the settings as typed}
+const running = new Map(); // by id of a conversation: the reply in the making, and its aborter
+const articles = new Map(); // by message of the conversation that is shown
+let chat = null; // the one that is shown
+
+const store = (() => {
+  try { return window.localStorage; } catch { return null; } // where cookies are blocked
+})();
+
+const recall = (name) => store?.getItem(name) ?? null;
+
+function keep(name, value) {
+  try {
+    if (value) store.setItem(name, value);
+    else store.removeItem(name);
+  } catch {
+    warn("full", "This browser keeps nothing more: a reload loses what is new.");
+  }
+}
+
+function save(which) {
+  if (chats.has(which.id)) keep(PREFIX + which.id, JSON.stringify(which)); // else it is deleted
+}
+
+function load(name) {
+  const kept = JSON.parse(recall(name));
+  if (kept) chats.set(kept.id, kept);
+}
+
+function choose(which) {
+  chat = which;
+  keep("phi_server.current", chat.id);
+  toggleMenu(false);
+  showList();
+  articles.clear();
+  byId("messages").replaceChildren(...chat.messages.map(show));
+  if (!chat.messages.length) byId("messages").append(greeting());
+  byId("messages").scrollTop = byId("messages").scrollHeight;
+  showButtons();
+}
+
+function goTo(which) { // where the keyboard goes on
+  choose(which);
+  byId("messages").focus();
+}
+
+function begin() {
+  const settings = Object.fromEntries(SETTINGS.map((name) => [name, chat?.[name] ?? ""]));
+  const id = `${Date.now()}-${Math.random().toString(36).slice(2)}`; // they sort by age
+  chats.set(id, { id, title: "New conversation", messages: [], ...settings });
+  choose(chats.get(id));
+}
+
+function remove(which) {
+  if (!confirm(`Delete "${which.title}"?`)) return;
+  running.get(which.id)?.aborter.abort();
+  chats.delete(which.id);
+  keep(PREFIX + which.id, "");
+  chooseNewest();
+}
+
+function newestFirst() {
+  return [...chats.values()].sort((a, b) => b.id.localeCompare(a.id));
+}
+
+function chooseNewest() {
+  const [newest] = newestFirst();
+  if (newest) choose(newest);
+  else begin();
+}
+
+function showList() {
+  byId("chats").replaceChildren(...newestFirst().map((each) => {
+    const link = make("a", { href: "#chat", onclick: () => goTo(each) }, each.title);
+    if (each === chat) link.ariaCurrent = "true";
+    const ariaLabel = `Delete ${each.title}`, onclick = () => remove(each);
+    return make("li", {}, link, make("button", { ariaLabel, onclick }, "\u00d7"));
+  }));
+}
+
+// Messages: {role, content}, and of a reply also {thinking, error, facts}.
+
+function greeting() {
+  const ideas = ["What is the capital of France?", "Write a haiku about rain",
+    "Explain recursion with an example in Python"];
+  return make("div", { id: "greeting" }, make("h2", {}, "What would you like to know?"),
+    make("p", { className: "soft" }, "The reply is computed on this server's CPU, and stays here."),
+    ...ideas.map((idea) => make("button", { onclick: () => send(idea) }, idea)));
+}
+
+function show(message) {
+  const ariaLabel = message.role === "user" ? "You" : "Reply";
+  const article = make("article", { className: message.role, ariaLabel },
+    make("details", {}, make("summary"), make("div", { className: "thoughts" })),
+    make("div", { className: "text" }), make("div", { className: "foot" }));
+  articles.set(message, article);
+  draw(message);
+  return article;
+}
+
+function draw(message) {
+  if (!articles.has(message)) return;
+  const { role, content, thinking, error } = message;
+  const isWritten = message === running.get(chat.id)?.reply;
+  const [details, text, foot] = articles.get(message).children;
+  const [summary, thoughts] = details.children;
+  details.hidden = !thinking;
+  summary.textContent = isWritten && !content ? "Thinking\u2026" : "Thoughts";
+  thoughts.textContent = thinking;
+  text.replaceChildren(role === "user" ? content : markdown(content));
+  foot.replaceChildren();
+  if (error) {
+    foot.append(make("div", { className: "fault" }, make("b", {}, error.title), error.message));
+  }
+  if (isWritten) foot.append(make("div", { className: "working" }));
+  else if (role === "assistant") foot.append(facts(message));
+}
+
+function facts(message) {
+  const { end, speed, tokens, first, prompt, cached } = message.facts;
+  const row = make("div", { className: "facts soft" });
+  if (message.content) row.append(...copy(() => message.content));
+  if (message === chat.messages.at(-1)) row.append(make("button", { onclick: retry }, "Try again"));
+  const words = [
+    end === "stopped" && "stopped",
+    end === "length" && "cut off for its length",
+    speed && `${speed} tokens/s`,
+    tokens && `${tokens} tokens`,
+    first && `first after ${first} s`,
+    prompt && `${cached} of ${prompt} prompt tokens cached`,
+  ];
+  row.append(...words.filter(Boolean).map((text) => make("span", {}, text)));
+  return row;
+}
+
+function showButtons() {
+  byId("stop").hidden = !running.has(chat.id);
+  byId("send").hidden = running.has(chat.id);
+}
+
+// The API. What goes wrong is shown as what the server says it is.
+
+const BASE = location.pathname.replace(/\/*(v1\/*)?$/, "/"); // a proxy may put a path in front
+
+const fault = (title, message) => Object.assign(Error(message), { title });
+
+async function call(path, options = {}) {
+  const key = recall("phi_server.key");
+  const inUtf8 = String.fromCharCode(...new TextEncoder().encode(key ?? "")); // as a header has it
+  const headers = key ? { Authorization: `Bearer ${inUtf8}` } : {};
+  const response = await fetch(BASE + path, { headers, ...options }).catch((cause) => {
+    throw cause.name === "AbortError" ? cause : fault("No answer", "The server cannot be reached.");
+  });
+  if (response.ok) return response;
+  const { error } = await response.json().catch(() => ({}));
+  const title = `${response.status} ${error?.code ?? error?.type ?? response.statusText}`;
+  if (response.status === 401 && path !== "metrics") askForKey(error?.message ?? "");
+  throw fault(title, error?.message ?? "This is not phi_server's answer.");
+}
+
+async function findModel() {
+  const models = await (await call("v1/models")).json();
+  byId("model").textContent = models.data[0].id;
+  return models.data[0].id;
+}
+
+function requestBody(which, model) {
+  const messages = which.system ? [{ role: "system", content: which.system }] : [];
+  which.messages.forEach(({ role, content, thinking }, i) => {
+    const reply = which.messages[i + 1]; // a question without an answer is not sent again
+    if (role === "user" ? !reply || reply.content : content) {
+      messages.push({ role, content, reasoning_content: thinking || undefined });
+    }
+  });
+  const number = (text) => (text === "" ? undefined : Number(text));
+  return JSON.stringify({ model, messages, stream: true, stream_options: { include_usage: true },
+    temperature: number(which.temperature), max_tokens: number(which.max_tokens) });
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = ""; ;) {
+    const { done, value } = await reader.read();
+    if (done) throw fault("Cut off", "The connection ended before the reply did.");
+    const blocks = (text + value).split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks.filter((each) => each.startsWith("data: "))) {
+      if (block === "data: [DONE]") return;
+      yield JSON.parse(block.slice(6));
+    }
+  }
+}
+
+async function receive(response, reply, redraw) {
+  const start = performance.now(), times = [];
+  try {
+    for await (const { error, choices, usage } of events(response)) {
+      if (error) throw fault(error.code, error.message);
+      const { delta = {}, finish_reason: end } = choices[0] ?? {};
+      reply.content += delta.content ?? "";
+      reply.thinking += delta.reasoning_content ?? "";
+      if (delta.content || delta.reasoning_content) times.push(performance.now());
+      if (end) reply.facts.end = end;
+      if (usage) {
+        const cached = usage.prompt_tokens_details.cached_tokens;
+        const { completion_tokens: tokens, prompt_tokens: prompt } = usage;
+        Object.assign(reply.facts, { tokens, prompt, cached });
+      }
+      redraw();
+    }
+  } finally {
+    const seconds = (times.at(-1) - times[0]) / 1000, tokens = reply.facts.tokens ?? times.length;
+    if (times.length) reply.facts.first = ((times[0] - start) / 1000).toFixed(1);
+    if (seconds) reply.facts.speed = ((tokens - 1) / seconds).toFixed(1);
+  }
+}
+
+async function answer(which) {
+  const reply = { role: "assistant", content: "", thinking: "", error: null, facts: {} };
+  const question = { ...which, messages: [...which.messages] };
+  const aborter = new AbortController(), { signal } = aborter;
+  let frame = 0, saved = Date.now();
+  const redraw = () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      following(() => draw(reply));
+    });
+    if (Date.now() < saved + 1000) return;
+    saved = Date.now();
+    save(which);
+  };
+  which.messages.push(reply);
+  running.set(which.id, { reply, aborter });
+  choose(which);
+  byId("news").textContent = "The reply is being written.";
+  try {
+    const body = requestBody(question, await findModel());
+    const response = await call("v1/chat/completions", { method: "POST", body, signal });
+    await receive(response, reply, redraw);
+  } catch ({ name, title = "Connection lost", message }) {
+    if (name === "AbortError") reply.facts.end = "stopped";
+    else reply.error = { title, message };
+  }
+  running.delete(which.id);
+  save(which);
+  following(() => draw(reply));
+  byId("news").textContent = reply.error?.message ?? reply.content;
+  showButtons();
+  sample();
+}
+
+function retry() {
+  chat.messages.pop();
+  answer(chat);
+  byId("messages").focus();
+}
+
+function send(text) {
+  if (!text.trim() || running.has(chat.id)) return;
+  if (!chat.messages.length) chat.title = text.trim().split("\n")[0].slice(0, 60);
+  chat.messages.push({ role: "user", content: text });
+  save(chat);
+  answer(chat);
+}
+
+function following(change) { // stays at the end, unless the reader has scrolled away from it
+  const box = byId("messages"), below = box.scrollHeight - box.scrollTop - box.clientHeight;
+  change();
+  if (below < 60) box.scrollTop = box.scrollHeight;
+}
+
+// The server's view: GET /metrics once a second while it is shown, and at the end of each reply.
+
+const MOST_SECONDS = 300, LEAST_SECONDS = 60; // that the charts show
+const WIDTH = 480, HEIGHT = 160, LEFT = 34, TOP = 8, BOTTOM = 138; // of a chart
+const samples = []; // {time in seconds, and the number of each series by name}
+
+async function sample() {
+  try {
+    const text = await (await call("metrics")).text();
+    const next = { time: Date.now() / 1000 };
+    for (const [, name, value] of text.matchAll(/^phi_server_(\S+) (\S+)$/gm)) next[name] = +value;
+    const isRestarted = next.generated_tokens_total < samples.at(-1)?.generated_tokens_total;
+    if (isRestarted) samples.length = 0;
+    samples.push(next);
+    while (samples[0].time < next.time - MOST_SECONDS) samples.shift();
+    if (!byId("server").hidden) showServer();
+    warn("lost", "");
+  } catch ({ message }) {
+    warn("lost", message);
+  }
+}
+
+function shape(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+const label = (text, x, y, anchor) => shape("text", { x, y, "text-anchor": anchor }, `${text}`);
+
+function card(title, figures, ...shapes) { // figures: [number, meaning, class of its colour]
+  const described = `${title}: ${figures.map(([number, text]) => `${number} ${text}`).join(", ")}`;
+  const box = { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": described };
+  return make("section", {}, make("h2", { className: "soft" }, title),
+    ...figures.map(([number, text, className = ""]) =>
+      make("span", { className }, make("b", {}, number), text)),
+    shape("svg", box, ...shapes));
+}
+
+function curves(curvesByClass, least) { // numbers of all samples by class; the first lie behind
+  const now = samples.at(-1).time;
+  const span = Math.min(MOST_SECONDS, Math.max(LEAST_SECONDS, now - samples[0].time));
+  const most = Math.max(least, ...Object.values(curvesByClass).flat());
+  const scale = 10 ** Math.floor(Math.log10(most / 2));
+  const step = scale * [1, 2, 5].find((each) => most <= 5 * each * scale);
+  const x = (time) => WIDTH - (now - time) / span * (WIDTH - LEFT);
+  const y = (value) => BOTTOM - value / most * (BOTTOM - TOP);
+  const ticks = Array.from({ length: Math.floor(most / step) + 1 }, (_, i) => i * step);
+  return [
+    ...Object.entries(curvesByClass).map(([name, values]) => {
+      const line = values.map((value, i) => `L${x(samples[i].time)} ${y(value)}`).join("");
+      return shape("path", { class: name, d: `M${x(samples[0].time)} ${BOTTOM}${line}V${BOTTOM}` });
+    }),
+    ...ticks.map((tick) => shape("path", { d: `M${LEFT} ${y(tick)}H${WIDTH}` })),
+    ...ticks.map((tick) => label(tick, LEFT - 7, y(tick) + 4, "end")),
+    label(span < 90 ? "a minute ago" : `${Math.round(span / 60)} minutes ago`, LEFT, HEIGHT - 5),
+    label("now", WIDTH, HEIGHT - 5, "end"),
+  ];
+}
+
+function bars(values, names) {
+  const most = Math.max(1, ...values), width = WIDTH / values.length;
+  return values.flatMap((value, i) => {
+    const height = 1 + value / most * (BOTTOM - TOP), x = (i + .1) * width, y = BOTTOM - height;
+    return [shape("rect", { class: value && "first", x, y, width: .8 * width, height }),
+      label(names[i], (i + .5) * width, HEIGHT - 5, "middle")];
+  });
+}
+
+function gauge(value, bound, y, className, text) {
+  const width = value && Math.max(3, WIDTH * value / bound), height = 20;
+  return [label(text, 0, y - 8), shape("rect", { y, height, width: WIDTH }),
+    shape("rect", { y, height, width, class: className })];
+}
+
+function size(bytes) {
+  const power = Math.floor(Math.log2(Math.max(1, bytes)) / 10);
+  const unit = ["bytes", "KiB", "MiB", "GiB", "TiB"][power];
+  return `${Number((bytes / 1024 ** power).toPrecision(3))} ${unit}`;
+}
+
+function speeds() {
+  return samples.map(({ time, generated_tokens_total: tokens }, i) => {
+    const before = samples[i - 1];
+    return before ? (tokens - before.generated_tokens_total) / (time - before.time) : 0;
+  });
+}
+
+function batches() { // [mean, how many steps computed so many replies, how many replies]
+  const now = samples.at(-1), isOld = now.batch_size_count === samples[0].batch_size_count;
+  const since = (name) => now[name] - (isOld ? 0 : samples[0][name]); // else since its start
+  const names = Object.keys(now).filter((name) => name.startsWith("batch_size_bucket"));
+  const counts = names.map((name, i) => since(name) - (i && since(names[i - 1])));
+  const bounds = names.map((name) => Number(name.match(/[\d.]+/)?.[0] ?? Infinity));
+  const ranges = bounds.map((bound, i) => {
+    const low = (bounds[i - 1] ?? 0) + 1;
+    return bound === Infinity ? `${low}+` : low < bound ? `${low}-${bound}` : `${bound}`;
+  });
+  const mean = since("batch_size_sum") / (since("batch_size_count") || 1);
+  const shown = Math.max(6, counts.findLastIndex((count) => count) + 1);
+  return [mean.toFixed(1), counts.slice(0, shown), ranges];
+}
+
+function showServer() {
+  const { running_sequences: runs, waiting_sequences: waits, kv_limit_bytes: bound,
+    kv_resident_bytes: used, kv_reserved_bytes: promised } = samples.at(-1);
+  const rates = speeds(), [mean, counts, ranges] = batches();
+  const first = samples.map((each) => each.running_sequences);
+  const second = samples.map((each, i) => first[i] + each.waiting_sequences);
+  byId("cards").replaceChildren(
+    card("Tokens a second", [[Math.round(rates.at(-1)), "now"],
+      [Math.round(Math.max(...rates)), "at most"]], ...curves({ first: rates }, 10)),
+    card("Replies", [[runs, "running", "first"], [waits, "waiting", "second"]],
+      ...curves({ second, first }, 4)),
+    card("Replies computed together", [[mean, "in a step, on average"]], ...bars(counts, ranges)),
+    card("Memory for conversations (KV)", [[size(used), `of ${size(bound)}`]],
+      ...gauge(used, bound, 30, "first", `${size(used)} in use, by running and kept ones`),
+      ...gauge(promised, bound, 90, "second", `${size(promised)} promised to running ones`)));
+}
+
+// Controls.
+
+function warn(id, text) {
+  byId(id).textContent = text;
+  byId(id).hidden = !text;
+}
+
+function askForKey(reason) {
+  byId("key-row").hidden = false;
+  byId("key-note").textContent = reason;
+  if (!byId("settings").open) openSettings();
+  byId("key").focus();
+}
+
+function openSettings() {
+  byId("key").value = recall("phi_server.key") ?? "";
+  for (const name of SETTINGS) byId(name).value = chat[name];
+  byId("settings").showModal();
+}
+
+function closeSettings() {
+  for (const name of SETTINGS) chat[name] = byId(name).value;
+  save(chat);
+  const key = byId("key").value.trim();
+  if (key === (recall("phi_server.key") ?? "")) return;
+  keep("phi_server.key", key);
+  connect();
+}
+
+function connect() {
+  findModel().then(sample, ({ message }) => warn("lost", message));
+}
+
+function toggleMenu(isOpen) {
+  document.body.classList.toggle("menu", isOpen);
+  byId("menu").ariaExpanded = isOpen;
+  if (isOpen) byId("new").focus();
+}
+
+function showView() {
+  const isServer = location.hash === "#server";
+  byId("server").hidden = !isServer;
+  byId("chat").hidden = isServer;
+  for (const link of byId("views").children) {
+    link.ariaCurrent = (link.hash === "#server") === isServer ? "page" : null;
+  }
+  if (isServer) sample();
+}
+
+function fit() {
+  byId("question").style.height = "auto";
+  byId("question").style.height = `${byId("question").scrollHeight}px`;
+}
+
+byId("question").oninput = fit;
+byId("question").onkeydown = (event) => {
+  const isTouch = matchMedia("(pointer: coarse)").matches; // there Enter begins a line
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || isTouch) return;
+  event.preventDefault();
+  byId("ask").requestSubmit();
+};
+byId("ask").onsubmit = (event) => {
+  event.preventDefault();
+  if (running.has(chat.id)) return;
+  send(byId("question").value);
+  byId("question").value = "";
+  fit();
+};
+byId("stop").onclick = () => {
+  running.get(chat.id).aborter.abort();
+  byId("question").focus();
+};
+byId("new").onclick = () => {
+  location.hash = "#chat";
+  begin();
+  byId("question").focus();
+};
+byId("options").onclick = openSettings;
+byId("settings").onclose = closeSettings;
+document.body.onclick = ({ target }) => {
+  const isShut = !document.body.classList.contains("menu");
+  if (!byId("side").contains(target)) toggleMenu(isShut && byId("menu").contains(target));
+};
+document.body.onkeydown = ({ key }) => {
+  if (key !== "Escape" || byId("settings").open) return;
+  if (document.body.classList.contains("menu")) toggleMenu(false);
+  else running.get(chat.id)?.aborter.abort();
+};
+window.onhashchange = showView;
+window.onbeforeunload = () => running.forEach(({ aborter }) => aborter.abort());
+window.onstorage = ({ key, newValue }) => { // another tab has changed a conversation
+  const id = key?.startsWith(PREFIX) ? key.slice(PREFIX.length) : "";
+  if (!id || running.has(id)) return;
+  chats.delete(id);
+  if (newValue) load(key);
+  if (id !== chat.id) showList();
+  else if (chats.has(id)) choose(chats.get(id));
+  else chooseNewest();
+};
+setInterval(() => {
+  if (!byId("server").hidden && !document.hidden) sample();
+}, 1000);
+
+Object.keys(store ?? {}).filter((name) => name.startsWith(PREFIX)).forEach(load);
+const last = chats.get(recall("phi_server.current"));
+if (last) choose(last);
+else chooseNewest();
+showView();
+connect();
+</script>
+"""
+
+
+def inline_source(tag: str) -> str:
+    """What the policy calls PAGE's one element of this tag (w3.org/TR/CSP3, section 2.3.1)."""
+    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_POLICY = {
+    "default-src": "'none'",
+    "script-src": inline_source("script"),
+    "style-src": inline_source("style"),
+    "img-src": "data:",  # its own icon
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+    "require-trusted-types-for": "'script'",
+    "trusted-types": "'none'",
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in PAGE_POLICY.items()),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def wants_page(request: HttpRequest) -> bool:
+    """Whether a client takes HTML, as browsers do (RFC 9110 section 12.5.1)."""
+    kinds = request.headers.get("accept", "").lower().split(",")
+    return any(kind.partition(";")[0].strip() == "text/html" for kind in kinds)
+
+
 # ---- Routes --------------------------------------------------------------------------------------
 # The endpoints. A handler returns an HttpResponse or an EventStream, or raises ApiError. A reply is
 # written as the chunks of a stream; the whole one is their fold, as clients make it.
@@ -7122,8 +7961,13 @@ class Api:
         self.fingerprint = "fp_" + hashlib.sha256(VERSION.encode() + described).hexdigest()[:12]
 
     async def index(self, request: HttpRequest) -> HttpResponse:
-        """GET /: says what this is."""
-        return json_response({"name": "phi_server", "version": VERSION, "model": self.served.name})
+        """GET /: the page for browsers, and for others what this is."""
+        vary = {"Vary": "Accept, Origin"}
+        if wants_page(request):
+            kind = "text/html; charset=utf-8"
+            return HttpResponse(200, PAGE.encode(), PAGE_HEADERS | vary, kind)
+        about = {"name": "phi_server", "version": VERSION, "model": self.served.name}
+        return HttpResponse(200, to_json(about), vary)
 
     async def health(self, request: HttpRequest) -> HttpResponse:
         """GET /health: answers at once, whatever the model does; raises ApiError when draining."""
@@ -8242,7 +9086,9 @@ class Server:
             raise unknown_url(request.method, request.path)
         if request.method not in handlers:
             raise wrong_method([*handlers, "OPTIONS"])
-        if exchange.route != "/health":
+        # The page holds nothing secret; it asks for a key.
+        is_page = exchange.route == "/" and wants_page(request)
+        if exchange.route != "/health" and not is_page:
             request = dataclasses.replace(request, owner=self.keys.check(request))
         if request.method == "POST":
             request = dataclasses.replace(request, body=await connection.read_body(request))

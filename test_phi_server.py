@@ -14,6 +14,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import http.client
 import importlib.util
 import itertools
@@ -9415,6 +9416,548 @@ def test_a_killed_replica_costs_no_request() -> None:
         after = {answerer([victim, survivor], post_once(proxy)) for _ in range(6)}
     assert answers == {0, 1}
     assert after == {1}
+
+
+# ---- Page ----------------------------------------------------------------------------------------
+# The page in Debian's Chromium, as a person sees and uses it. Whatever a test does, the browser's
+# console stays empty but for the statuses that the test expects; a breach of the page's policy is
+# shown there too.
+
+HTML = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"  # Chromium's
+EVIL = "<script>document.title = 'mine'</script> <img src=x onerror=\"document.title = 'mine'\">"
+EVIL += " [a](javascript:alert(1)) ![b](https://b.example/b.png)"
+
+
+# at once, for a reply that is being written is drawn again and again
+SHOWN = "[...document.querySelectorAll(arguments[0])].filter((each) => each.checkVisibility())"
+
+
+def directives(server: Server) -> dict[str, str]:
+    """The content security policy of the page."""
+    policy = get(server, "/", HTML).headers["content-security-policy"]
+    parts = [part.strip().partition(" ") for part in policy.split(";")]
+    return {name: value for name, _, value in parts}
+
+
+@cases(
+    "header kind",
+    {
+        "a browser": (HTML, "text/html; charset=utf-8"),
+        "in capitals, with a weight": ("accept: */*, TEXT/HTML;q=0.5", "text/html; charset=utf-8"),
+        "curl": ("Accept: */*", "application/json"),
+        "a client of the API": ("Accept: application/json", "application/json"),
+        "another type of text": ("Accept: text/html-x, text/*", "application/json"),
+        "none": ("X: y", "application/json"),
+    },
+)
+def test_who_accepts_html_gets_the_page(server: Server, header: str, kind: str) -> None:
+    for path in ("/", "/v1/"):
+        reply = get(server, path, header)
+        assert (reply.status, reply.headers["content-type"]) == (200, kind)
+        assert reply.headers["vary"] == "Accept, Origin"
+        assert reply.body.startswith(b"<!doctype html>" if "html" in kind else b"{")
+
+
+def test_the_page_is_sent_without_a_key(keyed_server: Server) -> None:
+    assert get(keyed_server, "/", HTML).status == 200
+    assert get(keyed_server, "/").status == 401
+    assert get(keyed_server, "/v1/models", HTML).status == 401
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone(server: Server) -> None:
+    page, policy = get(server, "/", HTML).body, directives(server)
+    for tag, name in ((b"script", "script-src"), (b"style", "style-src")):
+        (text,) = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        assert policy[name] == f"'sha256-{digest}'"
+    assert policy["default-src"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == "'none'"
+    assert policy["require-trusted-types-for"] == "'script'"
+
+
+def test_the_page_names_no_other_host(server: Server) -> None:
+    page = get(server, "/", HTML).body.decode()
+    assert set(re.findall(r"[a-z]+://[\w.]+[^\s\"')]*", page)) == {"http://www.w3.org/2000/svg"}
+
+
+@dataclass
+class Page:
+    """The page of a server in the browser."""
+
+    browser: Any
+    server: Server
+    statuses: set[int] = field(default_factory=set)  # that its requests may get besides 200
+
+    @property
+    def address(self) -> str:
+        return self.server.url.removesuffix("/v1") + "/"
+
+    def open(self, *chats: Any) -> None:
+        """Opens the page in a browser that keeps just these conversations, or what it has."""
+        self.browser.get(self.address)
+        kept = {f"phi_server.chat.{chat['id']}": json.dumps(chat) for chat in chats}
+        self.browser.execute_script("Object.assign(localStorage, arguments[0])", kept)
+        self.browser.refresh()
+
+    def all(self, css: str) -> list[Any]:
+        """The elements that are shown."""
+        return list(self.browser.execute_script(f"return {SHOWN}", css))
+
+    def one(self, css: str) -> Any:
+        """Waits for the one element that is shown."""
+        assert eventually(lambda: len(self.all(css)) == 1), f"{css}: {len(self.all(css))}"
+        return self.all(css)[0]
+
+    def each(self, css: str, value: str) -> list[Any]:
+        """An expression's value for each of the elements that are shown."""
+        script = f"return {SHOWN}.map((each) => each.{value})"
+        return list(self.browser.execute_script(script, css))
+
+    def texts(self, css: str) -> list[str]:
+        return self.each(css, "innerText")
+
+    def says(self, css: str, text: str) -> bool:
+        """Waits until an element shows a text."""
+        return eventually(lambda: text in " ".join(self.texts(css)))
+
+    def ask(self, text: str) -> None:
+        self.one("#question").send_keys(text, "\n")
+
+    def answered(self) -> str:
+        """Waits for the end of the last reply."""
+        assert eventually(lambda: bool(self.all("#send")))
+        return str(self.texts("article.assistant .text")[-1])
+
+    def set(self, **fields: object) -> None:
+        """Fills in settings."""
+        self.one("#options").click()
+        for name, value in fields.items():
+            self.one(f"#{name}").clear()
+            self.one(f"#{name}").send_keys(str(value))
+        self.one("#done").click()
+
+    def press(self, key: str, held: int = 0) -> None:
+        """Presses a key, wherever the focus is."""
+        for kind in ("rawKeyDown", "keyUp"):
+            event = {"type": kind, "key": key, "code": key, "modifiers": held}
+            event["windowsVirtualKeyCode"] = {"Tab": 9, "Enter": 13, "Escape": 27}[key]
+            self.browser.execute_cdp_cmd("Input.dispatchKeyEvent", event)
+
+    def screen(self, width: int, height: int, is_dark: bool = False) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def complaints(self) -> list[str]:
+        """What the console says, but for statuses that are expected."""
+        said = [entry["message"] for entry in self.browser.get_log("browser")]
+        expected = tuple(f"status of {status} " for status in self.statuses)
+        return [text for text in said if not any(status in text for status in expected)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    names = ("chromium", "google-chrome")
+    chromium, driver = next(filter(None, map(shutil.which, names)), None), "chromedriver"
+    if not chromium or not shutil.which(driver):
+        pytest.skip("needs Chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "lang=en"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which(driver))
+    with webdriver.Chrome(options, service) as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[[Server], Page]]:
+    """Makes pages that the browser knows nothing of; hears afterwards what it complains of."""
+    pages: list[Page] = []
+
+    def visit(server: Server) -> Page:
+        page = Page(browser, server)
+        pages.append(page)
+        page.screen(1280, 800)
+        everything = {"origin": page.address.rstrip("/"), "storageTypes": "all"}
+        browser.execute_cdp_cmd("Storage.clearDataForOrigin", everything)
+        return page
+
+    yield visit
+    assert [complaint for page in pages for complaint in page.complaints()] == []
+    browser.get("about:blank")
+
+
+def kept_chat(*messages: tuple[str, str], **fields: object) -> dict[str, Any]:
+    """A conversation as the page keeps it; greedy."""
+    reply: dict[str, object] = {"thinking": "", "error": None, "facts": {}}
+    said = [{"role": role, "content": content, **reply} for role, content in messages]
+    return {
+        "id": "1",
+        "title": "Kept",
+        "system": "",
+        "temperature": "0",
+        "max_tokens": "",
+        "messages": said,
+        **fields,
+    }
+
+
+def test_a_question_typed_is_answered_with_its_speed_and_what_was_cached(
+    server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(server)
+    page.open()
+    page.set(temperature=0)
+    page.ask(QUESTION)
+    assert page.answered() == ANSWER
+    page.ask("And of Italy?")
+    assert "Italy" in page.answered()
+    first, second = page.texts(".facts")
+    facts = r"[\d.]+ tokens/s\s+7 tokens\s+first after [\d.]+ s\s+\d+ of 37 prompt tokens cached"
+    assert re.search(facts, first)
+    found = re.search(r"(\d+) of (\d+) prompt tokens cached", second)
+    assert found
+    assert 0 < int(found[1]) < int(found[2])
+    assert page.texts("#model") == [server.model]
+
+
+def test_settings_of_a_conversation_reach_the_model(
+    server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(server)
+    page.open()
+    page.set(temperature=0, max_tokens=3, system="You speak of cheese alone.")
+    page.ask(QUESTION)
+    messages = [{"role": "system", "content": "You speak of cheese alone."}, *turns(QUESTION)]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 3}
+    assert page.answered() == content(post(server, CHAT, body).json).strip()
+    assert "cut off for its length" in page.texts(".facts")[0]
+
+
+def test_a_wrong_setting_is_shown_as_the_error_that_it_is(
+    server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(server)
+    page.statuses.add(400)
+    page.open(kept_chat(temperature="3"))
+    page.ask(QUESTION)
+    fault = page.one("article .fault").text
+    assert fault.startswith("400 invalid_parameter\nInvalid 'temperature': ")
+
+
+@cases("how", ["button", "Escape"])
+def test_a_reply_is_stopped_and_what_was_written_stays(
+    server: Server, visit: Callable[[Server], Page], how: str
+) -> None:
+    page = visit(server)
+    page.open(kept_chat(temperature="1"))
+    page.ask(f"{STORY} Never stop.")
+    assert eventually(lambda: len(page.texts("article.assistant .text")[0]) > 20)
+    if how == "button":
+        page.one("#stop").click()
+    else:
+        page.press("Escape")
+    written = page.answered()
+    assert page.says(".facts", "stopped")
+    assert soon_idle(server)
+    assert len(written) > 20
+    page.browser.refresh()
+    assert page.answered() == written
+
+
+def test_429_is_shown_as_what_it_is_and_the_question_can_be_sent_again(
+    strict_server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(strict_server)
+    page.statuses.add(429)
+    page.open(kept_chat())
+    with busy(strict_server, 1):
+        page.ask(QUESTION)
+        fault = page.one("article .fault").text
+        assert fault.startswith("429 rate_limit_exceeded\nRate limit reached: this server takes 1 ")
+    page.one(".facts button:last-of-type").click()
+    assert page.answered() == ANSWER
+    assert page.all("article .fault") == []
+
+
+def test_a_server_that_is_gone_is_said_to_be(visit: Callable[[Server], Page]) -> None:
+    with running() as server:
+        page = visit(server)
+        page.open()
+        assert page.says("#model", server.model)
+    page.ask(QUESTION)
+    assert page.one("article .fault").text == "No answer\nThe server cannot be reached."
+    page.browser.get_log("browser")  # which says so too
+
+
+@pytest.fixture(scope="module")
+def writer(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Thinker]:
+    """A model that thinks and writes what it should not."""
+    folder = thinking_folder(model_folder, tmp_path_factory.mktemp("writer"))
+    writer = Thinker(phi_server.Tokenizer(folder))
+    writer.learn("nothing", {}, "")  # so that the next prompt is not empty
+    writer.learn("evil", {}, f"<think>\n{EVIL}\n</think>\n\n{EVIL}\n\n```html\n{EVIL}\n```")
+    script = writer.script + [0] * (2048 - len(writer.script))
+    (folder / "echo.onnx").write_bytes(EchoGraph(Any, Any).file(script, 49152, "float32"))
+    with running(MODEL_PATH=folder, CONTEXT_LENGTH=2048) as writer.server:
+        yield writer
+
+
+def test_a_reply_never_becomes_markup_and_its_thinking_is_folded_away(
+    writer: Thinker, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(writer.server)
+    page.open(kept_chat())
+    page.ask(writer.bodies["evil"]["messages"][0]["content"])
+    shown = EVIL.replace("![b](https://b.example/b.png)", "b")
+    assert page.answered().startswith(shown)
+    assert page.texts("pre code") == [EVIL]
+    assert page.all(".thoughts") == []
+    page.one("summary").click()
+    assert page.texts(".thoughts") == [EVIL]
+    made = page.browser.find_elements("css selector", "main script, main img, main iframe")
+    links = [link.get_attribute("href") for link in page.all("article a")]
+    assert (made, links) == ([], ["https://b.example/b.png"])
+    assert page.browser.title == "phi_server"
+
+
+@cases(
+    "text markup",
+    {
+        "paragraphs": ("a\nb\n\nc", "<p>a\nb</p><p>c</p>"),
+        "emphasis": (
+            "*a* **b `c`** _d_",
+            "<p><em>a</em> <strong>b <code>c</code></strong> <em>d</em></p>",
+        ),
+        "none of it": ("2 * 3 * 4, a_b_c, 2*3*4", "<p>2 * 3 * 4, a_b_c, 2*3*4</p>"),
+        "heading": ("## a\nb", "<h4>a</h4><p>b</p>"),
+        "rule": ("a\n\n---", "<p>a</p><hr>"),
+        "markup": (
+            "<b>a</b> &amp; `<i>`",
+            "<p>&lt;b&gt;a&lt;/b&gt; &amp;amp; <code>&lt;i&gt;</code></p>",
+        ),
+        "list": ("- a\n- b\n\n* c", "<ul><li>a</li><li>b</li><li>c</li></ul>"),
+        "numbers": ("3. a\n4) b", '<ol start="3"><li>a</li><li>b</li></ol>'),
+        "list in a list": (
+            "1. a\n   - b\n     more\n2. c",
+            '<ol start="1"><li>a<ul><li>b\nmore</li></ul></li><li>c</li></ol>',
+        ),
+        "two kinds of list": ("- a\n1. b", '<ul><li>a</li></ul><ol start="1"><li>b</li></ol>'),
+        "behind a list": ("- a\n\nb", "<ul><li>a</li></ul><p>b</p>"),
+        "quotation": ("> a\n> - b", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>"),
+        "table": (
+            "|a|b|\n|-|:-:|\n|1|*2*|\n\nc",
+            "<table><tr><th>a</th><th>b</th></tr><tr>"
+            "<td>1</td><td><em>2</em></td></tr></table><p>c</p>",
+        ),
+    },
+)
+def test_markdown_becomes_elements(
+    server: Server, visit: Callable[[Server], Page], text: str, markup: str
+) -> None:
+    page = visit(server)
+    page.open(kept_chat(("user", QUESTION), ("assistant", text)))
+    assert page.one(".assistant .text").get_attribute("innerHTML") == markup
+
+
+@cases(
+    "text language code",
+    {
+        "closed": ("a\n```python\nif a:\n    b\n```\nc", "python", "if a:\n    b"),
+        "still open": ("```\n*a*\n", "text", "*a*\n"),
+        "with tildes": ("~~~ c++\na ``` b\n~~~", "c++", "a ``` b"),
+        "in a list": ("1. a\n   ```sh\n   b\n     c\n   ```", "sh", "b\n  c"),
+    },
+)
+def test_a_code_block_is_shown_as_it_is(
+    server: Server, visit: Callable[[Server], Page], text: str, language: str, code: str
+) -> None:
+    page = visit(server)
+    page.open(kept_chat(("user", QUESTION), ("assistant", text)))
+    assert page.one("figcaption span").text == language
+    assert page.one("pre code").get_attribute("textContent") == code
+
+
+@cases(
+    "piece", ["[", "**", "*a ", "`", "``", "- ", "> ", "|", "# ", "```\n", "~", "_ ", "(http://"]
+)
+def test_what_a_small_model_repeats_is_drawn_in_time(
+    server: Server, visit: Callable[[Server], Page], piece: str
+) -> None:
+    page = visit(server)
+    page.open()
+    draw = (
+        "const start = performance.now(); markdown(arguments[0]); return performance.now() - start"
+    )
+    assert page.browser.execute_script(draw, piece * 8000) < 1000
+
+
+def test_conversations_survive_a_reload(server: Server, visit: Callable[[Server], Page]) -> None:
+    page = visit(server)
+    page.open()
+    page.set(temperature=0)
+    page.ask(QUESTION)
+    assert page.answered() == ANSWER
+    page.one("#new").click()
+    page.ask("Name a colour.")
+    colour = page.answered()
+    page.browser.refresh()
+    assert page.texts("#chats a") == ["Name a colour.", QUESTION]
+    assert page.answered() == colour
+    page.all("#chats a")[1].click()
+    assert page.texts(".user .text") == [QUESTION]
+    page.browser.refresh()
+    assert page.answered() == ANSWER
+    page.all("#chats button")[1].click()
+    page.browser.switch_to.alert.accept()
+    page.browser.refresh()
+    assert page.texts("#chats a") == ["Name a colour."]
+
+
+def test_a_reload_in_the_middle_keeps_what_was_written(
+    server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(server)
+    page.open(kept_chat(temperature="1"))
+    page.ask(f"{STORY} Never stop.")
+    assert eventually(lambda: len(page.texts("article.assistant .text")[0]) > 20)
+    written = page.texts("article.assistant .text")[0]
+    page.browser.refresh()
+    assert page.answered().startswith(written)
+    assert page.all("article .fault") == []
+    assert soon_idle(server)
+
+
+@cases("key", {"plain": KEY, "beyond ASCII": KEY_BEYOND_ASCII})
+def test_a_key_is_asked_for_where_keys_are_set(
+    keyed_server: Server, visit: Callable[[Server], Page], key: str
+) -> None:
+    page = visit(keyed_server)
+    page.statuses.add(401)
+    page.open()
+    assert page.one("#key-note").text.startswith("You didn't provide an API key.")
+    page.one("#key").send_keys("sk-wrong")
+    page.one("#done").click()
+    assert page.says("#key-note", "Incorrect API key provided")
+    page.one("#key").clear()
+    page.one("#key").send_keys(key, "\n")
+    assert eventually(lambda: bool(page.texts("#model")[0]))
+    page.set(temperature=0)
+    page.ask(QUESTION)
+    assert page.answered() == ANSWER
+    page.browser.refresh()
+    assert eventually(lambda: bool(page.texts("#model")[0]))
+    assert page.all("#settings") == []
+
+
+def test_who_has_no_key_is_not_asked_for_ever(
+    keyed_server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(keyed_server)
+    page.statuses.add(401)
+    page.open()
+    page.one("#done").click()
+    page.one("#new").click()
+    page.one("#views a:last-child").click()
+    assert page.says("#lost", "You didn't provide an API key.")
+    assert page.all("#settings") == []
+
+
+def test_the_servers_view_draws_what_runs_and_waits_and_its_memory(
+    strict_server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(strict_server)
+    page.open()
+    page.one("#views a:last-child").click()
+
+    def drawn() -> list[str]:
+        return page.each("#cards svg", "ariaLabel")
+
+    with stream_forever(strict_server, STORY, n=2):  # one of which waits for the only slot
+        assert eventually(lambda: "Replies: 1 running, 1 waiting" in drawn())
+        assert eventually(lambda: bool(re.match(r"Tokens a second: [1-9]\d* now", drawn()[0])))
+        assert page.each("#cards rect.second", "getBBox().width")[0] > 2  # promised KV
+    assert eventually(lambda: "Replies: 0 running, 0 waiting" in drawn())
+    assert drawn()[2] == "Replies computed together: 1.0 in a step, on average"
+    assert re.fullmatch(r"Memory .+: [\d.]+ [KMG]iB in use, of [\d.]+ [KMG]iB", drawn()[3])
+    assert min(page.each("#cards :is(path, rect).first", "getBBox().height")) > 5
+
+
+@cases("view", ["#chat", "#server"])
+def test_every_control_has_a_name_and_is_reached_by_the_tab_key(
+    server: Server, visit: Callable[[Server], Page], view: str
+) -> None:
+    page = visit(server)
+    page.open(kept_chat(("user", QUESTION), ("assistant", "A\n```\nb\n```")))
+    page.browser.get(page.address + view)
+    page.one("#ask" if view == "#chat" else "#cards section:last-child svg")
+    tree = page.browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    roles = {"button", "link", "textbox", "region", "navigation", "article", "image", "img"}
+    named = [node for node in tree if node.get("role", {}).get("value") in roles]
+    assert len(named) > 8
+    assert [node for node in named if not node.get("name", {}).get("value")] == []
+    controls = page.all("a, button, textarea")
+    reached = []
+    for _ in range(len(controls) + 3):
+        page.press("Tab")
+        reached.append(page.browser.switch_to.active_element)
+    assert [control for control in controls if control not in reached] == []
+
+
+@cases("is_dark", {"light": False, "dark": True})
+def test_the_page_fits_a_phone(
+    server: Server, visit: Callable[[Server], Page], is_dark: bool
+) -> None:
+    page = visit(server)
+    page.screen(390, 844, is_dark)
+    wide = f"```\n{'a ' * 200}\n```\n|{'b|' * 90}\n|-|\n\n{'c' * 300}"
+    page.open(kept_chat(("user", "d" * 300), ("assistant", wide)))
+    width = "return document.documentElement.scrollWidth"
+    assert page.browser.execute_script(width) == 390
+    assert page.all("#side") == []
+    page.one("#menu").click()
+    assert page.texts("#chats a") == ["Kept"]
+    page.press("Escape")
+    assert page.all("#side") == []
+    page.one("#options").click()
+    page.one("#done").click()
+    page.one("#views a:last-child").click()
+    assert eventually(lambda: len(page.all("#cards svg")) == 4)
+    assert page.browser.execute_script(width) == 390
+
+
+@cases("is_dark", {"light": False, "dark": True})
+def test_text_stands_out_from_its_ground(
+    server: Server, visit: Callable[[Server], Page], is_dark: bool
+) -> None:
+    page = visit(server)
+    page.screen(1280, 800, is_dark)
+    page.open()
+    script = "return arguments[0].map((name) => getComputedStyle(document.documentElement)"
+    script += ".getPropertyValue(name))"
+    names = ["page", "panel", "mine", "text", "soft", "accent", "on", "fault", "fault-panel"]
+    found = page.browser.execute_script(script, [f"--{name}" for name in names])
+    colours = dict(zip(names, map(luminance, found), strict=True))
+    grounds = [("text", "page"), ("text", "panel"), ("text", "mine"), ("soft", "page")]
+    grounds += [("soft", "panel"), ("accent", "page"), ("on", "accent"), ("fault", "fault-panel")]
+    for text, ground in grounds:
+        low, high = sorted((colours[text], colours[ground]))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)  # WCAG 2.2, 1.4.3
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of #rrggbb or #rgb (WCAG 2.2)."""
+    digits = colour.strip().removeprefix("#")
+    digits = digits if len(digits) == 6 else "".join(digit * 2 for digit in digits)
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
 # ---- Demo model ----------------------------------------------------------------------------------
