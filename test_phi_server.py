@@ -13,7 +13,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import http.client
+import http.server
 import importlib.util
 import itertools
 import json
@@ -43,6 +45,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -995,8 +998,9 @@ def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
 
 def test_every_variable_that_the_issue_names_is_there() -> None:
     names = """
-    MODEL_PATH MODEL_NAME MODEL_ALIASES SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS
-    BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY SAMPLING_DEFAULTS CORS_ORIGINS
+    MODEL_PATH MODEL_NAME MODEL_ALIASES HF_ENDPOINT HF_TOKEN SERVER_HOST SERVER_PORT
+    MAX_CONCURRENT_REQUESTS BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY
+    SAMPLING_DEFAULTS CORS_ORIGINS
     MAX_BODY_BYTES KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
     API_KEYS API_KEYS_FILE ALLOWED_HOSTS LOG_LEVEL LOG_FORMAT
     """
@@ -7482,6 +7486,488 @@ def test_a_killed_replica_costs_no_request() -> None:
         after = {answerer([victim, survivor], post_once(proxy)) for _ in range(6)}
     assert answers == {0, 1}
     assert after == {1}
+
+
+# ---- Hub -----------------------------------------------------------------------------------------
+# A local server speaks the API of Hugging Face's hub, as huggingface_hub uses it: a listing in
+# pages, redirects of small files to itself and of large ones to a storage, which takes no token.
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
+@dataclass
+class LocalHub:
+    """A hub with one repository, someone/tiny-ONNX, and what is wrong with it."""
+
+    files: dict[str, bytes]
+    token: str = ""
+    refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
+    listed: bytes | None = None  # instead of the list of files
+    breaks: list[int] = field(default_factory=list)  # bytes, after which answers of storage break
+    has_ranges: bool = True
+    damaged: dict[str, bytes] = field(default_factory=dict)  # what is sent instead of files
+    pause: float = 0.0  # seconds before storage answers
+    seen: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    url: str = ""
+    storage: str = ""
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[LocalHub]:
+        with contextlib.ExitStack() as stack:
+            self.storage = stack.enter_context(self.host(self.answer_of_storage))
+            self.url = stack.enter_context(self.host(self.answer))
+            yield self
+
+    @contextlib.contextmanager
+    def host(self, answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+    @staticmethod
+    def give(
+        handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str
+    ) -> None:
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        path = unquote(re.sub(r"^http://[^/]*", "", handler.path))  # a proxy is asked for a URL
+        token, place = handler.headers["Authorization"], handler.headers["Range"]
+        self.seen.append((path, token, place))
+        tree, resolve = "/api/models/someone/tiny-ONNX/tree/v1", "/someone/tiny-ONNX/resolve/v1/"
+        if self.refusal:
+            self.give(handler, self.refusal[0], X_Error_Code=self.refusal[1])
+        elif self.token and token != f"Bearer {self.token}":
+            self.give(handler, 401, X_Error_Message="Invalid username or password.")
+        elif path.startswith(tree):
+            url, _, cursor = path.partition("&cursor=")
+            self.list(handler, self.url + url, int(cursor or 0))
+        elif path.startswith("/cache/"):
+            self.give(handler, 200, self.sent(path.removeprefix("/cache/")))
+        elif path.removeprefix(resolve) not in self.files:
+            self.give(handler, 404, X_Error_Code="RevisionNotFound")
+        else:
+            name = path.removeprefix(resolve)
+            host = self.storage if self.is_large(name) else ""
+            self.give(handler, 307, Location=f"{host}/cache/{quote(name)}")
+
+    def sent(self, name: str) -> bytes:
+        return self.damaged.get(name, self.files[name])
+
+    def is_large(self, name: str) -> bool:
+        return len(self.files[name]) > 5000
+
+    def list(self, handler: http.server.BaseHTTPRequestHandler, url: str, start: int) -> None:
+        entries: list[dict[str, Any]] = [{"type": "directory", "oid": "0", "size": 0, "path": "a"}]
+        for name, content in self.files.items():
+            entry = {"type": "file", "oid": git_hash(content), "size": len(content), "path": name}
+            if self.is_large(name):
+                oid = hashlib.sha256(content).hexdigest()
+                entry |= {"oid": "of a pointer", "lfs": {"oid": oid, "size": len(content)}}
+            entries.append(entry)
+        page = (
+            json.dumps(entries[start : start + 2]).encode() if self.listed is None else self.listed
+        )
+        rest = f'<{url}&cursor={start + 2}>; rel="next"'
+        more = {"Link": rest} if entries[start + 2 :] and self.listed is None else {}
+        self.give(handler, 200, page if self.listed is None else self.listed, **more)
+
+    def answer_of_storage(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(self.pause)
+        content = self.sent(unquote(handler.path).removeprefix("/cache/"))
+        token, place = handler.headers["Authorization"], handler.headers["Range"]
+        self.seen.append((handler.path, token, place))
+        start = int(re.sub(r"\D", "", place or "0")) if self.has_ranges else 0
+        if token:
+            self.give(handler, 400)
+        elif self.breaks:
+            handler.send_response(206 if start else 200)
+            handler.send_header("Content-Length", str(len(content) - start))
+            handler.end_headers()
+            handler.wfile.write(content[start : start + self.breaks.pop(0)])
+        else:
+            self.give(handler, 206 if start else 200, content[start:])
+
+    def ranges(self, name: str) -> list[str | None]:
+        """What storage was asked for of a file, in order."""
+        return [place for path, _, place in self.seen if path == f"/cache/{quote(name)}"]
+
+
+WEIGHTS = random.Random(1).randbytes(300_000)
+TINY = "someone/tiny-ONNX/cpu and mobile/int4@v1"
+
+
+@pytest.fixture
+def hub(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    config = (model_folder / "genai_config.json").read_bytes()
+    files = {
+        "README.md": b"hello",
+        "model.safetensors": b"other",
+        "cpu and mobile/int4/genai_config.json": config,
+        "cpu and mobile/int4/model.onnx.data": WEIGHTS,
+        "cpu and mobile/int4/model.onnx": b"graph",
+        "cpu and mobile/int4/more/é.txt": b"",
+        "cpu and mobile/int4/model.safetensors": b"other",
+        "cpu and mobile/int4/draft/genai_config.json": config,
+        "cpu and mobile/int8/genai_config.json": config,
+    }
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(phi_server, "HUB_PAUSES", (0, 0))
+    with LocalHub(files).serving() as local:
+        yield local
+
+
+WANTED = {"genai_config.json", "model.onnx", "model.onnx.data", "more/é.txt"}
+
+
+def downloaded(hub: LocalHub, text: str = TINY, token: str = "") -> Path:
+    """The folder of a reference."""
+    reference = phi_server.HubReference.parse(text)
+    assert reference
+    return phi_server.hub_folder(reference, hub.url, token)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files by path below a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def wanted(hub: LocalHub) -> dict[str, bytes]:
+    """The files of TINY's model by path within its folder."""
+    return {name: hub.files[f"cpu and mobile/int4/{name}"] for name in WANTED}
+
+
+def failure_of(hub: LocalHub, text: str = TINY, token: str = "") -> str:
+    """Why a reference cannot be downloaded; nothing of it is then taken for whole."""
+    with pytest.raises(phi_server.ModelLoadingFailed) as caught:
+        downloaded(hub, text, token)
+    assert not list(phi_server.cache_folder().glob("hub/*/tiny-ONNX"))
+    return str(caught.value)
+
+
+@cases(
+    "text repository folder revision",
+    [
+        ("user/repo", "user/repo", "", "main"),
+        ("user/repo/", "user/repo", "", "main"),
+        ("user/repo.v2/a/b-c", "user/repo.v2", "a/b-c", "main"),
+        ("user/repo@v1", "user/repo", "", "v1"),
+        ("user/repo/a/@refs/pr/1", "user/repo", "a", "refs/pr/1"),
+        ("user/repo/a b@0a1b2c", "user/repo", "a b", "0a1b2c"),
+    ],
+)
+def test_a_reference_names_repository_folder_and_revision(
+    text: str, repository: str, folder: str, revision: str
+) -> None:
+    found = phi_server.HubReference.parse(text)
+    assert found == phi_server.HubReference(repository, folder, revision)
+
+
+@cases(
+    "text",
+    ["model", "/srv/model", "./a/b", "../a/b", "~/a/b", "a/../b", "a/b/../c", "a\\b", "C:/a/b",
+     "a//b", "user/repo@", "user/repo/.git", "https://hub/user/repo", "ü/repo", "user/repo/a\\b"],
+)  # fmt: skip
+def test_what_can_only_be_a_path_is_no_reference(text: str) -> None:
+    assert phi_server.HubReference.parse(text) is None
+
+
+def test_a_model_is_served_from_a_hub_and_then_from_the_cache_without_it(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    files = {f"cpu/{path.name}": path.read_bytes() for path in model_folder.iterdir()}
+    chosen = {"MODEL_PATH": "someone/tiny-ONNX/cpu@v1", "XDG_CACHE_HOME": tmp_path}
+    with LocalHub(files, token="hf_secret").serving() as hub:
+        with running(HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret", **chosen) as server:
+            assert server.model == "tiny-ONNX"
+        assert "hf_secret" not in json.dumps(server.log)
+    with running(HF_ENDPOINT=hub.url, **chosen) as server:
+        question = turns("What is the capital of France?")
+        reply = post(server, CHAT, {"messages": question, "temperature": 0})
+        assert "Paris" in reply.json["choices"][0]["message"]["content"]
+
+
+def test_a_folder_of_this_machine_wins_over_a_hubs(tmp_path: Path) -> None:
+    (tmp_path / "user" / "repo").mkdir(parents=True)
+    ended = run(cwd=tmp_path, MODEL_PATH="user/repo", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "user/repo has no genai_config.json" in ended.stderr
+
+
+def test_the_files_of_one_model_are_downloaded(hub: LocalHub) -> None:
+    folder = downloaded(hub)
+    assert contents(folder) == wanted(hub)
+    assert contents(folder.parent) == {f"{folder.name}/{n}": d for n, d in wanted(hub).items()} | {
+        "lock": b""
+    }
+
+
+def test_a_model_at_the_root_comes_without_the_models_in_folders(hub: LocalHub) -> None:
+    hub.files["genai_config.json"] = hub.files["cpu and mobile/int8/genai_config.json"]
+    folder = downloaded(hub, "someone/tiny-ONNX@v1")
+    assert sorted(contents(folder)) == ["README.md", "genai_config.json"]
+
+
+def test_what_is_in_the_cache_is_not_asked_for_again(hub: LocalHub) -> None:
+    first = downloaded(hub)
+    hub.seen.clear()
+    assert downloaded(hub) == first
+    assert hub.seen == []
+
+
+def test_the_token_goes_to_the_hub_alone(hub: LocalHub) -> None:
+    hub.token = "hf_secret"
+    downloaded(hub, token="hf_secret")
+    large = [token for path, token, _ in hub.seen if path.endswith("model.onnx.data")]
+    assert large == ["Bearer hf_secret", None]
+    small = [token for path, token, _ in hub.seen if path.endswith("model.onnx")]
+    assert small == ["Bearer hf_secret", "Bearer hf_secret"]
+
+
+def test_a_proxy_of_the_environment_is_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", hub.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    hub.url, hub.storage = "http://hub.invalid", ""
+    assert contents(downloaded(hub)) == wanted(hub)
+
+
+@cases("has_ranges", {"with ranges": True, "without ranges": False})
+def test_a_broken_download_goes_on_where_it_broke(hub: LocalHub, has_ranges: bool) -> None:
+    hub.breaks, hub.has_ranges = [1000, 0, 150_000, 0], has_ranges
+    assert contents(downloaded(hub)) == wanted(hub)
+    starts = [None, "bytes=1000-", "bytes=1000-", "bytes=151000-", "bytes=151000-"]
+    if has_ranges:
+        assert hub.ranges("cpu and mobile/int4/model.onnx.data") == starts
+
+
+def test_after_breaks_without_a_byte_the_next_start_goes_on(hub: LocalHub) -> None:
+    hub.breaks = [1000, 0, 0]
+    reason = r"model\.onnx\.data: the connection ended early; the next start goes on from there$"
+    assert re.search(reason, failure_of(hub))
+    hub.seen.clear()
+    assert contents(downloaded(hub)) == wanted(hub)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == ["bytes=1000-"]
+
+
+@cases(
+    "left asked",
+    {
+        "a part": ({"model.onnx.data": WEIGHTS[:7]}, ["bytes=7-"]),
+        "a whole file": ({"model.onnx.data": WEIGHTS}, []),
+        "a part of another revision": ({"model.onnx.data": b"other"}, ["bytes=5-", None]),
+        "a longer file": ({"model.onnx.data": WEIGHTS + b"more"}, [None]),
+        "a file that is no more": ({"old.txt": b"old"}, [None]),
+    },
+)
+def test_what_an_earlier_start_left_is_used_if_it_is_right(
+    hub: LocalHub, left: dict[str, bytes], asked: list[str | None]
+) -> None:
+    work = phi_server.cache_folder() / "hub" / quote(TINY, safe="") / "download"
+    work.mkdir(parents=True)
+    for name, content in left.items():
+        (work / name).write_bytes(content)
+    assert contents(downloaded(hub)) == wanted(hub)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == asked
+
+
+@cases(
+    "name kind",
+    {"a large file": ("model.onnx.data", "sha256"), "a small one": ("model.onnx", "Git's hash")},
+)
+def test_a_damaged_file_is_refused_and_not_kept(hub: LocalHub, name: str, kind: str) -> None:
+    path = f"cpu and mobile/int4/{name}"
+    hub.damaged[path] = hub.files[path][:-1] + b"!"
+    reason = rf"{kind} of {re.escape(path)}: expected [0-9a-f]+, got [0-9a-f]+$"
+    assert re.search(reason, failure_of(hub))
+    hub.damaged.clear()
+    assert contents(downloaded(hub)) == wanted(hub)
+
+
+def test_a_file_that_does_not_end_is_refused(hub: LocalHub) -> None:
+    path = "cpu and mobile/int4/model.onnx.data"
+    hub.damaged[path] = hub.files[path] + bytes(5_000_000)
+    assert "sha256 of" in failure_of(hub)
+
+
+def test_without_room_nothing_is_downloaded(hub: LocalHub) -> None:
+    entry = {"type": "file", "oid": "0", "path": "cpu and mobile/int4/genai_config.json"}
+    hub.listed = json.dumps([entry | {"size": 10**16}]).encode()
+    assert re.search(r"it needs 10000000 GB more, but [\d.]+ [GM]B are free where", failure_of(hub))
+    assert len(hub.seen) == 1
+
+
+@on_linux
+def test_a_disk_that_is_full_ends_the_start_with_the_reason(hub: LocalHub) -> None:
+    work = phi_server.cache_folder() / "hub" / quote(TINY, safe="") / "download"
+    work.mkdir(parents=True)
+    (work / "model.onnx.data").symlink_to("/dev/full")
+    reason = "cannot be kept in the user's cache, which XDG_CACHE_HOME moves: .*No space left"
+    assert re.search(reason, failure_of(hub))
+
+
+@cases(
+    "refusal token reason",
+    {
+        "no token": ((401, ""), "", "does not exist, or is private and needs HF_TOKEN"),
+        "wrong token": ((401, ""), "hf_x", "does not exist, or HF_TOKEN gives no access to it"),
+        "gated": ((401, "GatedRepo"), "", "is gated: ask for access there, and set HF_TOKEN"),
+        "not granted": ((403, "GatedRepo"), "hf_x", "is gated: ask for access there with the user"),
+        "forbidden": ((403, ""), "", "is gated: ask for access there, and set HF_TOKEN"),
+        "no repository": ((404, "RepoNotFound"), "", "does not exist, or is private"),
+        "no revision": ((404, "RevisionNotFound"), "", "has no revision v1"),
+        "a fault of the hub": ((503, ""), "", r"/tree/v1.* cannot be read: status 503"),
+    },
+)
+def test_what_a_hub_refuses_ends_the_start_with_what_to_do(
+    hub: LocalHub, refusal: tuple[int, str], token: str, reason: str
+) -> None:
+    hub.refusal = refusal
+    said = failure_of(hub, token=token)
+    start = f"MODEL_PATH {TINY} is no folder here, and cannot be downloaded: {hub.url}/"
+    assert said.startswith(start)
+    assert re.search(reason, said)
+    assert str(refusal[0]) in said
+
+
+@cases(
+    "listed reason",
+    {
+        "a login page": (b"<html>", "is not a hub's list of files: JSONDecodeError"),
+        "an object": (b"{}", r"the repository has no genai_config\.json"),
+        "numbers": (b"[1]", "is not a hub's list of files: TypeError"),
+        "a way out": (b'[{"type":"file","path":"a/../../b","size":1,"oid":""}]', "not a path with"),
+        "a drive": (b'[{"type":"file","path":"C:/b","size":1,"oid":""}]', "not a path with"),
+    },
+)
+def test_a_list_that_is_none_is_refused(hub: LocalHub, listed: bytes, reason: str) -> None:
+    hub.listed = listed
+    assert re.search(reason, failure_of(hub))
+
+
+@cases(
+    "text there",
+    {
+        "the root": ("someone/tiny-ONNX@v1", "in its root; it has one in: cpu and"),
+        "a folder above": ("someone/tiny-ONNX/cpu and mobile@v1", "in cpu and mobile; it has one"),
+        "another folder": ("someone/tiny-ONNX/gpu@v1", "in gpu; it has one in: cpu and mobile"),
+    },
+)
+def test_a_folder_without_a_model_ends_the_start_with_those_that_have_one(
+    hub: LocalHub, text: str, there: str
+) -> None:
+    folders = "cpu and mobile/int4, cpu and mobile/int4/draft, cpu and mobile/int8"
+    said = failure_of(hub, text)
+    assert f"the repository has no genai_config.json {there}" in said
+    assert said.endswith(f"it has one in: {folders}")
+
+
+def test_a_repository_without_any_model_says_so(hub: LocalHub) -> None:
+    hub.files = {"README.md": b"hello"}
+    assert failure_of(hub).endswith("; so it is not of ONNX Runtime GenAI")
+
+
+def test_what_cannot_be_served_ends_the_start_before_the_weights(hub: LocalHub) -> None:
+    hub.files["cpu and mobile/int4/genai_config.json"] = b'{"model": {"decoder": {}, "vision": 1}}'
+    assert "is not a single text decoder; it also contains: vision" in failure_of(hub)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == []
+
+
+def test_a_hub_that_cannot_be_reached_ends_the_start_with_the_reason(hub: LocalHub) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        hub.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    assert re.search("cannot be read: .*refused", failure_of(hub))
+
+
+@cases(
+    "variable text",
+    [
+        ("HF_ENDPOINT", "hub.example"),
+        ("HF_ENDPOINT", "file:///etc"),
+        ("HF_TOKEN", "hf_a b"),
+        ("HF_TOKEN", "hf_\u00fc"),
+    ],
+)
+def test_a_setting_that_no_request_can_have_ends_the_start(
+    tmp_path: Path, variable: str, text: str
+) -> None:
+    chosen = {"MODEL_PATH": TINY, "XDG_CACHE_HOME": tmp_path, variable: text}
+    ended = run(cwd=tmp_path, **chosen)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 2
+    assert last.startswith(f"phi_server: {variable}: expected ")
+    assert (text in last) == (variable == "HF_ENDPOINT")
+
+
+@contextlib.contextmanager
+def downloading(hub: LocalHub) -> Iterator[subprocess.Popen[str]]:
+    """Another process that downloads TINY, and prints the folder."""
+    call = f"phi_server.hub_folder(phi_server.HubReference.parse({TINY!r}), {hub.url!r}, '')"
+    script = f"import logging, phi_server; logging.basicConfig(level=20); print({call})"
+    settings = environment(PYTHONPATH=FILE.parent)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen([sys.executable, "-c", script], env=settings, **pipes) as process:
+        yield process
+
+
+def test_processes_that_want_the_same_model_download_it_once(hub: LocalHub) -> None:
+    hub.pause = 1.0
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(downloading(hub)) for _ in range(3)]
+        said = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert {printed for printed, _ in said} == {f"{downloaded(hub)}\n"}
+    assert sum("Another process is downloading" in log for _, log in said) == 2
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == [None]
+    assert contents(downloaded(hub)) == wanted(hub)
+
+
+def test_another_process_goes_on_where_one_was_killed(hub: LocalHub) -> None:
+    hub.breaks, hub.pause = [1000], 1.0
+    with downloading(hub) as first:
+        while len(hub.ranges("cpu and mobile/int4/model.onnx.data")) < 1:
+            time.sleep(0.01)
+        with downloading(hub) as second:
+            while len(hub.ranges("cpu and mobile/int4/model.onnx.data")) < 2:
+                time.sleep(0.01)
+                hub.pause = PATIENCE
+            first.kill()
+            hub.pause = 0.0
+            printed, _ = second.communicate(timeout=PATIENCE)
+    assert contents(Path(printed.strip())) == wanted(hub)
+
+
+def test_a_long_download_logs_how_far_it_is(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(phi_server, "PROGRESS_SECONDS", 0)
+    caplog.set_level(logging.INFO)
+    downloaded(hub)
+    total = sum(map(len, wanted(hub).values()))
+    lines = [record.fields for record in caplog.records if record.message == "downloading"]
+    assert lines[-1].items() >= {"bytes": total, "of": total, "rest_seconds": 0}.items()
+    assert all(line["bytes_per_second"] > 0 for line in lines)
+
+
+@cases(
+    "count shown",
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123_456, "123 kB"), (2.4e9, "2.4 GB"),
+     (1e13, "10000 GB")],
+)  # fmt: skip
+def test_sizes_are_shown_in_decimal_units(count: float, shown: str) -> None:
+    assert phi_server.decimal_size(count) == shown
 
 
 # ---- Demo model ----------------------------------------------------------------------------------
