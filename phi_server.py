@@ -69,6 +69,7 @@ import pickle
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -1281,6 +1282,7 @@ Booleans = npt.NDArray[np.bool_]
 
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
+MEASURED_CHUNK = 32  # prompt tokens of the warm-up: they take Phi-3.5 0.8 s
 
 
 @dataclass(frozen=True)
@@ -1538,14 +1540,23 @@ class Model:
         call = (0, np.full((1, 2), self.config.start_token, np.int64), np.zeros(1, np.int64))
         try:
             self.forward(self.caches[0], *call)
-            started = time.perf_counter()  # once its memory is taken
-            self.forward(self.caches[0], *call)
-            self.step_seconds = time.perf_counter() - started
+            self.step_seconds = self.seconds_of(1)  # once its memory is taken
+            count = min(MEASURED_CHUNK, self.caches[0].length)
+            self.prefill_speed = count / self.seconds_of(count)
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"cannot be run as a text decoder: {error}"
             if not self.config.appends_kv:
                 fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
             raise ModelLoadingFailed(f"{self.config.graph} {fault}") from None
+
+    def seconds_of(self, count: int) -> float:
+        """Measures a call of so many tokens on an empty row, and gives the row's memory back."""
+        tokens = np.full((1, count), self.config.start_token, np.int64)
+        started = time.perf_counter()
+        self.forward(self.caches[0], 0, tokens, np.zeros(1, np.int64))
+        seconds = time.perf_counter() - started
+        self.caches[0].release(0, 0, self.caches[0].capacity)
+        return seconds
 
     def forward(
         self, kv: KvCache, low: int, tokens: Integers, lengths: Integers
@@ -3783,6 +3794,7 @@ REST_SECONDS = 3.0
 LONGEST_DRAFT = 12  # guessed tokens; a call with 12 takes three times as long as one with none
 # A guess pays from 0.3 on, but prose, which a small model half repeats, would lose below this.
 LEAST_CONFIDENCE = 0.7
+PROGRESS_SECONDS = 10.0  # between two log lines of a long prompt, or a long download
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
 
 
@@ -3819,6 +3831,24 @@ class PromptLookup:
         return self.guess[: max(0, min(likely, most))]
 
 
+class PromptProgress:
+    """Tells the log how far a long prompt is."""
+
+    def __init__(self, done: int) -> None:
+        """Begins with so many tokens that need not be prefilled."""
+        self.before = done
+        self.started = self.told = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        """Logs a line, if the last one is PROGRESS_SECONDS old, with the time that is left."""
+        now = time.monotonic()
+        if now - self.told >= PROGRESS_SECONDS and self.before < done < total:
+            self.told = now
+            rest = (total - done) * (now - self.started) / (done - self.before)
+            fields = {"tokens": done, "of": total, "rest_seconds": math.ceil(rest)}
+            logger.info("prefilling", extra={"fields": fields})
+
+
 # Where all choices of a request put their pieces, and None when they end.
 Outlet = asyncio.Queue[tuple["Sequence", "Piece | None"]]
 
@@ -3850,6 +3880,7 @@ class Sequence:
     finish_reason: str = field(default="", init=False)  # stop, length, cancelled, error or shutdown
     is_closed: bool = field(default=False, init=False)
     first_token: float = field(default=0.0, init=False)  # when it was sampled, by perf_counter()
+    progress: PromptProgress | None = field(default=None, init=False)  # since its first chunk
 
     def __post_init__(self, prompt: list[int]) -> None:
         self.tokens = list(prompt)
@@ -4184,7 +4215,7 @@ class Engine:
         # to deliver: a token, and why its sequence ends
         self.sampled: list[tuple[Sequence, Pick | None, str]] = []
         self.steps = 0
-        self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
+        self.prefill_speed = model.prefill_speed  # tokens a second; chunks correct it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
         self.pace = Pace(model.step_seconds)
 
@@ -4321,8 +4352,9 @@ class Engine:
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` tokens of one slot."""
-        start = len(slot.tokens)
-        tokens = np.array([slot.running.tokens[start : start + count]], np.int64)
+        start, sequence = len(slot.tokens), slot.running
+        sequence.progress = sequence.progress or PromptProgress(start)
+        tokens = np.array([sequence.tokens[start : start + count]], np.int64)
         return self.call(True, [slot], slot.row, tokens)
 
     def plan_decode(self, decoding: list[Slot], draft: list[int]) -> Plan:
@@ -4394,6 +4426,8 @@ class Engine:
             slot.tokens += plan.tokens[slot.row - plan.low][:kept].tolist()
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
+            if plan.is_chunk and sequence.progress:
+                sequence.progress.tell(len(slot.tokens), len(sequence.tokens))
             for pick in picked:
                 self.accept(sequence, pick)
 
@@ -5732,7 +5766,6 @@ CACHE_ROOTS = {"win32": "$LOCALAPPDATA", "darwin": "~/Library/Caches"}  # elsewh
 HUB_SECONDS = 30.0  # without a byte, after which a connection counts as broken
 # Seconds before each further try at a file; one that brings a byte starts them anew.
 HUB_PAUSES = (1, 2, 4, 8, 16)
-PROGRESS_SECONDS = 10.0  # between two log lines of a long work
 # Weights for other programs, which repositories hold beside a model at their root.
 OTHER_WEIGHTS = re.compile(r"\.(safetensors|gguf|h5|msgpack|pth?|ot)$|^pytorch_model.*\.bin$")
 
@@ -6551,6 +6584,65 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     return Api(settings, tokenizer, worker, engine, sampling)
 
 
+# Instructions for products of 8-bit integers, the best first: their flag in /proc/cpuinfo and name.
+INSTRUCTIONS = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "I8MM",
+    "asimddp": "NEON with dot products",
+    "asimd": "NEON",
+}
+
+
+def instruction_set(cpuinfo: Path) -> str:
+    """The best of this CPU's instructions for a quantized model, or where unknown its kind."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):  # not Linux
+        words = re.findall(r"(?m)^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text())
+        flags.update(*map(str.split, words[:1]))
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), platform.machine())
+
+
+def start_facts(settings: Settings, api: Api, host: str, port: int) -> dict[str, Any]:
+    """What the log says of a server that begins to serve."""
+    slots, model, sampling = api.engine.slots, api.engine.model, api.served.sampling
+    at_once = min(len(slots.all), slots.most_tokens // api.engine.context_length)
+    return {
+        "model": api.served.name,
+        "context_length": api.engine.context_length,
+        "threads": settings.threads or usable_cpus(),
+        "instructions": instruction_set(Path("/proc/cpuinfo")),
+        "kv_tokens": slots.most_tokens,
+        "conversations": at_once,  # of full length, in memory at once
+        "tokens_per_second": round(1 / model.step_seconds, 1),  # of one reply
+        "seconds_per_1000_prompt_tokens": round(1000 / model.prefill_speed, 1),
+        "sampling_defaults": {name: getattr(sampling, name) for name in SAMPLING_DEFAULTS},
+        "address": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1",
+    }
+
+
+def welcome(facts: Mapping[str, Any], needs_key: bool) -> str:
+    """The same for people, and what to do next; lines that each begin with a line break."""
+    base = re.sub(r"//(0\.0\.0\.0|\[::\])", "//127.0.0.1", facts["address"])
+    greeting = [{"role": "user", "content": "Hello"}]
+    body = shlex.quote(json_text({"model": facts["model"], "messages": greeting}))
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    length, speed = facts["context_length"], facts["tokens_per_second"]
+    wait = facts["seconds_per_1000_prompt_tokens"]
+    lines = (
+        f"{facts['model']}, up to {length:,} tokens of prompt and reply",
+        f"{facts['threads']} threads, {facts['instructions']}: {speed} tokens/s, "
+        f"after {wait} s for each 1,000 tokens of a prompt",
+        f"KV memory for {facts['kv_tokens']:,} tokens: {facts['conversations']} of {length:,}",
+        f"open {base.removesuffix('/v1')}/",
+        f"curl {base}/chat/completions{key} -d {body}",
+    )
+    return "".join(f"\n    {line}" for line in lines)
+
+
 async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Api) -> None:
     """Serves until SIGINT or SIGTERM."""
     stopping, hurry = asyncio.Event(), asyncio.Event()
@@ -6558,13 +6650,11 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Ap
     server = Server(settings, keys, api, api.metrics)
     listening = await server.listen(listener)
     generating = asyncio.create_task(api.engine.run())
-    host, port = listener.getsockname()[:2]
-    fields: dict[str, object] = {"model": api.served.name}
-    fields["context_length"] = api.engine.context_length
-    sampling = dataclasses.asdict(api.served.sampling)
-    fields["sampling_defaults"] = {name: sampling[name] for name in SAMPLING_DEFAULTS}
-    fields["address"] = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    logger.info("serving", extra={"fields": fields})
+    facts = start_facts(settings, api, *listener.getsockname()[:2])
+    if settings.log_format != "json" and sys.stderr.isatty():
+        logger.info("serving" + welcome(facts, keys.are_set))
+    else:
+        logger.info("serving", extra={"fields": facts})
     if not keys.are_set and not is_loopback(settings.server_host):
         risk = "anyone who can reach this address can use the model"
         logger.warning(f"{risk}; set API_KEYS, or listen on 127.0.0.1")

@@ -23,6 +23,8 @@ import json
 import logging
 import math
 import os
+import platform
+import pty
 import random
 import re
 import secrets
@@ -4643,6 +4645,7 @@ class Ledger:
 
     context_length = 120
     step_seconds = 0.05
+    prefill_speed = 100.0
     is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
@@ -8082,6 +8085,150 @@ def test_a_long_download_logs_how_far_it_is(
 )  # fmt: skip
 def test_sizes_are_shown_in_decimal_units(count: float, shown: str) -> None:
     assert phi_server.decimal_size(count) == shown
+
+
+@contextlib.contextmanager
+def on_terminal(tmp_path: Path, **settings: object) -> Iterator[Callable[[str], str]]:
+    """A server whose log goes to a terminal; what is yielded reads it up to a text."""
+    screen, terminal = pty.openpty()
+    chosen = environment(SERVER_PORT=0, **settings)
+    command = [sys.executable, str(FILE)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=chosen, stderr=terminal)
+    os.close(terminal)
+    shown = ""
+
+    def read_until(text: str) -> str:
+        nonlocal shown
+        while text not in shown:
+            assert select.select([screen], [], [], PATIENCE)[0], shown
+            shown += os.read(screen, 10_000).decode()
+        return shown
+
+    try:
+        yield read_until
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        os.close(screen)
+
+
+@on_linux
+def test_on_a_terminal_a_start_shows_what_comes_and_a_command_that_works(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    chosen = {"MODEL_PATH": "someone/tiny-ONNX@v1", "XDG_CACHE_HOME": tmp_path}
+    size = phi_server.decimal_size(sum(map(len, files.values())))
+    with (
+        LocalHub(files).serving() as hub,
+        on_terminal(tmp_path, HF_ENDPOINT=hub.url, CONTEXT_LENGTH=64, **chosen) as shown,
+    ):
+        text = shown(" -d '")
+        text = shown("\r\n" if text.endswith("\r\n") else "}]}'")
+        assert f"\r[{'=' * 30}] 100% of {size}, " in text
+        assert re.search(r"info    serving\r\n    tiny-ONNX, up to 64 tokens of prompt", text)
+        assert re.search(r"\d threads, .+: [\d.]+ tokens/s, after [\d.]+ s for each 1,000", text)
+        assert re.search(r"KV memory for [\d,]+ tokens: \d+ of 64\r\n", text)
+        assert re.search(r"\n    open http://127\.0\.0\.1:\d+/\r\n", text)
+        command = re.search(r"\n    (curl .*)\r\n", shown("}]}'\r\n"))
+        assert command
+        if shutil.which("curl"):
+            answer = subprocess.run(["sh", "-c", command[1]], capture_output=True, check=True)
+            assert json.loads(answer.stdout)["object"] == "chat.completion"
+
+
+def test_elsewhere_a_start_logs_what_it_serves_as_one_line() -> None:
+    with running(
+        CONTEXT_LENGTH=64, THREADS=1, BATCH_SIZE=1, CACHE_SLOTS=1, KV_MEMORY="1G"
+    ) as server:
+        entry = server.logged(message="serving")
+        kv = metric(server, "kv_limit_bytes")
+    assert (entry["context_length"], entry["threads"], entry["conversations"]) == (64, 1, 2)
+    assert entry["kv_tokens"] * 2 * 30 * 3 * 64 * 4 == kv
+    assert 0 < entry["tokens_per_second"] < 10_000
+    assert 0 < entry["seconds_per_1000_prompt_tokens"] < 1000
+    assert entry["instructions"]
+
+
+FACTS = {
+    "model": "it's",
+    "context_length": 4096,
+    "threads": 4,
+    "instructions": "AVX2",
+    "kv_tokens": 10_000,
+    "conversations": 2,
+    "tokens_per_second": 8.1,
+    "seconds_per_1000_prompt_tokens": 24.4,
+}
+
+
+@cases(
+    "address base",
+    [
+        ("http://0.0.0.0:80/v1", "http://127.0.0.1:80"),
+        ("http://[::]:80/v1", "http://127.0.0.1:80"),
+        ("http://[::1]:80/v1", "http://[::1]:80"),
+        ("http://10.0.0.1:80/v1", "http://10.0.0.1:80"),
+    ],
+)
+def test_the_welcome_shows_an_address_that_can_be_opened(address: str, base: str) -> None:
+    lines = phi_server.welcome(FACTS | {"address": address}, needs_key=False).splitlines()
+    assert lines[4:] == [
+        f"    open {base}/",
+        f"    curl {base}/v1/chat/completions -d "
+        """'{"model": "it'"'"'s", "messages": [{"role": "user", "content": "Hello"}]}'""",
+    ]
+
+
+def test_the_welcome_shows_where_a_key_goes() -> None:
+    said = phi_server.welcome(FACTS | {"address": "http://10.0.0.1:80/v1"}, needs_key=True)
+    assert "/completions -H 'Authorization: Bearer KEY' -d" in said
+
+
+@cases(
+    "text name",
+    [
+        ("flags\t: fpu avx2 avx512f avx512_vnni\nflags\t: fpu amx_int8\n", "AVX-512 VNNI"),
+        ("flags\t\t: fpu avx avx2 fma\n", "AVX2"),
+        ("Features\t: fp asimd asimddp\n", "NEON with dot products"),
+        ("bugs\t: avx2\n", platform.machine()),
+        (None, platform.machine()),
+    ],
+)
+def test_the_best_instructions_are_named(tmp_path: Path, text: str | None, name: str) -> None:
+    if text:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert phi_server.instruction_set(tmp_path / "cpuinfo") == name
+
+
+RESTLESS = """
+import sys, phi_server
+phi_server.PROGRESS_SECONDS = 0.05
+sys.exit(phi_server.main([]))
+"""
+
+
+def test_a_long_prompt_logs_how_far_it_is() -> None:
+    with running(script=RESTLESS) as server:
+        post(server, TEXT, {"prompt": LONG_COUNT, "max_tokens": 1})
+        entry = server.logged(message="prefilling")
+        request = server.logged(message="request")
+    assert 0 < entry["tokens"] < entry["of"] == request["prompt_tokens"]
+    assert entry["rest_seconds"] >= 1
+
+
+def test_a_prompts_progress_is_told_at_most_every_ten_seconds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    progress = phi_server.PromptProgress(100)
+    progress.tell(200, 400)
+    assert not caplog.records
+    progress.started, progress.told = progress.started - 20, progress.told - 10
+    progress.tell(200, 400)
+    progress.tell(300, 400)
+    (line,) = [record.fields for record in caplog.records]
+    assert line in ({"tokens": 200, "of": 400, "rest_seconds": rest} for rest in (40, 41))
 
 
 # ---- Demo model ----------------------------------------------------------------------------------
