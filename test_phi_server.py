@@ -24,7 +24,6 @@ import logging
 import math
 import os
 import platform
-import pty
 import random
 import re
 import secrets
@@ -8090,6 +8089,8 @@ def test_sizes_are_shown_in_decimal_units(count: float, shown: str) -> None:
 @contextlib.contextmanager
 def on_terminal(tmp_path: Path, **settings: object) -> Iterator[Callable[[str], str]]:
     """A server whose log goes to a terminal; what is yielded reads it up to a text."""
+    import pty  # not on Windows
+
     screen, terminal = pty.openpty()
     chosen = environment(SERVER_PORT=0, **settings)
     command = [sys.executable, str(FILE)]
@@ -8212,7 +8213,7 @@ def test_a_long_prompt_logs_how_far_it_is() -> None:
     with running(script=RESTLESS) as server:
         post(server, TEXT, {"prompt": LONG_COUNT, "max_tokens": 1})
         entry = server.logged(message="prefilling")
-        request = server.logged(message="request")
+        request = server.logged(message="request", path=TEXT)
     assert 0 < entry["tokens"] < entry["of"] == request["prompt_tokens"]
     assert entry["rest_seconds"] >= 1
 
