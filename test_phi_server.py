@@ -7686,7 +7686,8 @@ class LocalHub:
             entry = {"type": "file", "oid": git_hash(content), "size": len(content), "path": name}
             if self.is_large(name):
                 oid = hashlib.sha256(content).hexdigest()
-                entry |= {"oid": "of a pointer", "lfs": {"oid": oid, "size": len(content)}}
+                pointer = {"oid": oid, "size": len(content), "pointerSize": 134}
+                entry |= {"oid": "of the pointer", "lfs": pointer}
             entries.append(entry)
         page = (
             json.dumps(entries[start : start + 2]).encode() if self.listed is None else self.listed
@@ -7834,6 +7835,18 @@ def test_a_model_at_the_root_comes_without_the_models_in_folders(hub: LocalHub) 
     hub.files["genai_config.json"] = hub.files["cpu and mobile/int8/genai_config.json"]
     folder = downloaded(hub, "someone/tiny-ONNX@v1")
     assert sorted(contents(folder)) == ["README.md", "genai_config.json"]
+
+
+def test_a_listing_is_read_as_huggingface_hub_reads_it(hub: LocalHub) -> None:
+    client = pytest.importorskip("huggingface_hub").HfApi(endpoint=hub.url)
+    theirs = client.list_repo_tree("someone/tiny-ONNX", recursive=True, revision="v1")
+    reference = phi_server.HubReference.parse(TINY)
+    ours = phi_server.Hub(hub.url, "", reference).list_files()
+    assert [(file.path, file.size, file.sha256, file.blob) for file in ours] == [
+        (file.path, file.size, file.lfs.sha256 if file.lfs else "", file.blob_id)
+        for file in theirs
+        if hasattr(file, "size")  # no folder
+    ]
 
 
 def test_what_is_in_the_cache_is_not_asked_for_again(hub: LocalHub) -> None:
