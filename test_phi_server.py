@@ -8,6 +8,7 @@ table; `-m soak` loads a server for half an hour; `-m folders` compares folders 
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import base64
 import contextlib
@@ -16,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import http.client
+import http.server
 import importlib.util
 import itertools
 import json
@@ -23,6 +25,7 @@ import logging
 import math
 import mmap
 import os
+import platform
 import random
 import re
 import secrets
@@ -46,6 +49,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
+from urllib.parse import quote, unquote
 
 import numpy as np
 import pytest
@@ -1001,10 +1005,10 @@ def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
 
 def test_every_variable_that_the_issue_names_is_there() -> None:
     names = """
-    MODEL_PATH MODEL_NAME MODEL_ALIASES SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS
-    BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS KV_MEMORY RESPONSE_STORE
-    SAMPLING_DEFAULTS CORS_ORIGINS MAX_BODY_BYTES KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS
-    DRAIN_SECONDS MAX_CONNECTIONS
+    MODEL_PATH MODEL_NAME MODEL_ALIASES EMBEDDING_PATH EMBEDDING_NAME HF_ENDPOINT HF_TOKEN
+    SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS
+    KV_MEMORY KV_CACHE_TYPE RESPONSE_STORE SAMPLING_DEFAULTS CORS_ORIGINS MAX_BODY_BYTES
+    KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
     API_KEYS API_KEYS_FILE ALLOWED_HOSTS LOG_LEVEL LOG_FORMAT
     """
     assert [name for name, _, _ in phi_server.settings_table()] == names.split()
@@ -5240,6 +5244,7 @@ class Ledger:
 
     context_length = 120
     step_seconds = 0.05
+    prefill_speed = 100.0
     is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
@@ -9958,6 +9963,760 @@ def luminance(colour: str) -> float:
     parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
     linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
     return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+
+# ---- First start ---------------------------------------------------------------------------------
+# A start on a machine that lacks something ends with one line that says what to do.
+
+
+def lacking(*hidden: str, is_venv: bool = False) -> str:
+    """Python that hides packages from itself, and says whether it runs in a venv."""
+    return f"""
+import importlib.util, sys
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name in {hidden}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in {hidden} else find(name, *rest)
+sys.meta_path.insert(0, Hidden)
+sys.base_prefix = {"another" if is_venv else ""!r} or sys.prefix
+"""
+
+
+def started(before: str, tmp_path: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    """A start of phi_server.py behind other Python."""
+    main = f"import runpy, sys\nsys.argv = [{str(FILE)!r}]\n{before}\n"
+    main += f"runpy.run_path({str(FILE)!r}, run_name='__main__')"
+    return run(cwd=tmp_path, script=main, **settings)
+
+
+VENV = (
+    r"-m venv \.venv && \.venv/bin/pip install onnxruntime onnxruntime-genai && \.venv/bin/python "
+)
+BROKEN = """
+class Broken:
+    def find_spec(name, path=None, target=None):
+        if name == "numpy":
+            raise ImportError("no libgomp", name=name)
+sys.meta_path.insert(0, Broken)
+"""
+SYSTEM = "import sysconfig, urllib.request, platform\nsysconfig.get_config_var = lambda name: "
+MUSL = f"{SYSTEM}'x86_64-alpine-linux-musl'"
+MAC = f"{SYSTEM}''\nsys.platform, platform.machine = 'darwin', lambda: 'x86_64'"
+
+
+@on_linux
+@cases(
+    "before line",
+    {
+        "an old Python": (
+            "sys.version_info = (3, 9, 2, 'final', 0)",
+            r"Python 3\.11 or newer is needed, but .* is 3\..*[Rr]un: python3\.\d\d " + VENV,
+        ),
+        "no packages": (
+            lacking("onnxruntime"),
+            r"\S+ has no package onnxruntime\. Run: python3 " + VENV,
+        ),
+        "neither packages nor ensurepip, as on Debian": (
+            lacking("numpy", "ensurepip"),
+            r"\S+ has no package numpy\. Run: sudo apt install python3-venv && python3 " + VENV,
+        ),
+        "a venv without packages": (
+            lacking("onnxruntime_genai", is_venv=True),
+            r"\S+ has no package onnxruntime_genai\. Run: \S+ -m pip install onnxruntime onnx",
+        ),
+        "a venv without pip": (
+            lacking("numpy", "pip", is_venv=True),
+            r"\S+ has no package numpy\. Run: uv pip install onnxruntime \S+ --python \S+$",
+        ),
+        "32 bits": (lacking("numpy") + "sys.maxsize = 2**31 - 1", "a 64-bit Python is needed"),
+        "Alpine": (lacking("numpy") + MUSL, "a system with glibc is needed"),
+        "an Intel Mac": (lacking("numpy") + MAC, "a Mac with Apple silicon is needed"),
+        "a damaged package": (BROKEN, "numpy is installed, but cannot be loaded: no libgomp$"),
+    },
+)
+def test_a_start_on_a_machine_that_lacks_something_says_what_to_do(
+    tmp_path: Path, before: str, line: str
+) -> None:
+    ended = started(before, tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(f"phi_server: {line}.*\n".replace("$.*", ""), ended.stderr)
+
+
+def test_the_file_parses_on_the_oldest_python_that_is_told_its_age() -> None:
+    ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@cases("version", ["3.8", "3.9", "3.10"])
+def test_an_old_python_is_told_its_age(tmp_path: Path, version: str) -> None:
+    old = shutil.which(f"python{version}")
+    if not old or subprocess.run([old, "-c", ""], check=False, capture_output=True).returncode:
+        pytest.skip(f"Python {version} is not installed")
+    ended = subprocess.run([old, FILE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = rf"phi_server: Python 3\.11 or newer is needed, but .* is {re.escape(version)}\..*\n"
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(said, ended.stderr)
+
+
+def test_the_demos_download_without_pip_says_what_to_run(tmp_path: Path) -> None:
+    ended = started(lacking("pip"), tmp_path, MODEL_PATH="", XDG_CACHE_HOME=tmp_path / "cache")
+    message = json.loads(ended.stderr.splitlines()[-1])["error"]["message"]
+    assert re.search(r"Run: uv pip install --python \S+ pip\. Set MODEL_PATH", message)
+
+
+def test_an_import_of_the_file_raises_what_is_missing(tmp_path: Path) -> None:
+    ended = run(cwd=tmp_path, script=f"{lacking('numpy')}\nimport phi_server")
+    assert ended.stderr.endswith("ModuleNotFoundError: No module named 'numpy'\n")
+
+
+# ---- Hub -----------------------------------------------------------------------------------------
+# A local server speaks the API of Hugging Face's hub, as huggingface_hub uses it: a listing in
+# pages, redirects of small files to itself and of large ones to a storage, which takes no token.
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
+
+
+@dataclass
+class LocalHub:
+    """A hub with one repository, someone/tiny-ONNX, and what is wrong with it."""
+
+    files: dict[str, bytes]
+    token: str = ""
+    refusal: tuple[int, str] | None = None  # status and X-Error-Code of every answer
+    listed: bytes | None = None  # instead of the list of files
+    breaks: list[int] = field(default_factory=list)  # bytes, after which answers of storage break
+    has_ranges: bool = True
+    damaged: dict[str, bytes] = field(default_factory=dict)  # what is sent instead of files
+    go: threading.Event = field(default_factory=threading.Event)  # for whole answers of storage
+    seen: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    url: str = ""
+    storage: str = ""
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[LocalHub]:
+        self.go.set()
+        with contextlib.ExitStack() as stack:
+            self.storage = stack.enter_context(self.host(self.answer_of_storage))
+            self.url = stack.enter_context(self.host(self.answer))
+            yield self
+
+    @contextlib.contextmanager
+    def host(self, answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+    @staticmethod
+    def give(
+        handler: http.server.BaseHTTPRequestHandler, status: int, body: bytes = b"", **headers: str
+    ) -> None:
+        handler.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        path = unquote(re.sub(r"^http://[^/]*", "", handler.path))  # a proxy is asked for a URL
+        token, place = handler.headers["Authorization"], handler.headers["Range"]
+        self.seen.append((path, token, place))
+        tree, resolve = "/api/models/someone/tiny-ONNX/tree/v1", "/someone/tiny-ONNX/resolve/v1/"
+        if self.refusal:
+            self.give(handler, self.refusal[0], X_Error_Code=self.refusal[1])
+        elif self.token and token != f"Bearer {self.token}":
+            self.give(handler, 401, X_Error_Message="Invalid username or password.")
+        elif path.startswith(tree):
+            url, _, cursor = path.partition("&cursor=")
+            self.list(handler, self.url + url, int(cursor or 0))
+        elif path.startswith("/cache/"):
+            self.give(handler, 200, self.sent(path.removeprefix("/cache/")))
+        elif path.removeprefix(resolve) not in self.files:
+            self.give(handler, 404, X_Error_Code="RevisionNotFound")
+        else:
+            name = path.removeprefix(resolve)
+            host = self.storage if self.is_large(name) else ""
+            self.give(handler, 307, Location=f"{host}/cache/{quote(name)}")
+
+    def sent(self, name: str) -> bytes:
+        return self.damaged.get(name, self.files[name])
+
+    def is_large(self, name: str) -> bool:
+        return len(self.files[name]) > 5000
+
+    def list(self, handler: http.server.BaseHTTPRequestHandler, url: str, start: int) -> None:
+        entries: list[dict[str, Any]] = [{"type": "directory", "oid": "0", "size": 0, "path": "a"}]
+        for name, content in self.files.items():
+            entry = {"type": "file", "oid": git_hash(content), "size": len(content), "path": name}
+            if self.is_large(name):
+                oid = hashlib.sha256(content).hexdigest()
+                pointer = {"oid": oid, "size": len(content), "pointerSize": 134}
+                entry |= {"oid": "of the pointer", "lfs": pointer}
+            entries.append(entry)
+        page = (
+            json.dumps(entries[start : start + 2]).encode() if self.listed is None else self.listed
+        )
+        rest = f'<{url}&cursor={start + 2}>; rel="next"'
+        more = {"Link": rest} if entries[start + 2 :] and self.listed is None else {}
+        self.give(handler, 200, page if self.listed is None else self.listed, **more)
+
+    def answer_of_storage(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        content = self.sent(unquote(handler.path).removeprefix("/cache/"))
+        token, place = handler.headers["Authorization"], handler.headers["Range"]
+        self.seen.append((handler.path, token, place))
+        start = int(re.sub(r"\D", "", place or "0")) if self.has_ranges else 0
+        if token:
+            self.give(handler, 400)
+        elif self.breaks:
+            handler.send_response(206 if start else 200)
+            handler.send_header("Content-Length", str(len(content) - start))
+            handler.end_headers()
+            handler.wfile.write(content[start : start + self.breaks.pop(0)])
+        else:
+            self.go.wait(PATIENCE)
+            self.give(handler, 206 if start else 200, content[start:])
+
+    @property
+    def listings(self) -> int:
+        """How many have read the whole listing."""
+        return sum(path.endswith("&cursor=8") for path, _, _ in self.seen)
+
+    def ranges(self, name: str) -> list[str | None]:
+        """What storage was asked for of a file, in order."""
+        return [place for path, _, place in self.seen if path == f"/cache/{quote(name)}"]
+
+
+WEIGHTS = random.Random(1).randbytes(300_000)
+TINY = "someone/tiny-ONNX/cpu and mobile/int4@v1"
+
+
+@pytest.fixture
+def hub(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    config = (model_folder / "genai_config.json").read_bytes()
+    files = {
+        "README.md": b"hello",
+        "model.safetensors": b"other",
+        "cpu and mobile/int4/genai_config.json": config,
+        "cpu and mobile/int4/model.onnx.data": WEIGHTS,
+        "cpu and mobile/int4/model.onnx": b"graph",
+        "cpu and mobile/int4/more/é.txt": b"",
+        "cpu and mobile/int4/model.safetensors": b"other",
+        "cpu and mobile/int4/draft/genai_config.json": config,
+        "cpu and mobile/int8/genai_config.json": config,
+    }
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(phi_server, "HUB_PAUSES", (0, 0))
+    with LocalHub(files).serving() as local:
+        yield local
+
+
+WANTED = {"genai_config.json", "model.onnx", "model.onnx.data", "more/é.txt"}
+
+
+def downloaded(hub: LocalHub, text: str = TINY, token: str = "") -> Path:
+    """The folder of a reference."""
+    reference = phi_server.HubReference.parse(text)
+    assert reference
+    return phi_server.hub_folder(reference, hub.url, token)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Files by path below a folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def wanted(hub: LocalHub) -> dict[str, bytes]:
+    """The files of TINY's model by path within its folder."""
+    return {name: hub.files[f"cpu and mobile/int4/{name}"] for name in WANTED}
+
+
+def failure_of(hub: LocalHub, text: str = TINY, token: str = "") -> str:
+    """Why a reference cannot be downloaded; nothing of it is then taken for whole."""
+    with pytest.raises(phi_server.ModelLoadingFailed) as caught:
+        downloaded(hub, text, token)
+    assert not list(phi_server.cache_folder().glob("hub/*/tiny-ONNX"))
+    return str(caught.value)
+
+
+@cases(
+    "text repository folder revision",
+    [
+        ("user/repo", "user/repo", "", "main"),
+        ("user/repo/", "user/repo", "", "main"),
+        ("user/repo.v2/a/b-c", "user/repo.v2", "a/b-c", "main"),
+        ("user/repo@v1", "user/repo", "", "v1"),
+        ("user/repo/a/@refs/pr/1", "user/repo", "a", "refs/pr/1"),
+        ("user/repo/a b@0a1b2c", "user/repo", "a b", "0a1b2c"),
+    ],
+)
+def test_a_reference_names_repository_folder_and_revision(
+    text: str, repository: str, folder: str, revision: str
+) -> None:
+    found = phi_server.HubReference.parse(text)
+    assert found == phi_server.HubReference(repository, folder, revision)
+
+
+@cases(
+    "text",
+    ["model", "/srv/model", "./a/b", "../a/b", "~/a/b", "a/../b", "a/b/../c", "a\\b", "C:/a/b",
+     "a//b", "user/repo@", "user/repo/.git", "https://hub/user/repo", "ü/repo", "user/repo/a\\b"],
+)  # fmt: skip
+def test_what_can_only_be_a_path_is_no_reference(text: str) -> None:
+    assert phi_server.HubReference.parse(text) is None
+
+
+def test_a_model_is_served_from_a_hub_and_then_from_the_cache_without_it(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    files = {f"cpu/{path.name}": path.read_bytes() for path in model_folder.iterdir()}
+    chosen = {"MODEL_PATH": "someone/tiny-ONNX/cpu@v1", "XDG_CACHE_HOME": tmp_path}
+    with LocalHub(files, token="hf_secret").serving() as hub:
+        with running(HF_ENDPOINT=hub.url, HF_TOKEN="hf_secret", **chosen) as server:
+            assert server.model == "tiny-ONNX"
+        assert "hf_secret" not in json.dumps(server.log)
+    with running(HF_ENDPOINT=hub.url, **chosen) as server:
+        question = turns("What is the capital of France?")
+        reply = post(server, CHAT, {"messages": question, "temperature": 0})
+        assert "Paris" in reply.json["choices"][0]["message"]["content"]
+
+
+def test_a_folder_of_this_machine_wins_over_a_hubs(tmp_path: Path) -> None:
+    (tmp_path / "user" / "repo").mkdir(parents=True)
+    ended = run(cwd=tmp_path, MODEL_PATH="user/repo", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "user/repo has no genai_config.json" in ended.stderr
+
+
+def test_the_files_of_one_model_are_downloaded(hub: LocalHub) -> None:
+    folder = downloaded(hub)
+    assert contents(folder) == wanted(hub)
+    assert contents(folder.parent) == {f"{folder.name}/{n}": d for n, d in wanted(hub).items()} | {
+        "lock": b""
+    }
+
+
+def test_a_model_at_the_root_comes_without_the_models_in_folders(hub: LocalHub) -> None:
+    hub.files["genai_config.json"] = hub.files["cpu and mobile/int8/genai_config.json"]
+    folder = downloaded(hub, "someone/tiny-ONNX@v1")
+    assert sorted(contents(folder)) == ["README.md", "genai_config.json"]
+
+
+def test_a_listing_is_read_as_huggingface_hub_reads_it(hub: LocalHub) -> None:
+    client = pytest.importorskip("huggingface_hub").HfApi(endpoint=hub.url)
+    theirs = client.list_repo_tree("someone/tiny-ONNX", recursive=True, revision="v1")
+    reference = phi_server.HubReference.parse(TINY)
+    ours = phi_server.Hub(hub.url, "", reference).list_files()
+    assert [(file.path, file.size, file.sha256, file.blob) for file in ours] == [
+        (file.path, file.size, file.lfs.sha256 if file.lfs else "", file.blob_id)
+        for file in theirs
+        if hasattr(file, "size")  # no folder
+    ]
+
+
+def test_what_is_in_the_cache_is_not_asked_for_again(hub: LocalHub) -> None:
+    first = downloaded(hub)
+    hub.seen.clear()
+    assert downloaded(hub) == first
+    assert hub.seen == []
+
+
+def test_the_token_goes_to_the_hub_alone(hub: LocalHub) -> None:
+    hub.token = "hf_secret"
+    downloaded(hub, token="hf_secret")
+    large = [token for path, token, _ in hub.seen if path.endswith("model.onnx.data")]
+    assert large == ["Bearer hf_secret", None]
+    small = [token for path, token, _ in hub.seen if path.endswith("model.onnx")]
+    assert small == ["Bearer hf_secret", "Bearer hf_secret"]
+
+
+def test_a_proxy_of_the_environment_is_used(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", hub.url)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    hub.url, hub.storage = "http://hub.invalid", ""
+    assert contents(downloaded(hub)) == wanted(hub)
+
+
+@cases("has_ranges", {"with ranges": True, "without ranges": False})
+def test_a_broken_download_goes_on_where_it_broke(hub: LocalHub, has_ranges: bool) -> None:
+    hub.breaks, hub.has_ranges = [1000, 0, 150_000, 0], has_ranges
+    assert contents(downloaded(hub)) == wanted(hub)
+    starts = [None, "bytes=1000-", "bytes=1000-", "bytes=151000-", "bytes=151000-"]
+    if has_ranges:
+        assert hub.ranges("cpu and mobile/int4/model.onnx.data") == starts
+
+
+def test_after_breaks_without_a_byte_the_next_start_goes_on(hub: LocalHub) -> None:
+    hub.breaks = [1000, 0, 0]
+    reason = r"model\.onnx\.data: the connection ended early; the next start goes on from there$"
+    assert re.search(reason, failure_of(hub))
+    hub.seen.clear()
+    assert contents(downloaded(hub)) == wanted(hub)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == ["bytes=1000-"]
+
+
+@cases(
+    "left asked",
+    {
+        "a part": ({"model.onnx.data": WEIGHTS[:7]}, ["bytes=7-"]),
+        "a whole file": ({"model.onnx.data": WEIGHTS}, []),
+        "a part of another revision": ({"model.onnx.data": b"other"}, ["bytes=5-", None]),
+        "a longer file": ({"model.onnx.data": WEIGHTS + b"more"}, [None]),
+        "a file that is no more": ({"old.txt": b"old"}, [None]),
+    },
+)
+def test_what_an_earlier_start_left_is_used_if_it_is_right(
+    hub: LocalHub, left: dict[str, bytes], asked: list[str | None]
+) -> None:
+    work = phi_server.cache_folder() / "hub" / quote(TINY, safe="") / "download"
+    work.mkdir(parents=True)
+    for name, content in left.items():
+        (work / name).write_bytes(content)
+    assert contents(downloaded(hub)) == wanted(hub)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == asked
+
+
+@cases(
+    "name kind",
+    {"a large file": ("model.onnx.data", "sha256"), "a small one": ("model.onnx", "Git's hash")},
+)
+def test_a_damaged_file_is_refused_and_not_kept(hub: LocalHub, name: str, kind: str) -> None:
+    path = f"cpu and mobile/int4/{name}"
+    hub.damaged[path] = hub.files[path][:-1] + b"!"
+    reason = rf"{kind} of {re.escape(path)}: expected [0-9a-f]+, got [0-9a-f]+$"
+    assert re.search(reason, failure_of(hub))
+    hub.damaged.clear()
+    assert contents(downloaded(hub)) == wanted(hub)
+
+
+def test_a_file_that_is_longer_than_listed_is_refused(hub: LocalHub) -> None:
+    path = "cpu and mobile/int4/model.onnx.data"
+    hub.damaged[path] = hub.files[path] + b"more"
+    assert "sha256 of" in failure_of(hub)
+
+
+def test_without_room_nothing_is_downloaded(hub: LocalHub) -> None:
+    entry = {"type": "file", "oid": "0", "path": "cpu and mobile/int4/genai_config.json"}
+    hub.listed = json.dumps([entry | {"size": 10**16}]).encode()
+    assert re.search(r"it needs 10000000 GB more, but [\d.]+ [GM]B are free where", failure_of(hub))
+    assert len(hub.seen) == 1
+
+
+@on_linux
+def test_a_disk_that_is_full_ends_the_start_with_the_reason(hub: LocalHub) -> None:
+    work = phi_server.cache_folder() / "hub" / quote(TINY, safe="") / "download"
+    work.mkdir(parents=True)
+    (work / "model.onnx.data").symlink_to("/dev/full")
+    reason = "cannot be kept in the user's cache, which XDG_CACHE_HOME moves: .*No space left"
+    assert re.search(reason, failure_of(hub))
+
+
+@cases(
+    "refusal token reason",
+    {
+        "no token": ((401, ""), "", "does not exist, or is private and needs HF_TOKEN"),
+        "wrong token": ((401, ""), "hf_x", "does not exist, or HF_TOKEN gives no access to it"),
+        "gated": ((401, "GatedRepo"), "", "is gated: ask for access there, and set HF_TOKEN"),
+        "not granted": ((403, "GatedRepo"), "hf_x", "is gated: ask for access there with the user"),
+        "forbidden": ((403, ""), "", "is gated: ask for access there, and set HF_TOKEN"),
+        "no repository": ((404, "RepoNotFound"), "", "does not exist, or is private"),
+        "no revision": ((404, "RevisionNotFound"), "", "has no revision v1"),
+        "a fault of the hub": ((503, ""), "", r"/tree/v1.* cannot be read: status 503"),
+    },
+)
+def test_what_a_hub_refuses_ends_the_start_with_what_to_do(
+    hub: LocalHub, refusal: tuple[int, str], token: str, reason: str
+) -> None:
+    hub.refusal = refusal
+    said = failure_of(hub, token=token)
+    start = f"MODEL_PATH {TINY} is no folder here, and cannot be downloaded: {hub.url}/"
+    assert said.startswith(start)
+    assert re.search(reason, said)
+    assert str(refusal[0]) in said
+
+
+@cases(
+    "listed reason",
+    {
+        "a login page": (b"<html>", "is not a hub's list of files: JSONDecodeError"),
+        "an object": (b"{}", r"the repository has no genai_config\.json"),
+        "numbers": (b"[1]", "is not a hub's list of files: TypeError"),
+        "a way out": (b'[{"type":"file","path":"a/../../b","size":1,"oid":""}]', "not a path with"),
+        "a drive": (b'[{"type":"file","path":"C:/b","size":1,"oid":""}]', "not a path with"),
+    },
+)
+def test_a_list_that_is_none_is_refused(hub: LocalHub, listed: bytes, reason: str) -> None:
+    hub.listed = listed
+    assert re.search(reason, failure_of(hub))
+
+
+@cases(
+    "text there",
+    {
+        "the root": ("someone/tiny-ONNX@v1", "in its root; it has one in: cpu and"),
+        "a folder above": ("someone/tiny-ONNX/cpu and mobile@v1", "in cpu and mobile; it has one"),
+        "another folder": ("someone/tiny-ONNX/gpu@v1", "in gpu; it has one in: cpu and mobile"),
+    },
+)
+def test_a_folder_without_a_model_ends_the_start_with_those_that_have_one(
+    hub: LocalHub, text: str, there: str
+) -> None:
+    folders = "cpu and mobile/int4, cpu and mobile/int4/draft, cpu and mobile/int8"
+    said = failure_of(hub, text)
+    assert f"the repository has no genai_config.json {there}" in said
+    assert said.endswith(f"it has one in: {folders}")
+
+
+def test_a_repository_without_any_model_says_so(hub: LocalHub) -> None:
+    hub.files = {"README.md": b"hello"}
+    assert failure_of(hub).endswith("; so it is not of ONNX Runtime GenAI")
+
+
+def test_what_cannot_be_served_ends_the_start_before_the_weights(hub: LocalHub) -> None:
+    hub.files["cpu and mobile/int4/genai_config.json"] = b'{"model": {"decoder": {}, "vision": 1}}'
+    assert "is not a single text decoder; it also contains: vision" in failure_of(hub)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == []
+
+
+def test_a_hub_that_cannot_be_reached_ends_the_start_with_the_reason(hub: LocalHub) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        hub.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    assert re.search("cannot be read: .*refused", failure_of(hub))
+
+
+@cases(
+    "variable text",
+    [
+        ("HF_ENDPOINT", "hub.example"),
+        ("HF_ENDPOINT", "file:///etc"),
+        ("HF_TOKEN", "hf_a b"),
+        ("HF_TOKEN", "hf_\u00fc"),
+    ],
+)
+def test_a_setting_that_no_request_can_have_ends_the_start(
+    tmp_path: Path, variable: str, text: str
+) -> None:
+    chosen = {"MODEL_PATH": TINY, "XDG_CACHE_HOME": tmp_path, variable: text}
+    ended = run(cwd=tmp_path, **chosen)
+    last = ended.stderr.splitlines()[-1]
+    assert ended.returncode == 2
+    assert last.startswith(f"phi_server: {variable}: expected ")
+    assert (text in last) == (variable == "HF_ENDPOINT")
+
+
+@contextlib.contextmanager
+def downloading(hub: LocalHub) -> Iterator[subprocess.Popen[str]]:
+    """Another process that downloads TINY, and prints the folder."""
+    call = f"phi_server.hub_folder(phi_server.HubReference.parse({TINY!r}), {hub.url!r}, '')"
+    script = f"import logging, phi_server; logging.basicConfig(level=20); print({call})"
+    settings = environment(PYTHONPATH=FILE.parent)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen([sys.executable, "-c", script], env=settings, **pipes) as process:
+        yield process
+
+
+def test_processes_that_want_the_same_model_download_it_once(hub: LocalHub) -> None:
+    hub.go.clear()
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(downloading(hub)) for _ in range(3)]
+        assert eventually(lambda: hub.listings == 3)
+        time.sleep(0.5)
+        hub.go.set()
+        said = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert {printed for printed, _ in said} == {f"{downloaded(hub)}\n"}
+    assert any("Another process is downloading this model" in log for _, log in said)
+    assert hub.ranges("cpu and mobile/int4/model.onnx.data") == [None]
+    assert contents(downloaded(hub)) == wanted(hub)
+
+
+def test_another_process_goes_on_where_one_was_killed(hub: LocalHub) -> None:
+    hub.breaks = [1000]
+    hub.go.clear()
+    with downloading(hub) as first:
+        assert eventually(lambda: len(hub.ranges("cpu and mobile/int4/model.onnx.data")) == 2)
+        with downloading(hub) as second:
+            assert eventually(lambda: hub.listings == 2)
+            first.kill()
+            hub.go.set()
+            printed, _ = second.communicate(timeout=PATIENCE)
+    assert contents(Path(printed.strip())) == wanted(hub)
+    assert set(hub.ranges("cpu and mobile/int4/model.onnx.data")) == {None, "bytes=1000-"}
+
+
+def test_a_long_download_logs_how_far_it_is(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(phi_server, "PROGRESS_SECONDS", 0)
+    caplog.set_level(logging.INFO)
+    downloaded(hub)
+    total = sum(map(len, wanted(hub).values()))
+    lines = [record.fields for record in caplog.records if record.message == "downloading"]
+    assert lines[-1].items() >= {"bytes": total, "of": total, "rest_seconds": 0}.items()
+    assert all(line["bytes_per_second"] > 0 for line in lines)
+
+
+@cases(
+    "count shown",
+    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (123_456, "123 kB"), (2.4e9, "2.4 GB"),
+     (1e13, "10000 GB")],
+)  # fmt: skip
+def test_sizes_are_shown_in_decimal_units(count: float, shown: str) -> None:
+    assert phi_server.decimal_size(count) == shown
+
+
+@contextlib.contextmanager
+def on_terminal(tmp_path: Path, **settings: object) -> Iterator[Callable[[str], str]]:
+    """A server whose log goes to a terminal; what is yielded reads it up to a text."""
+    import pty  # not on Windows
+
+    screen, terminal = pty.openpty()
+    chosen = environment(SERVER_PORT=0, **settings)
+    command = [sys.executable, str(FILE)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=chosen, stderr=terminal)
+    os.close(terminal)
+    shown = ""
+
+    def read_until(text: str) -> str:
+        nonlocal shown
+        while text not in shown:
+            assert select.select([screen], [], [], PATIENCE)[0], shown
+            shown += os.read(screen, 10_000).decode()
+        return shown
+
+    try:
+        yield read_until
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        os.close(screen)
+
+
+@on_linux
+def test_on_a_terminal_a_start_shows_what_comes_and_a_command_that_works(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    chosen = {"MODEL_PATH": "someone/tiny-ONNX@v1", "XDG_CACHE_HOME": tmp_path}
+    size = phi_server.decimal_size(sum(map(len, files.values())))
+    with (
+        LocalHub(files).serving() as hub,
+        on_terminal(tmp_path, HF_ENDPOINT=hub.url, CONTEXT_LENGTH=64, **chosen) as shown,
+    ):
+        text = shown(" -d '")
+        text = shown("\r\n" if text.endswith("\r\n") else "}]}'")
+        assert f"\r[{'=' * 30}] 100% of {size}, " in text
+        assert re.search(r"info    serving\r\n    tiny-ONNX, up to 64 tokens of prompt", text)
+        assert re.search(r"\d threads, .+: [\d.]+ tokens/s, after [\d.]+ s for each 1,000", text)
+        assert re.search(r"KV memory for [\d,]+ tokens: \d+ of 64\r\n", text)
+        assert re.search(r"\n    open http://127\.0\.0\.1:\d+/\r\n", text)
+        command = re.search(r"\n    (curl .*)\r\n", shown("}]}'\r\n"))
+        assert command
+        if shutil.which("curl"):
+            answer = subprocess.run(["sh", "-c", command[1]], capture_output=True, check=True)
+            assert json.loads(answer.stdout)["object"] == "chat.completion"
+
+
+def test_elsewhere_a_start_logs_what_it_serves_as_one_line() -> None:
+    with running(
+        CONTEXT_LENGTH=64, THREADS=1, BATCH_SIZE=1, CACHE_SLOTS=1, KV_MEMORY="1G"
+    ) as server:
+        entry = server.logged(message="serving")
+        kv = metric(server, "kv_limit_bytes")
+    assert (entry["context_length"], entry["threads"], entry["conversations"]) == (64, 1, 2)
+    assert entry["kv_tokens"] * 2 * 30 * 3 * 64 * 4 == kv
+    assert 0 < entry["tokens_per_second"] < 10_000
+    assert 0 < entry["seconds_per_1000_prompt_tokens"] < 1000
+    assert entry["instructions"]
+
+
+FACTS = {
+    "model": "it's",
+    "context_length": 4096,
+    "threads": 4,
+    "instructions": "AVX2",
+    "kv_tokens": 10_000,
+    "conversations": 2,
+    "tokens_per_second": 8.1,
+    "seconds_per_1000_prompt_tokens": 24.4,
+}
+
+
+@cases(
+    "address base",
+    [
+        ("http://0.0.0.0:80/v1", "http://127.0.0.1:80"),
+        ("http://[::]:80/v1", "http://127.0.0.1:80"),
+        ("http://[::1]:80/v1", "http://[::1]:80"),
+        ("http://10.0.0.1:80/v1", "http://10.0.0.1:80"),
+    ],
+)
+def test_the_welcome_shows_an_address_that_can_be_opened(address: str, base: str) -> None:
+    lines = phi_server.welcome(FACTS | {"address": address}, needs_key=False).splitlines()
+    assert lines[4:] == [
+        f"    open {base}/",
+        f"    curl {base}/v1/chat/completions -d "
+        """'{"model": "it'"'"'s", "messages": [{"role": "user", "content": "Hello"}]}'""",
+    ]
+
+
+def test_the_welcome_shows_where_a_key_goes() -> None:
+    said = phi_server.welcome(FACTS | {"address": "http://10.0.0.1:80/v1"}, needs_key=True)
+    assert "/completions -H 'Authorization: Bearer KEY' -d" in said
+
+
+@cases(
+    "text name",
+    [
+        ("flags\t: fpu avx2 avx512f avx512_vnni\nflags\t: fpu amx_int8\n", "AVX-512 VNNI"),
+        ("flags\t\t: fpu avx avx2 fma\n", "AVX2"),
+        ("Features\t: fp asimd asimddp\n", "NEON with dot products"),
+        ("bugs\t: avx2\n", platform.machine()),
+        (None, platform.machine()),
+    ],
+)
+def test_the_best_instructions_are_named(tmp_path: Path, text: str | None, name: str) -> None:
+    if text:
+        (tmp_path / "cpuinfo").write_text(text)
+    assert phi_server.instruction_set(tmp_path / "cpuinfo") == name
+
+
+RESTLESS = """
+import sys, phi_server
+phi_server.PROGRESS_SECONDS = 0.05
+sys.exit(phi_server.main([]))
+"""
+
+
+def test_a_long_prompt_logs_how_far_it_is() -> None:
+    with running(script=RESTLESS) as server:
+        post(server, TEXT, {"prompt": LONG_COUNT, "max_tokens": 1})
+        entry = server.logged(message="prefilling")
+        request = server.logged(message="request", path=TEXT)
+    assert 0 < entry["tokens"] < entry["of"] == request["prompt_tokens"]
+    assert entry["rest_seconds"] >= 1
+
+
+def test_a_prompts_progress_is_told_at_most_every_ten_seconds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    progress = phi_server.PromptProgress(100)
+    progress.tell(200, 400)
+    assert not caplog.records
+    progress.started, progress.told = progress.started - 20, progress.told - 10
+    progress.tell(200, 400)
+    progress.tell(300, 400)
+    (line,) = [record.fields for record in caplog.records]
+    assert line in ({"tokens": 200, "of": 400, "rest_seconds": rest} for rest in (40, 41))
 
 
 # ---- Demo model ----------------------------------------------------------------------------------
