@@ -2466,6 +2466,192 @@ def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
     assert all((array[1] == 0).all() and (array[[0, 2]] == 1).all() for array in cache.arrays)
 
 
+# ---- Graph ---------------------------------------------------------------------------------------
+# The graph as it is changed at load: logits of chosen tokens, and KV as int8 of two kinds of calls.
+
+
+@cases("rows count", [(1, 3), (2, 1), (3, 2)])
+def test_logits_are_those_of_the_tokens_that_are_wanted(model: Any, rows: int, count: int) -> None:
+    tokens, behind = np.arange(100, 100 + rows * count).reshape(rows, count), np.zeros(rows, int)
+    everything = model.forward(model.caches[0], 0, tokens, behind, np.arange(tokens.size)).copy()
+    wanted = np.arange(tokens.size)[::-1][:2]
+    chosen = model.forward(model.caches[0], 0, tokens, behind, wanted)
+    assert chosen.shape == (2, model.config.vocab_size)
+    assert np.array_equal(chosen, everything[wanted])
+
+
+@pytest.fixture(scope="module")
+def int8_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model with int8 KV, and float32 copies of a few hundred tokens."""
+    return make_int8_model(model_folder, tmp_path_factory.mktemp("scales"))
+
+
+def make_int8_model(folder: Path, scales: Path, memory: str = "1GiB") -> Any:
+    config = phi_server.ModelConfig.read(folder)
+    text = phi_server.Tokenizer(folder).encode(phi_server.CALIBRATION_TEXT)
+    choice = phi_server.KvChoice("int8", memory, text, scales)
+    return phi_server.Model(config, 1024, 4, phi_server.usable_cpus(), choice)
+
+
+def prefill(model: Any, row: int, tokens: list[int], *borders: int) -> Any:
+    """The logits [count, vocab] of a prompt that is cut at borders."""
+    cuts, logits = [0, *borders, len(tokens)], []
+    for start, stop in itertools.pairwise(cuts):
+        chunk, behind = np.array([tokens[start:stop]]), np.array([start])
+        call = (model.caches[0], row, chunk, behind, np.arange(stop - start))
+        logits.append(model.forward(*call, prefills=True).copy())
+    return np.concatenate(logits)
+
+
+def prose(folder: Path, count: int) -> list[int]:
+    """Tokens of a text that int8 KV is not calibrated with."""
+    return list(phi_server.Tokenizer(folder).encode(phi_server.__doc__ or ""))[:count]
+
+
+def test_int8_kv_takes_a_quarter_of_the_memory(model: Any, int8_model: Any) -> None:
+    assert model.caches[0].bytes_per_token == 4 * int8_model.caches[0].bytes_per_token
+
+
+def test_int8_kv_predicts_as_float32_does(model: Any, int8_model: Any, model_folder: Path) -> None:
+    tokens = prose(model_folder, 400)
+    exact, rounded = (log_softmax(prefill(each, 0, tokens, 200)) for each in (model, int8_model))
+    divergence = (np.exp(exact) * (exact - rounded)).sum(axis=-1)
+    assert 0 < divergence.mean() < 0.02
+    assert (exact.argmax(axis=-1) == rounded.argmax(axis=-1)).mean() > 0.85
+    of_next = np.arange(len(tokens) - 1), tokens[1:]
+    assert abs(exact[of_next].mean() - rounded[of_next].mean()) < 0.02
+
+
+def test_int8_kv_decodes_as_it_prefills(int8_model: Any, model_folder: Path) -> None:
+    tokens = prose(model_folder, 200)
+    chunk = log_softmax(prefill(int8_model, 0, tokens, 96)[-1])
+    for row in (1, 2):
+        prefill(int8_model, row, tokens[:-1], 96)
+    step = log_softmax(forward(int8_model, 1, [tokens[-1:]] * 2, 199, 199)[0, -1])
+    assert (np.exp(chunk) * (chunk - step)).sum() < 0.02
+
+
+def test_int8_kv_is_the_same_however_a_prompt_is_cut(int8_model: Any, model_folder: Path) -> None:
+    tokens, kv = prose(model_folder, 250), int8_model.caches[0]
+    whole, cut = prefill(int8_model, 0, tokens), prefill(int8_model, 1, tokens, 8, 104, 160)
+    assert np.array_equal(whole, cut)
+    assert all(np.array_equal(array[0, :, :250], array[1, :, :250]) for array in kv.arrays)
+
+
+def test_int8_kv_is_the_same_when_its_float32_copy_is_lost(
+    int8_model: Any, model_folder: Path
+) -> None:
+    tokens = prose(model_folder, 250)
+    whole = prefill(int8_model, 0, tokens, 120)
+    prefill(int8_model, 1, tokens[:120])
+    int8_model.release_memory()
+    assert int8_model.floats.resident == [0, 0, 0, 0]
+    chunk = (int8_model.caches[0], 1, np.array([tokens[120:]]), np.array([120]), np.arange(130))
+    assert np.array_equal(int8_model.forward(*chunk, prefills=True), whole[120:])
+
+
+@cases("change", ["copied", "decoded over", "swapped"])
+def test_a_float32_copy_of_what_has_changed_is_not_used(
+    int8_model: Any, model_folder: Path, change: str
+) -> None:
+    tokens, kv = prose(model_folder, 250), int8_model.caches[0]
+    expected = prefill(int8_model, 0, tokens, 120)[120:]
+    prefill(int8_model, 2, tokens[::-1][:160])
+    prefill(int8_model, 1, tokens[:120])
+    if change == "copied":
+        kv.copy(1, 2, 0, 120)
+    elif change == "swapped":
+        kv.swap(1, 2, 120, 160)
+    else:
+        for place in range(120):
+            forward(int8_model, 2, [[tokens[0]]], place)
+        kv.copy(1, 2, 0, 120)
+    chunk = (kv, 2, np.array([tokens[120:]]), np.array([120]), np.arange(130))
+    assert np.array_equal(int8_model.forward(*chunk, prefills=True), expected)
+
+
+def test_float32_copies_keep_to_their_memory(model_folder: Path, tmp_path: Path) -> None:
+    tokens = prose(model_folder, 250)
+    whole = prefill(make_int8_model(model_folder, tmp_path), 0, tokens)
+    model = make_int8_model(model_folder, tmp_path, "45MiB")
+    floats, kv = model.floats, model.caches[0]
+    assert 250 < floats.border < 400
+    logits: dict[int, list[Any]] = {row: [] for row in range(4)}
+    for start, stop in [(0, 80), (80, 160), (160, 250)]:
+        for row, of_row in logits.items():
+            chunk = (kv, row, np.array([tokens[start:stop]]), np.array([start]))
+            of_row.append(model.forward(*chunk, np.arange(stop - start), prefills=True).copy())
+            assert sum(floats.resident) <= floats.most_pages
+    for of_row in logits.values():
+        assert np.array_equal(np.concatenate(of_row), whole)
+
+
+def test_a_prompt_longer_than_the_float32_copies_is_prefilled_from_int8(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    tokens = prose(model_folder, 400)
+    long, short = (make_int8_model(model_folder, tmp_path, size) for size in ("1GiB", "30MiB"))
+    border = short.floats.border
+    assert 128 < border < 300
+    assert short.chunk_end(0, 400) == short.chunk_end(border - 8, border + 2) == border
+    assert short.chunk_end(border - 8, border + 1) == border + 1
+    assert short.chunk_end(border, 400) == 400
+    exact, rounded = (log_softmax(prefill(each, 0, tokens, 128, border)) for each in (long, short))
+    assert np.array_equal(exact[:border], rounded[:border])
+    divergence = (np.exp(exact) * (exact - rounded)).sum(axis=-1)
+    assert 0 < divergence.mean() < 0.02
+
+
+def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
+    first = make_int8_model(model_folder, tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    scales = np.load(file) * 2
+    np.save(file, scales)
+    assert np.array_equal(np.stack(make_int8_model(model_folder, tmp_path).floats.scales), scales)
+    for damaged in (b"junk", scales[1:], scales.astype(np.float64), -scales):
+        file.write_bytes(damaged) if isinstance(damaged, bytes) else np.save(file, damaged)
+        again = make_int8_model(model_folder, tmp_path)
+        assert np.array_equal(np.stack(again.floats.scales), np.stack(first.floats.scales))
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_scales_that_cannot_be_kept_are_a_warning(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    make_int8_model(model_folder, tmp_path / "file")
+    assert "cannot be kept" in caplog.text
+
+
+def test_kv_that_cannot_be_int8_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    folder = echoing(model_folder, tmp_path, "positions")
+    ended = run(cwd=tmp_path, MODEL_PATH=folder, KV_CACHE_TYPE="int8")
+    error = json.loads(ended.stderr.splitlines()[-1])["error"]
+    assert (ended.returncode, error["code"]) == (1, "model_loading_failed")
+    assert re.match("KV_CACHE_TYPE: .*echo.onnx stays as it is: its attention", error["message"])
+
+
+@pytest.fixture(scope="module")
+def int8_server() -> Iterator[Server]:
+    with running(KV_CACHE_TYPE="int8") as server:
+        yield server
+
+
+def test_a_server_with_int8_kv_answers(int8_server: Server) -> None:
+    reply = post(int8_server, CHAT, {"messages": turns(QUESTION), "temperature": 0})
+    assert "Paris" in reply.json["choices"][0]["message"]["content"]
+
+
+def test_with_int8_kv_a_seed_gives_one_reply_at_any_load(int8_server: Server) -> None:
+    fields = {"seed": 7, "max_tokens": 40, "temperature": 1.0}
+    prompts = [(phi_server.__doc__ or "")[place : place + 300] for place in range(0, 120, 20)]
+    calls = [functools.partial(complete, int8_server, each, **fields) for each in prompts]
+    alone = [text_of(call()) for call in calls]
+    assert list(map(text_of, concurrently(*calls))) == alone
+    assert [text_of(call()) for call in reversed(calls)] == alone[::-1]
+
+
 # ---- Thinking ------------------------------------------------------------------------------------
 
 THINKING = phi_server.Thinking("<think>", "</think>", 5)
