@@ -7802,8 +7802,8 @@ function showServer() {
     card("Replies", [[runs, "running", "first"], [waits, "waiting", "second"]],
       ...curves({ second, first }, 4)),
     card("Replies computed together", [[mean, "in a step, on average"]], ...bars(counts, ranges)),
-    card("Memory for conversations (KV)", [[size(used), `of ${size(bound)}`]],
-      ...gauge(used, bound, 30, "first", `${size(used)} in use, by running and kept ones`),
+    card("Memory for conversations (KV)", [[size(used), `in use, of ${size(bound)}`]],
+      ...gauge(used, bound, 30, "first", `${size(used)} of running and kept ones`),
       ...gauge(promised, bound, 90, "second", `${size(promised)} promised to running ones`)));
 }
 

@@ -9621,7 +9621,8 @@ EVIL += " [a](javascript:alert(1)) ![b](https://b.example/b.png)"
 
 
 # at once, for a reply that is being written is drawn again and again
-SHOWN = "[...document.querySelectorAll(arguments[0])].filter((each) => each.checkVisibility())"
+SHOWN = "[...document.querySelectorAll(arguments[0])].filter((each) =>"
+SHOWN += " each.checkVisibility({ visibilityProperty: true }))"
 
 
 def directives(server: Server) -> dict[str, str]:
@@ -10024,6 +10025,21 @@ def test_a_reload_in_the_middle_keeps_what_was_written(
     assert page.answered().startswith(written)
     assert page.all("article .fault") == []
     assert soon_idle(server)
+
+
+def test_a_conversation_goes_on_in_another_tab(
+    server: Server, visit: Callable[[Server], Page]
+) -> None:
+    page = visit(server)
+    page.open(kept_chat())
+    first = page.browser.current_window_handle
+    page.browser.switch_to.new_window("tab")
+    page.browser.get(page.address)
+    page.ask(QUESTION)
+    assert page.answered() == ANSWER
+    page.browser.close()
+    page.browser.switch_to.window(first)
+    assert page.says("article.assistant .text", ANSWER)
 
 
 @cases("key", {"plain": KEY, "beyond ASCII": KEY_BEYOND_ASCII})
