@@ -2480,6 +2480,27 @@ def test_logits_are_those_of_the_tokens_that_are_wanted(model: Any, rows: int, c
     assert np.array_equal(chosen, everything[wanted])
 
 
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here"
+)
+def test_memory_is_moved_into_huge_pages_with_what_it_holds(model: Any) -> None:
+    def huge() -> int:
+        kept = re.search(r"AnonHugePages: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+        return int(kept[1]) if kept else 0
+
+    prefill(model, 0, list(range(100, 108)))
+    memory = phi_server.mmap.mmap(-1, 16 << 20)
+    numbers = np.frombuffer(memory, np.int64)
+    numbers[:] = np.arange(2 << 20)
+    before, resident = huge(), phi_server.resident_memory()
+    moved = phi_server.collapse_pages()
+    if not moved:
+        pytest.skip("this kernel moves no memory into huge pages")
+    assert huge() - before > 13 << 10
+    assert np.array_equal(numbers, np.arange(2 << 20))
+    assert phi_server.resident_memory() - resident < 64 << 20  # KV still has small pages
+
+
 @pytest.fixture(scope="module")
 def int8_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The model with int8 KV, and float32 copies of a few hundred tokens."""
@@ -8758,7 +8779,9 @@ def test_a_body_near_that_of_a_response_gets_one_or_a_whole_error(
     assert server.traces == traces
 
 
-@cases("query", ["limit=%ff", "limit=%31", "order=%00", "after", "limit=-1", "a=" + "b" * 5000, "=&;"])
+@cases(
+    "query", ["limit=%ff", "limit=%31", "order=%00", "after", "limit=-1", "a=" + "b" * 5000, "=&;"]
+)
 def test_any_query_of_a_list_gets_a_reply_or_a_whole_error(server: Server, query: str) -> None:
     response = respond(server, "Hi", max_output_tokens=1)
     reply = get(server, f"{RESPONSES}/{response['id']}/input_items?{query}")
