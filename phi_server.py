@@ -10156,14 +10156,20 @@ def check_template(tokenizer: Tokenizer) -> None:
         logger.warning(f"chats with this model fail: {error.message}")
 
 
+# Of an input to be embedded, at most, unless CONTEXT_LENGTH says otherwise: an encoder's attention
+# takes memory by the square.
+EMBEDDED_TOKENS = 4096
+
+
 def load_embedder(settings: Settings, metrics: Metrics) -> Embedder | None:
     """Loads the model of embeddings, if there is one; raises ModelLoadingFailed."""
     if not settings.embedding_path:
         return None
     folder = Path(settings.embedding_path).expanduser()
     threads = settings.threads or usable_cpus()
+    longest = settings.context_length or EMBEDDED_TOKENS
     with startup_step(f"Loading embeddings from {folder}"):
-        return Embedder(embedding_model(folder, settings.context_length, threads), metrics)
+        return Embedder(embedding_model(folder, longest, threads), metrics)
 
 
 def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:

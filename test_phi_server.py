@@ -2118,6 +2118,7 @@ def test_a_quantized_cache_in_place_is_as_exact_as_a_new_one_at_each_step(
     assert model.caches[0].bytes_per_token == 2 * config.layers * 3 * 64 * bits // 8
     tokens, kv = list(range(100, 148)), model.caches[0]
     fed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 48), np.int64)}
+    fed[phi_server.LOGIT_ROWS] = np.arange(48)
     for layer, part in itertools.product(range(config.layers), ("key", "value")):
         fed[f"past_key_values.{layer}.{part}"] = kv.arrays[0][:1, :, :0]
     expected = model.session.run(["logits"], fed)[0][0]
@@ -4445,7 +4446,7 @@ def test_text_is_tokenized_exactly(server: Server, tokenizer: Any, is_started: b
         tokens = tokenizer.encode_prompt(text) if is_started else tokenizer.encode(text)
         assert reply.json == {
             "count": len(tokens),
-            "max_model_len": 4096,
+            "max_model_len": 8192,
             "tokens": tokens,
             "token_strs": list(map(tokenizer.token_text, tokens)),
         }
@@ -5870,9 +5871,9 @@ TRAP = 13_666  # a token that the forward pass below cannot bear
 RAISING = f"""
 import sys, phi_server
 forward = phi_server.Model.forward
-def raising(model, kv, low, tokens, lengths):
+def raising(model, kv, low, tokens, *others, **named):
     if {TRAP} in tokens: raise RuntimeError("injected fault")
-    return forward(model, kv, low, tokens, lengths)
+    return forward(model, kv, low, tokens, *others, **named)
 phi_server.Model.forward = raising
 sys.exit(phi_server.main([]))
 """
@@ -6114,7 +6115,7 @@ def test_a_reply_may_fill_the_kv_memory(tight_server: Server) -> None:
 def test_a_server_at_rest_has_the_memory_of_its_start_and_the_kv_it_keeps() -> None:
     with running() as server:
         at_start = memory_besides_kv(server)
-        complete(server, list(range(5000, 6500)), max_tokens=1)
+        complete(server, list(range(5000, 6500)), max_tokens=1, echo=True, logprobs=0)
         # logits of a long chunk, and the runtime's buffers
         assert memory_besides_kv(server) > at_start + (40 << 20)
         assert eventually(lambda: memory_besides_kv(server) < at_start + (30 << 20))
@@ -6268,7 +6269,7 @@ MESSAGES = b'"messages":[{"role":"user","content":"What is the capital of France
 CHAT_BODY = b'{"model":"gpt-4o",%b,"temperature":0}' % MESSAGES
 STREAM_BODY = CHAT_BODY[:-1] + b',"stream":true}'
 CHUNKED = request(f"POST {TEXT}", "Transfer-Encoding: chunked")
-EXTENDED = request(f"POST {TEXT}", "Transfer-Encoding: Chunked", "Trailer: t")
+TRAILED = request(f"POST {TEXT}", "Transfer-Encoding: Chunked", "Trailer: t")
 EXTENSIONS = b'1;x="y"\r\n[\r\n0001 ;z\r\n]\r\n00;end\r\nt: 1\r\nu: 2\r\n\r\n'
 OTHER_CASE = raw("GET /v1/models/?x=1 HTTP/1.1", "hOST:localhost  ", "X:\t y\t")
 REQUESTS = {
@@ -6284,7 +6285,7 @@ REQUESTS = {
     "body of another type": (request(f"POST {TEXT}", body=b"[]"), 400),
     "chat": (request("POST /chat/completions", body=CHAT_BODY), 200),
     "chunked body": (CHUNKED + b"1\r\n[\r\n1\r\n]\r\n0\r\n\r\n", 400),
-    "chunk extensions and trailers": (EXTENDED + EXTENSIONS, 400),
+    "chunk extensions and trailers": (TRAILED + EXTENSIONS, 400),
 }
 
 
@@ -10864,7 +10865,7 @@ def test_elsewhere_a_start_logs_what_it_serves_as_one_line() -> None:
     assert entry["instructions"]
 
 
-FACTS = {
+START_FACTS = {
     "model": "it's",
     "context_length": 4096,
     "threads": 4,
@@ -10886,7 +10887,7 @@ FACTS = {
     ],
 )
 def test_the_welcome_shows_an_address_that_can_be_opened(address: str, base: str) -> None:
-    lines = phi_server.welcome(FACTS | {"address": address}, needs_key=False).splitlines()
+    lines = phi_server.welcome(START_FACTS | {"address": address}, needs_key=False).splitlines()
     assert lines[4:] == [
         f"    open {base}/",
         f"    curl {base}/v1/chat/completions -d "
@@ -10895,7 +10896,7 @@ def test_the_welcome_shows_an_address_that_can_be_opened(address: str, base: str
 
 
 def test_the_welcome_shows_where_a_key_goes() -> None:
-    said = phi_server.welcome(FACTS | {"address": "http://10.0.0.1:80/v1"}, needs_key=True)
+    said = phi_server.welcome(START_FACTS | {"address": "http://10.0.0.1:80/v1"}, needs_key=True)
     assert "/completions -H 'Authorization: Bearer KEY' -d" in said
 
 
