@@ -5862,6 +5862,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
                 check_replies(model, request)
     assert (engine.requests, running) == (0, [])
     assert {each.sampler.state for each in ended} <= {"new", "closed"}
+    assert all(each.cached_tokens < each.prompt_tokens for each in ended)
     finished = [each for each in ended if each.finish_reason in ("stop", "length")]
     # A page of 64 KiB holds any of them.
     assert any(each.was_set_aside for each in finished) == (room < 256 and page < 65536)
