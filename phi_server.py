@@ -10,7 +10,8 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Requests     JSON bodies, checked and made into dataclasses
     Items        requests of the Responses API, and the store of earlier responses
     Protobuf     what ONNX files are written in
-    Model        the ONNX graph, its KV cache, one forward pass
+    Graph        the decoder's graph as it is changed at load
+    Model        the session on that graph, its KV cache, one forward pass
     Thinking     what a model thinks, told from its answer
     Calls        how models call tools, and these calls told from text
     Prompt       tokenizer, control tokens, chat template
