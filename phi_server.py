@@ -2671,6 +2671,7 @@ class Model:
                 for kept, scale in zip(floats.scales, scales, strict=True):
                     kept[...] = scale  # in place, since bindings have them
                 return
+        logger.info("finding the scales of int8 KV, once for this model")
         self.calibrate(choice.text, floats)
         try:
             choice.folder.mkdir(parents=True, exist_ok=True)
