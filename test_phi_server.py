@@ -7787,7 +7787,7 @@ def test_a_body_near_that_of_a_response_gets_one_or_a_whole_error(
     assert server.traces == traces
 
 
-@cases("query", ["limit=%ff", "limit=%31", "order=%00", "after", "limit=-1", "a=" + "b" * 5000, "=&;"])
+@cases("query", ["limit=%ff", "order=%00", "after", "limit=-1", "a=" + "b" * 5000, "=&;"])
 def test_any_query_of_a_list_gets_a_reply_or_a_whole_error(server: Server, query: str) -> None:
     response = respond(server, "Hi", max_output_tokens=1)
     reply = get(server, f"{RESPONSES}/{response['id']}/input_items?{query}")
