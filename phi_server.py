@@ -12,6 +12,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Protobuf     what ONNX files are written in
     Graph        the decoder's graph as it is changed at load
     Model        the session on that graph, its KV cache, one forward pass
+    Disk         prefixes in files, for when KV memory or the process is gone
     Thinking     what a model thinks, told from its answer
     Calls        how models call tools, and these calls told from text
     Prompt       tokenizer, control tokens, chat template
@@ -94,6 +95,7 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict, deque
 from collections.abc import (
     AsyncGenerator,
@@ -222,6 +224,8 @@ class Settings:
     kv_cache_type: str = setting(
         "auto", "how KV is stored; int8: a quarter of float32's memory", "auto", "model", "int8"
     )
+    cache_dir: str = setting("", "folder that keeps KV over restarts; unset: nothing is written")
+    cache_bytes: str = setting("4GiB", "bound of its files: bytes such as 4GiB")
     response_store: int = setting(256, "newest responses kept for each key; 0 keeps none", 0, 65536)
     sampling_defaults: tuple[str, ...] = setting(
         (), "for silent requests: temperature=0.7,top_p=0.9; unset: the folder's generation_config"
@@ -252,6 +256,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             chosen[declared.name] = convert(declared, text)
     settings = Settings(**chosen)
     memory_bound(settings.kv_memory, free=0)  # refuses it before a model is loaded for nothing
+    cache_bound(settings.cache_bytes)
     return settings
 
 
@@ -385,13 +390,29 @@ def free_memory() -> int:
 
 def memory_bound(text: str, free: int) -> int:
     """Reads KV_MEMORY: bytes with an optional unit, or a share of `free`; raises SettingsError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]i?B?|B|)", text, re.IGNORECASE)
-    if not match or float(match[1]) == 0 or (match[2] == "%" and float(match[1]) > 100):
-        expected = "expected bytes such as 4GiB or a share such as 50%"
-        raise SettingsError(f"KV_MEMORY: {expected}, but got {text!r}")
-    amount, unit = float(match[1]), match[2][:1].upper()
-    units = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    return int(free * amount / 100) if unit == "%" else int(amount * units[unit])
+    share = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text)
+    if share and 0 < float(share[1]) <= 100:
+        return int(free * float(share[1]) / 100)
+    if size := byte_count(text):
+        return size
+    expected = "expected bytes such as 4GiB or a share such as 50%"
+    raise SettingsError(f"KV_MEMORY: {expected}, but got {text!r}")
+
+
+def cache_bound(text: str) -> int:
+    """Reads CACHE_BYTES: bytes with an optional unit; raises SettingsError."""
+    if size := byte_count(text):
+        return size
+    raise SettingsError(f"CACHE_BYTES: expected bytes such as 4GiB, but got {text!r}")
+
+
+BYTE_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def byte_count(text: str) -> int:
+    """Reads bytes with an optional unit; 0 if it is something else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B|)", text, re.IGNORECASE)
+    return int(float(match[1]) * BYTE_UNITS[match[2][:1].upper()]) if match else 0
 
 
 # ---- Errors --------------------------------------------------------------------------------------
@@ -2840,6 +2861,299 @@ def kv_names(config: ModelConfig) -> tuple[list[str], list[str]]:
             fault = f"{config.folder}: expected %d in {' and '.join(patterns)}"
             raise ModelLoadingFailed(fault) from None
     return names[0], names[1]
+
+
+# ---- Disk ----------------------------------------------------------------------------------------
+# KV that memory has no more room for, or that a restart would lose, is kept in a folder: a file a
+# prefix, which a longer one replaces. It is read in place of a prefill, as far as its tokens agree.
+#
+# A file has the KV in blocks of BLOCK tokens, each with a checksum, so that its beginning can be
+# used without the rest; then the tokens, the checksums, and a footer, lacking which it is damaged.
+# It is written under another name and renamed. Nothing waits until it has reached the disk: what a
+# power failure spoils, the checksums show. Its name tells the model and how the KV is stored, so
+# servers of several models, or of one, can share a folder: each finds what another has written or
+# removed when it writes. The time of a file's last change is that of its last use.
+
+BLOCK = 64  # tokens that are verified together; fewer are not worth a file
+FORMAT = 1  # of the files; one more whenever their layout or what they mean changes
+FOOTER = struct.Struct("<8s32sIIIII")  # see KvStore.footer
+MARK = b"phi.kv\r\n"
+ABANDONED_SECONDS = 60.0  # without a change, after which an unfinished file is nobody's
+# For one eviction, since replies wait meanwhile; what was written until then is kept.
+EVICTION_SECONDS = 1.0
+STOP_SECONDS = 5.0  # for all that a stop writes; a container is killed after ten
+RETRY_SECONDS = 60.0  # after a failed write, such as on a full disk
+
+
+@dataclass(frozen=True, eq=False)
+class KvFile:
+    """The KV of a prefix on disk."""
+
+    path: Path
+    tokens: npt.NDArray[np.int32]
+    prefilled: int  # how many of them, from the first on, were prefilled rather than decoded
+    least_width: int  # of the KV cache it is of
+    checksums: tuple[int, ...]  # by block
+
+    def shared(self, tokens: npt.NDArray[np.int32]) -> int:
+        """How many leading tokens it has in common with others."""
+        count = min(len(tokens), len(self.tokens))
+        different = np.flatnonzero(tokens[:count] != self.tokens[:count])
+        return int(different[0]) if len(different) else count
+
+    def covers(self, other: KvFile) -> bool:
+        """Whether it can be read wherever another can."""
+        return (
+            self.least_width == other.least_width
+            and self.prefilled >= other.prefilled
+            and self.shared(other.tokens) == len(other.tokens)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPrefix:
+    """What a file holds of a sequence's tokens."""
+
+    file: KvFile
+    reach: int  # how many of its first tokens are to be read
+
+
+class KvStore:
+    """The files of a folder with KV; the executor reads and writes, plans look it up meanwhile."""
+
+    def __init__(self, folder: Path, most_bytes: int, model: Model) -> None:
+        """Finds what is there already; what cannot be read is logged."""
+        self.folder, self.most_bytes = folder, most_bytes
+        self.border = model.floats.border if model.floats else 0
+        self.bytes_per_token = model.caches[0].bytes_per_token
+        self.key = store_key(model)
+        self.files: dict[str, KvFile] = {}  # of this key, by name
+        self.retry = 0.0  # when to write again after a failure, by time.monotonic()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.scan()
+        except OSError as error:
+            logger.warning(f"CACHE_DIR {folder} cannot be read: {error}")
+
+    def scan(self) -> dict[Path, os.stat_result]:
+        """Brings `files` up to date; returns all files of this format in the folder, of any key."""
+        found, now = {}, time.time()
+        for entry in os.scandir(self.folder):
+            path = Path(entry.path)
+            with contextlib.suppress(FileNotFoundError):  # another server has removed it
+                if FILE_NAME.fullmatch(entry.name):
+                    found[path] = entry.stat()
+                elif PART_NAME.fullmatch(entry.name):
+                    if now - entry.stat().st_mtime < ABANDONED_SECONDS:
+                        found[path] = entry.stat()
+                    else:
+                        path.unlink()
+        own = {path.name: path for path in found if path.name.startswith(self.key.hex()[:16])}
+        self.files = {name: file for name, file in self.files.items() if name in own}
+        for name in own.keys() - self.files.keys():
+            try:
+                self.files[name] = self.read_footer(own[name])
+            except (OSError, ValueError) as error:
+                self.discard(own[name], error)
+                del found[own[name]]
+        return found
+
+    def read_footer(self, path: Path) -> KvFile:
+        """Reads what a file holds; raises OSError, or ValueError for one that is not whole."""
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - FOOTER.size))
+            footer = file.read()
+            if len(footer) != FOOTER.size:
+                raise ValueError(f"it has {size} bytes")
+            mark, key, count, prefilled, width, border, checksum = FOOTER.unpack(footer)
+            blocks = -(-count // BLOCK)
+            data = size - FOOTER.size - 4 * (count + blocks)
+            if (mark, key) != (MARK, self.key) or data != count * self.bytes_per_token:
+                raise ValueError("its end is missing")
+            file.seek(data)
+            lists = file.read(4 * (count + blocks))
+        if zlib.crc32(lists + footer[:-4]) != checksum:
+            raise ValueError("its tokens have changed")
+        # int8 KV past the border was prefilled by another kernel.
+        if border != self.border:
+            prefilled = min(prefilled, border, self.border)
+        tokens = np.frombuffer(lists, np.int32, count)
+        checksums = struct.unpack(f"<{blocks}I", lists[4 * count :])
+        return KvFile(path, tokens, prefilled, width, checksums)
+
+    def footer(self, file: KvFile) -> bytes:
+        """What follows the KV in a file."""
+        lists = file.tokens.tobytes() + struct.pack(f"<{len(file.checksums)}I", *file.checksums)
+        fields = len(file.tokens), file.prefilled, file.least_width, self.border
+        checksum = zlib.crc32(lists + FOOTER.pack(MARK, self.key, *fields, 0)[:-4])
+        return lists + FOOTER.pack(MARK, self.key, *fields, checksum)
+
+    def discard(self, path: Path, error: Exception) -> None:
+        """Forgets a file that cannot be read, and removes it."""
+        self.files.pop(path.name, None)
+        logger.warning(f"{path} is not used: {error}")
+        with contextlib.suppress(OSError):  # not ours, or a disk that has become read-only
+            path.unlink()
+
+    def read(
+        self, file: KvFile, kv: KvCache, row: int, start: int, stop: int, seconds: float
+    ) -> int:
+        """Reads tokens start..stop into a row, at least a block and then until `seconds` are over.
+
+        Returns where it has stopped: at `start` if nothing could be read.
+        """
+        kv.in_float[row] = min(kv.in_float[row], start)
+        deadline = time.monotonic() + seconds
+        if file.path.name not in self.files:
+            return start
+        try:
+            with file.path.open("rb") as source:
+                with contextlib.suppress(OSError):  # a disk that is read-only is of use too
+                    os.utime(file.path)
+                for block in range(start // BLOCK, -(-stop // BLOCK)):
+                    self.read_block(source, file, block, kv.arrays, row, stop)
+                    start = min(stop, (block + 1) * BLOCK)
+                    if time.monotonic() > deadline:
+                        break
+        except (OSError, ValueError) as error:
+            self.discard(file.path, error)
+        return start
+
+    def read_block(
+        self,
+        source: BinaryIO,
+        file: KvFile,
+        block: int,
+        arrays: list[npt.NDArray[Any]],
+        row: int,
+        stop: int,
+    ) -> None:
+        """Reads a block's KV, as far as `stop`; raises ValueError if it is not what was written."""
+        first, last = block * BLOCK, min((block + 1) * BLOCK, len(file.tokens))
+        source.seek(first * self.bytes_per_token)
+        checksum, kept = 0, slice(first, min(last, stop))
+        kv_heads, _, *head = arrays[0].shape[1:]
+        shape = (kv_heads, last - first, *head)
+        for array in arrays:
+            data = source.read(math.prod(shape) * array.itemsize)
+            checksum = zlib.crc32(data, checksum)
+            piece = np.frombuffer(data, array.dtype).reshape(shape)
+            array[row, :, kept] = piece[:, : kept.stop - first]
+        if checksum != file.checksums[block]:
+            raise ValueError(f"its KV of tokens {first} to {last} has changed")
+
+    def evict(self, kv: KvCache, row: int, tokens: list[int], prefilled: int) -> None:
+        """Writes KV that is about to be overwritten; see write."""
+        deadline = time.monotonic() + EVICTION_SECONDS
+        self.write(kv, row, tokens, prefilled, lambda: time.monotonic() > deadline)
+
+    def write(
+        self,
+        kv: KvCache,
+        row: int,
+        tokens: list[int],
+        prefilled: int,
+        is_over: Callable[[], bool],
+    ) -> None:
+        """Writes a row's KV, unless a file has it; logs a failure. Asks after each block if to end.
+
+        What is written by then is kept, and replaces the files that it covers.
+        """
+        most = min(len(tokens), self.most_bytes // (self.bytes_per_token + 8))
+        wanted = self.described(kv, tokens[: most // CHUNK_BORDER * CHUNK_BORDER], prefilled, ())
+        if len(wanted.tokens) < BLOCK or self.has(wanted) or time.monotonic() < self.retry:
+            return
+        try:
+            self.make_room(len(wanted.tokens) * (self.bytes_per_token + 8))
+            if self.has(wanted):  # by another server
+                return
+            self.write_file(kv, row, wanted, is_over)
+        except OSError as error:
+            self.retry = time.monotonic() + RETRY_SECONDS
+            logger.warning(f"KV cannot be kept in CACHE_DIR {self.folder}: {error}")
+
+    def described(
+        self, kv: KvCache, tokens: list[int], prefilled: int, checksums: tuple[int, ...]
+    ) -> KvFile:
+        """The file that tokens with KV of a cache are to have."""
+        numbers = np.array(tokens, np.int32)
+        digest = hashlib.sha256(struct.pack("<I", kv.least_width) + numbers.tobytes())
+        path = self.folder / f"{self.key.hex()[:16]}-{digest.hexdigest()[:32]}.kv"
+        return KvFile(path, numbers, min(prefilled, len(tokens)), kv.least_width, checksums)
+
+    def has(self, wanted: KvFile) -> bool:
+        """Whether a file has all of another."""
+        return any(file.covers(wanted) for file in self.files.values())
+
+    def make_room(self, size: int) -> None:
+        """Removes the files whose use is longest ago until one more of a size fits."""
+        found = self.scan()
+        excess = sum(stat.st_size for stat in found.values()) + size - self.most_bytes
+        for path, stat in sorted(found.items(), key=lambda item: item[1].st_mtime):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            self.files.pop(path.name, None)
+            excess -= stat.st_size
+
+    def write_file(
+        self, kv: KvCache, row: int, wanted: KvFile, is_over: Callable[[], bool]
+    ) -> None:
+        """Writes a file under another name and renames it; raises OSError, leaving nothing."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Made with mode 0600: what users have said can be told from the tokens.
+        with tempfile.NamedTemporaryFile(
+            dir=self.folder, prefix="kv-", suffix=".part", delete=False
+        ) as part:
+            try:
+                checksums: list[int] = []
+                while len(checksums) * BLOCK < len(wanted.tokens) and not is_over():
+                    first = len(checksums) * BLOCK
+                    last = min(first + BLOCK, len(wanted.tokens))
+                    checksums.append(write_block(part, kv, row, first, last))
+                tokens = wanted.tokens[: len(checksums) * BLOCK].tolist()
+                written = self.described(kv, tokens, wanted.prefilled, tuple(checksums))
+                part.write(self.footer(written))
+                part.close()
+                if tokens and not self.has(written):
+                    Path(part.name).replace(written.path)
+                    self.replace_covered(written)
+            finally:
+                Path(part.name).unlink(missing_ok=True)
+
+    def replace_covered(self, written: KvFile) -> None:
+        """Takes a new file in, and removes those that it covers."""
+        for name, file in [*self.files.items()]:
+            if written.covers(file) and file.path != written.path:
+                del self.files[name]
+                file.path.unlink(missing_ok=True)
+        self.files[written.path.name] = written
+
+
+FILE_NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.kv")
+PART_NAME = re.compile(r"kv-\w+\.part")
+
+
+def write_block(file: IO[bytes], kv: KvCache, row: int, start: int, stop: int) -> int:
+    """Writes the KV of a row's tokens start..stop; returns their checksum."""
+    checksum = 0
+    for array in kv.arrays:
+        piece = np.ascontiguousarray(array[row, :, start:stop])
+        file.write(piece.data)
+        checksum = zlib.crc32(piece.data, checksum)
+    return checksum
+
+
+def store_key(model: Model) -> bytes:
+    """A hash of all that KV depends on besides its tokens and its cache."""
+    array = model.caches[0].arrays[0]
+    # Another version of the kernels makes other KV, if only by rounding: a seed could tell.
+    facts = [FORMAT, model.fingerprint, onnxruntime.__version__, array.dtype.str, array.shape[3:]]
+    digest = hashlib.sha256(json_text(facts).encode())
+    for scale in model.floats.scales if model.floats else ():
+        digest.update(scale.tobytes())
+    return digest.digest()
 
 
 # ---- Thinking ------------------------------------------------------------------------------------
@@ -6084,6 +6398,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)  # whose KV the row holds
     prefilled: int = 0  # how many of them, from the first on, were prefilled rather than decoded
     author: Sequence | None = None  # that was set aside, whose own KV this still is
+    stored: StoredPrefix | None = None  # from which its sequence's KV is read
     used: int = 0  # the step that worked on it last
 
     @property
@@ -6118,8 +6433,9 @@ class Slot:
 class Slots:
     """Owns the rows of the KV caches: which sequence has which, what they hold, their memory."""
 
-    def __init__(self, caches: list[KvCache], kv_bytes: int) -> None:
-        """Takes caches by length, of which kv_bytes hold a row."""
+    def __init__(self, caches: list[KvCache], kv_bytes: int, store: KvStore | None = None) -> None:
+        """Takes caches by length, of which kv_bytes hold a row, and where KV is kept on disk."""
+        self.store = store
         self.caches, kv = caches, caches[0]
         self.all = [Slot(row, kv) for row in range(kv.rows)]
         self.most_pages = kv_bytes // kv.page_bytes
@@ -6197,11 +6513,14 @@ class Slots:
             slot = holder
         else:
             slot = min(idle, key=lambda slot: (bool(slot.tokens), slot.used))
+        if slot is not holder:
+            self.keep_on_disk(slot)
         slot.keep(shared if slot is holder else 0)
         if not sequence.was_set_aside:
             sequence.cached_tokens = len(slot.tokens)
             sequence.sampler.begin()
         slot.sequence, slot.author, slot.kv = sequence, None, self.cache_for(sequence)
+        slot.stored = self.find_stored(sequence, shared)
         self.resize(slot, len(sequence.tokens))
         self.fit(range(0), slot.kv, 0, spared=holder)
         return slot
@@ -6226,6 +6545,35 @@ class Slots:
             return shared
         shared = min(shared, slot.prefilled) if sequence.is_seeded else shared
         return min(shared, chunked - 2) // CHUNK_BORDER * CHUNK_BORDER
+
+    def find_stored(self, sequence: Sequence, shared: int) -> StoredPrefix | None:
+        """The file with most of a sequence's tokens, if it has a block more than is `shared`."""
+        if not self.store or (sequence.scores_prompt and not sequence.completion_tokens):
+            return None
+        kv, tokens = self.cache_for(sequence), np.array(sequence.tokens, np.int32)
+        best, most = None, sequence.chunked(kv) - 2
+        for file in self.store.files.values():
+            if file.least_width == kv.least_width:
+                reach = min(file.shared(tokens), most)
+                reach = min(reach, file.prefilled) if sequence.is_seeded else reach
+                reach = reach // CHUNK_BORDER * CHUNK_BORDER
+                if reach >= (best.reach + 1 if best else shared + BLOCK):
+                    best = StoredPrefix(file, reach)
+        return best
+
+    def keep_on_disk(self, slot: Slot) -> None:
+        """Has a slot's KV written before it is overwritten or given back."""
+        if self.store and len(slot.tokens) >= BLOCK:
+            kept = slot.kv, slot.row, slot.tokens, slot.prefilled
+            self.chores.append(functools.partial(self.store.evict, *kept))
+
+    def keep_all(self, is_over: Callable[[], bool]) -> None:
+        """Writes the KV of all slots, last used first, in the executor, when nothing else runs."""
+        for chore in self.chores:
+            chore()
+        for slot in sorted(self.all, key=lambda slot: -slot.used):
+            if self.store:
+                self.store.write(slot.kv, slot.row, slot.tokens, slot.prefilled, is_over)
 
     def vacate(self, slot: Slot) -> None:
         """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
@@ -6267,10 +6615,18 @@ class Slots:
         if source is None or shared <= start:
             return 0
         self.chores.append(functools.partial(slot.kv.copy, source.row, slot.row, start, shared))
+        return self.take_over(slot, shared, source.prefilled)
+
+    def take_over(self, slot: Slot, shared: int, prefilled: int) -> int:
+        """Notes that a slot has KV that was not computed for it, up to its `shared`-th token.
+
+        Returns how many tokens of its sequence's prompt were saved by that.
+        """
+        sequence, start = slot.running, len(slot.tokens)
         slot.kv.note(slot.row, shared)
         slot.tokens = sequence.tokens[:shared]
         if slot.prefilled == start:
-            slot.prefilled = min(source.prefilled, shared)
+            slot.prefilled = min(prefilled, shared)
         # Not if its prompt had been fed before, in another cache or before it was set aside.
         if sequence.completion_tokens or sequence.was_set_aside:
             return 0
@@ -6303,6 +6659,7 @@ class Slots:
     def shorten(self, slot: Slot, pages: int) -> None:
         """Gives back so many pages of what is kept in a slot, or all, from its end."""
         kv = slot.kv
+        self.keep_on_disk(slot)
         slot.keep(kv.tokens_in(max(0, kv.resident[slot.row] - pages)))
         self.resize(slot, len(slot.tokens))
 
@@ -6349,6 +6706,16 @@ class Plan:
     def draft(self) -> list[int]:
         """The guessed tokens, fed behind the last one of the only slot that decodes."""
         return [] if self.is_chunk else self.tokens[0, 1:].tolist()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What takes the place of a chunk where a prompt's KV is on disk."""
+
+    slot: Slot
+    stored: StoredPrefix
+    seconds: float  # that it may take
+    chores: list[Callable[[], None]]  # as a plan's
 
 
 class Pace:
@@ -6399,13 +6766,14 @@ class Engine:
         batch_size: int,
         kv_bytes: int,
         embedder: Embedder | None = None,
+        store: KvStore | None = None,
     ) -> None:
         self.model = model
         self.embedder = embedder
         self.metrics = metrics
         self.most_requests = most_requests
         self.batch_size = batch_size
-        self.slots = Slots(model.caches, kv_bytes)
+        self.slots = Slots(model.caches, kv_bytes, store)
         self.context_length = model.context_length
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self.wake = asyncio.Event()
@@ -6493,9 +6861,16 @@ class Engine:
             if not has_embedded:
                 await self.rest()
             return
-        forward = asyncio.get_running_loop().run_in_executor(self.executor, self.forward, plan)
+        loop = asyncio.get_running_loop()
+        if isinstance(plan, Reading):
+            reading = loop.run_in_executor(self.executor, self.read, plan)
+            self.deliver()
+            self.absorb_reading(plan, *await asyncio.shield(reading))
+            return
+        forward = loop.run_in_executor(self.executor, self.forward, plan)
         self.deliver()  # the last step's text, while this one computes
-        self.absorb(plan, *await forward)
+        # A stop cancels the wait alone: what is planned is done before KV is kept on disk.
+        self.absorb(plan, *await asyncio.shield(forward))
 
     async def embed(self, embedder: Embedder) -> bool:
         """Lets embeddings be computed, in the time that prompts and replies leave; if there are."""
@@ -6528,7 +6903,17 @@ class Engine:
             self.model.release_memory()
             await self.wake.wait()
 
-    def plan(self) -> Plan | None:
+    async def keep_on_disk(self, hurry: asyncio.Event) -> None:
+        """Writes the KV of all slots at a stop, within STOP_SECONDS and until `hurry` is set."""
+        if self.slots.store:
+            deadline = time.monotonic() + STOP_SECONDS
+            loop = asyncio.get_running_loop()
+            keep = functools.partial(
+                self.slots.keep_all, lambda: hurry.is_set() or time.monotonic() > deadline
+            )
+            await loop.run_in_executor(self.executor, keep)
+
+    def plan(self) -> Plan | Reading | None:
         """The next call: a chunk of a prompt, or a token for all that decode; None without work."""
         for slot in self.slots.all:
             if slot.sequence and slot.sequence.finish_reason:
@@ -6546,6 +6931,8 @@ class Engine:
         if prefilling:
             slot = self.next_prompt(prefilling)
             self.metrics.cached_tokens.add(self.slots.reuse_prefix(slot))
+            if reading := self.plan_reading(slot, len({slot.kv for slot in decoding})):
+                return reading
             count = self.chunk_length(slot.to_prefill, len({slot.kv for slot in decoding}))
             start = len(slot.tokens)
             count = self.model.chunk_end(start, start + count) - start
@@ -6592,6 +6979,40 @@ class Engine:
             return 0
         count = max(count, CHUNK_BORDER)
         return pending if pending <= count + 1 else count  # + 1: no single token is left over
+
+    def plan_reading(self, slot: Slot, shared: int) -> Reading | None:
+        """What to read now of a slot's prompt; None if nothing, or when others must decode first.
+
+        Time is shared as in chunk_length.
+        """
+        stored = slot.stored
+        seconds = SHARED_SECONDS / shared - self.prefill_seconds if shared else ALONE_SECONDS
+        if not stored or stored.reach <= len(slot.tokens) or seconds <= 0:
+            return None
+        chores, self.slots.chores = self.slots.chores, []
+        return Reading(slot, stored, seconds, chores)
+
+    def read(self, reading: Reading) -> tuple[int, float]:
+        """Reads KV from disk in the executor; returns up to which token, and seconds."""
+        for chore in reading.chores:
+            chore()
+        assert self.slots.store
+        start, slot, stored = time.perf_counter(), reading.slot, reading.stored
+        place = slot.kv, slot.row, len(slot.tokens), stored.reach
+        stop = self.slots.store.read(stored.file, *place, reading.seconds)
+        return stop, time.perf_counter() - start
+
+    def absorb_reading(self, reading: Reading, stop: int, seconds: float) -> None:
+        """Notes what was read; the rest is prefilled if that failed, or is no slower."""
+        self.steps += 1
+        self.prefill_seconds += seconds
+        slot, start = reading.slot, len(reading.slot.tokens)
+        slot.used = self.steps
+        if stop > start:
+            saved = self.slots.take_over(slot, stop, reading.stored.file.prefilled)
+            self.metrics.cached_tokens.add(saved)
+        if stop - start <= seconds * self.prefill_speed:
+            slot.stored = None
 
     def plan_chunk(self, slot: Slot, count: int) -> Plan:
         """A call that prefills the next `count` tokens of one slot."""
@@ -10174,6 +10595,14 @@ def load_embedder(settings: Settings, metrics: Metrics) -> Embedder | None:
         return Embedder(embedding_model(folder, longest, threads), metrics)
 
 
+def kv_store(settings: Settings, model: Model) -> KvStore | None:
+    """Where KV is kept on disk, if it is."""
+    if not settings.cache_dir:
+        return None
+    folder = Path(settings.cache_dir).expanduser()
+    return KvStore(folder, cache_bound(settings.cache_bytes), model)
+
+
 def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     """Loads tokenizer and model, makes the engine; raises ModelLoadingFailed or SettingsError."""
     sampling = default_sampling(settings.sampling_defaults, own_sampling(config.folder))
@@ -10181,7 +10610,8 @@ def make_api(settings: Settings, config: ModelConfig, worker: Worker) -> Api:
     check_template(tokenizer)
     model = load_model(settings, config, kv_choice(settings, tokenizer))
     limits = (settings.max_concurrent_requests, settings.batch_size)
-    engine = Engine(model, metrics, *limits, model.kv_bytes, load_embedder(settings, metrics))
+    embedder, store = load_embedder(settings, metrics), kv_store(settings, model)
+    engine = Engine(model, metrics, *limits, model.kv_bytes, embedder, store)
     return Api(settings, tokenizer, worker, engine, sampling)
 
 
@@ -10273,9 +10703,10 @@ async def serve(settings: Settings, listener: socket.socket, keys: Keys, api: Ap
     await stopping.wait()
     logger.info("draining", extra={"fields": {"requests": server.requests_under_way}})
     await server.drain(listening, hurry)
+    generating.cancel()
+    await api.engine.keep_on_disk(hurry)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # already stopping
-    generating.cancel()
     api.engine.executor.shutdown(cancel_futures=True)
     logger.info("stopped")
 

@@ -1007,8 +1007,8 @@ def test_every_variable_that_the_issue_names_is_there() -> None:
     names = """
     MODEL_PATH MODEL_NAME MODEL_ALIASES EMBEDDING_PATH EMBEDDING_NAME HF_ENDPOINT HF_TOKEN
     SERVER_HOST SERVER_PORT MAX_CONCURRENT_REQUESTS BATCH_SIZE CONTEXT_LENGTH THREADS CACHE_SLOTS
-    KV_MEMORY KV_CACHE_TYPE RESPONSE_STORE SAMPLING_DEFAULTS CORS_ORIGINS MAX_BODY_BYTES
-    KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
+    KV_MEMORY KV_CACHE_TYPE CACHE_DIR CACHE_BYTES RESPONSE_STORE SAMPLING_DEFAULTS CORS_ORIGINS
+    MAX_BODY_BYTES KEEPALIVE_SECONDS READ_SECONDS WRITE_SECONDS DRAIN_SECONDS MAX_CONNECTIONS
     API_KEYS API_KEYS_FILE ALLOWED_HOSTS LOG_LEVEL LOG_FORMAT
     """
     assert [name for name, _, _ in phi_server.settings_table()] == names.split()
@@ -6262,6 +6262,344 @@ def test_a_client_that_leaves_is_not_an_error_in_the_log(
     get(server, "/health", "x-request-id: behind-those-who-left")
     server.logged(request_id="behind-those-who-left")
     assert {entry["level"] for entry in server.log[before:]} == {"info"}
+
+
+# ---- Disk ----------------------------------------------------------------------------------------
+# KV in files: here with a store of its own and rows of random numbers, or over a restart.
+
+SYSTEM = " ".join(f"Rule {i}: answer number {i * 7919 % 1000} with care." for i in range(30))
+
+
+@pytest.fixture
+def rows(model: Any) -> Any:
+    """A cache like the model's, whose row 0 holds random numbers; the other rows are empty."""
+    kv = copy.copy(model.caches[0])
+    kv.in_float = [0] * kv.rows
+    chance = np.random.default_rng(1)
+    shape = (kv.rows, *kv.arrays[0].shape[1:2], 512, *kv.arrays[0].shape[3:])
+    kv.arrays = [np.zeros(shape, np.float32) for _ in kv.arrays]
+    for array in kv.arrays:
+        array[0] = chance.random(array[0].shape)
+    return kv
+
+
+def kv_store_of(model: Any, folder: Path, most_bytes: int = 1 << 30) -> Any:
+    return phi_server.KvStore(folder, most_bytes, model)
+
+
+def never() -> bool:
+    return False
+
+
+def keep(store: Any, kv: Any, tokens: list[int], prefilled: int = 512) -> None:
+    store.write(kv, 0, tokens, prefilled, never)
+
+
+def lengths(store: Any) -> list[int]:
+    """How many tokens each file holds."""
+    return sorted(len(file.tokens) for file in store.files.values())
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+def read_back(store: Any, kv: Any, stop: int, start: int = 0) -> int:
+    """Reads the only file into row 1; returns how many leading tokens are row 0's."""
+    (file,) = store.files.values()
+    stopped = store.read(file, kv, 1, start, stop, 60)
+    for array in kv.arrays:
+        assert (array[1, :, start:stopped] == array[0, :, start:stopped]).all()
+    return int(stopped)
+
+
+@cases("count start stop", [(64, 0, 64), (200, 0, 200), (207, 0, 200), (200, 72, 104)])
+def test_kv_is_read_as_it_was_written_after_a_restart(
+    model: Any, rows: Any, tmp_path: Path, count: int, start: int, stop: int
+) -> None:
+    keep(kv_store_of(model, tmp_path), rows, list(range(count)))
+    assert read_back(kv_store_of(model, tmp_path), rows, stop, start) == stop
+    assert not any(array[1, :, stop:].any() for array in rows.arrays)
+
+
+def test_fewer_than_64_tokens_are_not_kept(model: Any, rows: Any, tmp_path: Path) -> None:
+    keep(kv_store_of(model, tmp_path), rows, list(range(63)))
+    assert files_in(tmp_path) == []
+
+
+def test_only_the_servers_user_reads_the_files(model: Any, rows: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "here"
+    keep(kv_store_of(model, folder), rows, list(range(64)))
+    modes = [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())]
+    assert modes == [0o700, 0o600]
+
+
+@cases(
+    "first prefilled second kept",
+    {
+        "a longer one takes its place": (128, 512, 256, [256]),
+        "a shorter one is in it": (256, 512, 128, [256]),
+        "what was decoded does not replace what was prefilled": (128, 64, 256, [128, 256]),
+    },
+)
+def test_what_a_file_has_is_not_kept_twice(
+    model: Any,
+    rows: Any,
+    tmp_path: Path,
+    first: int,
+    prefilled: int,
+    second: int,
+    kept: list[int],
+) -> None:
+    store = kv_store_of(model, tmp_path)
+    keep(store, rows, list(range(first)))
+    keep(store, rows, list(range(second)), prefilled)
+    assert (lengths(store), lengths(kv_store_of(model, tmp_path))) == (kept, kept)
+    assert len(files_in(tmp_path)) == len(kept)
+
+
+def test_the_file_whose_use_is_longest_ago_goes_first(
+    model: Any, rows: Any, tmp_path: Path
+) -> None:
+    size = 64 * (rows.bytes_per_token + 8)
+    store = kv_store_of(model, tmp_path, 2 * size + size // 2)
+    for token, age in ((1, 30), (2, 20)):
+        keep(store, rows, [token] * 64)
+        for file in store.files.values():
+            if file.tokens[0] == token:
+                os.utime(file.path, (time.time() - age,) * 2)
+    used = next(file for file in store.files.values() if file.tokens[0] == 1)
+    store.read(used, rows, 1, 0, 64, 60)
+    keep(store, rows, [3] * 64)
+    assert sorted(int(file.tokens[0]) for file in store.files.values()) == [1, 3]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= store.most_bytes
+
+
+def test_of_a_prefix_above_the_bound_the_beginning_is_kept(
+    model: Any, rows: Any, tmp_path: Path
+) -> None:
+    store = kv_store_of(model, tmp_path, 100 * (rows.bytes_per_token + 8))
+    keep(store, rows, list(range(500)))
+    assert lengths(store) == [96]
+
+
+def test_a_write_that_takes_too_long_keeps_what_it_has(
+    model: Any, rows: Any, tmp_path: Path
+) -> None:
+    store, asked = kv_store_of(model, tmp_path), iter([False, False, True])
+    store.write(rows, 0, list(range(500)), 512, lambda: next(asked))
+    assert read_back(kv_store_of(model, tmp_path), rows, 128) == 128
+
+
+def flip(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@cases(
+    "damage read",
+    {
+        "the first block": (lambda data: flip(data, 5), 0),
+        "the third block": (lambda data: flip(data, len(data) * 3 // 4), 128),
+        "its tokens": (lambda data: flip(data, len(data) - phi_server.FOOTER.size - 20), None),
+        "its footer": (lambda data: flip(data, len(data) - 1), None),
+        "another model's": (lambda data: flip(data, len(data) - phi_server.FOOTER.size + 9), None),
+        "its end is missing": (lambda data: data[:-1], None),
+        "its beginning is missing": (lambda data: data[1:], None),
+        "it is empty": (lambda data: b"", None),
+        "it is text": (lambda data: b"hello " * 100, None),
+    },
+)
+def test_a_damaged_file_is_read_as_far_as_it_is_whole_and_removed(
+    model: Any,
+    rows: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[bytes], bytes],
+    read: int | None,
+) -> None:
+    keep(kv_store_of(model, tmp_path), rows, list(range(192)))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    store = kv_store_of(model, tmp_path)
+    if read is None:
+        assert store.files == {}
+    else:
+        assert read_back(store, rows, 192) == read
+    assert (files_in(tmp_path), store.files) == ([], {})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{path} is not used" in caplog.text
+
+
+def test_other_files_in_the_folder_are_left_alone(model: Any, rows: Any, tmp_path: Path) -> None:
+    names = ["notes.txt", "kv", "model.kv", "x.part", "0" * 16 + "-" + "0" * 32 + ".kv"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"mine")
+    keep(kv_store_of(model, tmp_path), rows, list(range(64)))
+    assert [(tmp_path / name).read_bytes() for name in names] == [b"mine"] * len(names)
+
+
+def test_kv_of_another_kind_is_not_read(
+    model: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(kv_store_of(model, tmp_path), rows, list(range(64)))
+    monkeypatch.setattr(phi_server, "FORMAT", phi_server.FORMAT + 1)
+    assert kv_store_of(model, tmp_path).files == {}
+    assert files_in(tmp_path) == [".kv"]
+
+
+def test_two_servers_share_a_folder(model: Any, rows: Any, tmp_path: Path) -> None:
+    one, other = kv_store_of(model, tmp_path), kv_store_of(model, tmp_path)
+    keep(one, rows, [1] * 64)
+    keep(other, rows, [1] * 64)
+    assert files_in(tmp_path) == [".kv"]
+    keep(other, rows, [2] * 64)
+    assert len(other.files) == 2
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert read_back(one, rows, 64) == 0
+    assert one.files == {}
+
+
+@cases("age left", [(1, 1), (120, 0)])
+def test_what_a_killed_server_has_left_is_removed_once_it_is_nobodys(
+    model: Any, rows: Any, tmp_path: Path, age: int, left: int
+) -> None:
+    part = tmp_path / "kv-abc123.part"
+    part.write_bytes(b"half")
+    os.utime(part, (time.time() - age,) * 2)
+    keep(kv_store_of(model, tmp_path), rows, list(range(64)))
+    assert files_in(tmp_path).count(".part") == left
+
+
+@cases("where", ["nowhere", "a file"])
+def test_a_folder_that_cannot_be_made_costs_a_log_line(
+    model: Any, rows: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = kv_store_of(
+        model, tmp_path / "file" / "below" if where == "nowhere" else tmp_path / "file"
+    )
+    keep(store, rows, list(range(64)))
+    keep(store, rows, list(range(65)))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+
+@cases("seed reach", [(None, 192), (7, 128)])
+def test_with_a_seed_only_prefilled_kv_is_read(
+    model: Any, rows: Any, tmp_path: Path, seed: int | None, reach: int
+) -> None:
+    store = kv_store_of(model, tmp_path)
+    keep(store, rows, list(range(192)), prefilled=130)
+    slots = phi_server.Slots(model.caches, 1 << 30, store)
+    assert slots.find_stored(sequence([*range(192), 7, 7, 7], seed), 0).reach == reach
+    assert slots.find_stored(sequence([*range(192), 7, 7, 7], seed), 192 - 63) is None
+
+
+@cases("kv_type", ["model", "int8"])
+def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv_type: str) -> None:
+    fields = {"seed": 5, "temperature": 1, "max_tokens": 24}
+    replies = []
+    for folder in (tmp_path, tmp_path, ""):
+        with running(CACHE_DIR=folder, KV_CACHE_TYPE=kv_type) as server:
+            chat_about = functools.partial(chat, server, SYSTEM, **fields)
+            replies.append(chat_about("Tell me about owls."))
+            assert server.traces == []
+    cold, warm, plain = replies
+    prompt = cold["usage"]["prompt_tokens"]
+    assert (cached(cold), cached(plain)) == (0, 0)
+    assert prompt - 10 <= cached(warm) < prompt
+    assert content(cold) == content(warm) == content(plain)
+
+
+def test_what_is_evicted_is_read_when_it_comes_again(tmp_path: Path) -> None:
+    with running(CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
+        first = complete(server, "one " + SYSTEM, max_tokens=8)
+        for word in ("two ", "three ", "four "):
+            complete(server, word + SYSTEM, max_tokens=1)
+        again = complete(server, "one " + SYSTEM, max_tokens=8)
+        assert server.traces == []
+    assert cached(again) >= first["usage"]["prompt_tokens"] - 10
+    assert text_of(again) == text_of(first)
+
+
+KILLED = """
+import itertools, os, signal, sys, phi_server
+blocks, write_block = itertools.count(), phi_server.write_block
+def killed(*arguments):
+    if next(blocks) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_block(*arguments)
+phi_server.write_block = killed
+sys.exit(phi_server.main([]))
+"""
+
+
+def test_a_server_that_is_killed_in_the_middle_of_a_write_starts_again(tmp_path: Path) -> None:
+    with running(KILLED, CACHE_DIR=tmp_path) as server:
+        first = complete(server, SYSTEM, max_tokens=8)
+        server.process.terminate()
+        assert server.ended() == -signal.SIGKILL
+    assert files_in(tmp_path) == [".part"]
+    with running(CACHE_DIR=tmp_path) as server:
+        second = complete(server, SYSTEM, max_tokens=8)
+        server.process.terminate()
+        assert (server.ended(), server.traces) == (0, [])
+    assert (cached(second), text_of(second)) == (0, text_of(first))
+    assert files_in(tmp_path) == [".kv", ".part"]
+
+
+FULL = """
+import resource, sys, phi_server
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+sys.exit(phi_server.main([]))
+"""
+
+
+@on_linux
+def test_a_disk_without_room_costs_a_log_line(tmp_path: Path) -> None:
+    with running(FULL, CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
+        for word in ("one ", "two ", "three "):
+            assert text_of(complete(server, word + SYSTEM, max_tokens=8))
+        server.process.terminate()
+        assert server.ended() == 0
+        warnings = [entry["message"] for entry in server.log if entry.get("level") == "warning"]
+        assert [message.split(" in ")[0] for message in warnings] == ["KV cannot be kept"]
+        assert server.traces == []
+    assert files_in(tmp_path) == []
+
+
+SLOW = """
+import sys, time, phi_server
+write_block = phi_server.write_block
+def slow(*arguments):
+    time.sleep(0.5)
+    print("{\\"message\\": \\"block\\"}", file=sys.stderr, flush=True)
+    return write_block(*arguments)
+phi_server.write_block = slow
+sys.exit(phi_server.main([]))
+"""
+
+
+@cases("is_hurried blocks", {"a slow disk": (False, 10), "a second signal": (True, 2)})
+def test_a_stop_writes_for_a_few_seconds_or_until_a_second_signal(
+    tmp_path: Path, is_hurried: bool, blocks: int
+) -> None:
+    with running(SLOW, CACHE_DIR=tmp_path) as server:
+        complete(server, SYSTEM + SYSTEM + SYSTEM, max_tokens=1)
+        server.process.terminate()
+        server.logged(message="block")
+        if is_hurried:
+            server.process.terminate()
+        assert server.ended() == 0
+        written = sum(entry["message"] == "block" for entry in server.log)
+    assert blocks - 1 <= written <= blocks + 1
+    assert files_in(tmp_path) == [".kv"]
+
+
+@cases("text", ["", "0", "50%", "4 GHz", "-1", "many"])
+def test_cache_bytes_that_are_not_bytes_are_refused(text: str) -> None:
+    with pytest.raises(phi_server.SettingsError, match="CACHE_BYTES: expected bytes such as 4GiB"):
+        phi_server.cache_bound(text)
 
 
 # ---- HTTP ----------------------------------------------------------------------------------------
