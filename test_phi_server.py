@@ -6057,7 +6057,7 @@ def test_a_client_that_leaves_is_not_an_error_in_the_log(
 # ---- Disk ----------------------------------------------------------------------------------------
 # KV in files: here with a store of its own and rows of random numbers, or over a restart.
 
-SYSTEM = " ".join(f"Rule {i}: answer number {i * 7919 % 1000} with care." for i in range(30))
+LONG_SYSTEM = " ".join(f"Rule {i}: answer number {i * 7919 % 1000} with care." for i in range(30))
 
 
 @pytest.fixture
@@ -6401,7 +6401,7 @@ def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv
     replies = []
     for folder in (tmp_path, tmp_path, ""):
         with running(CACHE_DIR=folder, KV_CACHE_TYPE=kv_type) as server:
-            chat_about = functools.partial(chat, server, SYSTEM, **fields)
+            chat_about = functools.partial(chat, server, LONG_SYSTEM, **fields)
             replies.append(chat_about("Tell me about owls."))
             assert server.traces == []
     cold, warm, plain = replies
@@ -6413,16 +6413,16 @@ def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv
 
 def test_what_is_evicted_is_read_when_it_comes_again(tmp_path: Path) -> None:
     with running(CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
-        first = complete(server, "one " + SYSTEM, max_tokens=8)
+        first = complete(server, "one " + LONG_SYSTEM, max_tokens=8)
         for word in ("two ", "three ", "four "):
-            complete(server, word + SYSTEM, max_tokens=1)
-        again = complete(server, "one " + SYSTEM, max_tokens=8)
+            complete(server, word + LONG_SYSTEM, max_tokens=1)
+        again = complete(server, "one " + LONG_SYSTEM, max_tokens=8)
         assert server.traces == []
     assert cached(again) >= first["usage"]["prompt_tokens"] - 10
     assert text_of(again) == text_of(first)
 
 
-KILLED = """
+KILLED_IN_A_WRITE = """
 import itertools, os, signal, sys, phi_server
 blocks, write_block = itertools.count(), phi_server.write_block
 def killed(*arguments):
@@ -6435,20 +6435,20 @@ sys.exit(phi_server.main([]))
 
 
 def test_a_server_that_is_killed_in_the_middle_of_a_write_starts_again(tmp_path: Path) -> None:
-    with running(KILLED, CACHE_DIR=tmp_path) as server:
-        first = complete(server, SYSTEM, max_tokens=8)
+    with running(KILLED_IN_A_WRITE, CACHE_DIR=tmp_path) as server:
+        first = complete(server, LONG_SYSTEM, max_tokens=8)
         server.process.terminate()
         assert server.ended() == -signal.SIGKILL
     assert files_in(tmp_path) == [".part"]
     with running(CACHE_DIR=tmp_path) as server:
-        second = complete(server, SYSTEM, max_tokens=8)
+        second = complete(server, LONG_SYSTEM, max_tokens=8)
         server.process.terminate()
         assert (server.ended(), server.traces) == (0, [])
     assert (cached(second), text_of(second)) == (0, text_of(first))
     assert files_in(tmp_path) == [".kv", ".part"]
 
 
-FULL = """
+FULL_DISK = """
 import resource, sys, phi_server
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 sys.exit(phi_server.main([]))
@@ -6457,9 +6457,9 @@ sys.exit(phi_server.main([]))
 
 @on_linux
 def test_a_disk_without_room_costs_a_log_line(tmp_path: Path) -> None:
-    with running(FULL, CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
+    with running(FULL_DISK, CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
         for word in ("one ", "two ", "three "):
-            assert text_of(complete(server, word + SYSTEM, max_tokens=8))
+            assert text_of(complete(server, word + LONG_SYSTEM, max_tokens=8))
         server.process.terminate()
         assert server.ended() == 0
         warnings = [entry["message"] for entry in server.log if entry.get("level") == "warning"]
@@ -6468,7 +6468,7 @@ def test_a_disk_without_room_costs_a_log_line(tmp_path: Path) -> None:
     assert files_in(tmp_path) == []
 
 
-SLOW = """
+SLOW_DISK = """
 import sys, time, phi_server
 write_block = phi_server.write_block
 def slow(*arguments):
@@ -6484,8 +6484,8 @@ sys.exit(phi_server.main([]))
 def test_a_stop_writes_for_a_few_seconds_or_until_a_second_signal(
     tmp_path: Path, is_hurried: bool, blocks: int
 ) -> None:
-    with running(SLOW, CACHE_DIR=tmp_path) as server:
-        complete(server, SYSTEM + SYSTEM + SYSTEM, max_tokens=1)
+    with running(SLOW_DISK, CACHE_DIR=tmp_path) as server:
+        complete(server, LONG_SYSTEM + LONG_SYSTEM + LONG_SYSTEM, max_tokens=1)
         server.process.terminate()
         server.logged(message="block")
         if is_hurried:
