@@ -6267,7 +6267,7 @@ def test_a_client_that_leaves_is_not_an_error_in_the_log(
 # ---- Disk ----------------------------------------------------------------------------------------
 # KV in files: here with a store of its own and rows of random numbers, or over a restart.
 
-SYSTEM = " ".join(f"Rule {i}: answer number {i * 7919 % 1000} with care." for i in range(30))
+LONG_SYSTEM = " ".join(f"Rule {i}: answer number {i * 7919 % 1000} with care." for i in range(30))
 
 
 @pytest.fixture
@@ -6495,13 +6495,123 @@ def test_with_a_seed_only_prefilled_kv_is_read(
     assert slots.find_stored(sequence([*range(192), 7, 7, 7], seed), 192 - 63) is None
 
 
+class StoredLedger(Ledger):
+    """A Ledger whose KV can be kept on disk."""
+
+    fingerprint = "ledger"
+    floats = None
+
+
+def with_disk(folder: Path, original: int = 61) -> Any:
+    """An engine that is not running, and keeps KV in a folder."""
+    model: Any = StoredLedger(original)
+    store = kv_store_of(model, folder)
+    return phi_server.Engine(model, phi_server.Metrics(), 8, 6, 1 << 30, store=store)
+
+
+def generate(engine: Any, *sequences: Any) -> list[Any]:
+    """Generates these alone; returns what was read or computed."""
+    engine.submit([*sequences])
+    plans = []
+    while plan := engine.plan():
+        plans.append(plan)
+        if isinstance(plan, phi_server.Reading):
+            engine.absorb_reading(plan, *engine.read(plan))
+        else:
+            engine.absorb(plan, *engine.forward(plan))
+    engine.deliver()
+    engine.withdraw([*sequences])
+    return plans
+
+
+@cases("seed", [None, 1])
+@cases("length", {"in the longer cache": 90, "also as it outgrows the shorter": 100})
+def test_an_engine_reads_in_place_of_a_prefill(
+    tmp_path: Path, seed: int | None, length: int
+) -> None:
+    before = with_disk(tmp_path)
+    prompt = [token % 13 for token in range(length)]
+    first = sequence(prompt, seed)
+    generate(before, first)
+    before.slots.keep_all(never)
+    after = with_disk(tmp_path)
+    again = sequence(prompt, seed)
+    plans = generate(after, again)
+    assert [type(plan) for plan in plans[:2]] == [phi_server.Reading, phi_server.Plan]
+    assert again.cached_tokens == (length - 2) // 8 * 8
+    assert again.tokens == first.tokens
+    assert after.metrics.cached_tokens.values == {"": again.cached_tokens}
+
+
+def test_an_engine_keeps_what_others_overwrite(tmp_path: Path) -> None:
+    engine = with_disk(tmp_path)
+    prompts = [[token] * 90 for token in range(1, 9)]  # two more than there are rows
+    for prompt in prompts:
+        generate(engine, sequence(prompt, limit=92))
+    assert lengths(engine.slots.store) == [88, 88]
+    again = sequence(prompts[0], limit=92)
+    generate(engine, again)
+    assert again.cached_tokens == 88
+    assert again.tokens[90:] == engine.model.followers(again.tokens)[89:-1]
+
+
+def test_an_engine_prefills_what_it_cannot_read(tmp_path: Path) -> None:
+    before = with_disk(tmp_path)
+    first = sequence([3] * 90, seed=1)
+    generate(before, first)
+    before.slots.keep_all(never)
+    (path,) = tmp_path.iterdir()
+    after = with_disk(tmp_path)
+    path.write_bytes(flip(path.read_bytes(), 5))
+    again = sequence([3] * 90, seed=1)
+    plans = generate(after, again)
+    assert isinstance(plans[0], phi_server.Reading)
+    assert (again.cached_tokens, again.tokens) == (0, first.tokens)
+
+
+@cases("length cached", {"the same": (76, 72), "the longer one": (90, 0)})
+def test_kv_of_one_cache_is_not_read_into_the_other(
+    tmp_path: Path, length: int, cached: int
+) -> None:
+    before = with_disk(tmp_path, original=80)
+    generate(before, sequence([3] * 75, limit=77))
+    before.slots.keep_all(never)
+    after, again = with_disk(tmp_path, original=80), sequence([3] * length, limit=length + 2)
+    generate(after, again)
+    assert again.cached_tokens == cached
+
+
+def test_a_prompt_that_is_scored_is_not_read(tmp_path: Path) -> None:
+    before = with_disk(tmp_path)
+    generate(before, sequence([3] * 90, limit=92))
+    before.slots.keep_all(never)
+    scored = sequence([3] * 90, limit=92, top_logprobs=0, echoes=True)
+    generate(with_disk(tmp_path), scored)
+    assert scored.cached_tokens == 0
+
+
+def test_those_that_decode_go_on_while_a_prompt_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = with_disk(tmp_path)
+    generate(before, sequence([3] * 100, limit=105))
+    before.slots.keep_all(never)
+    monkeypatch.setattr(phi_server, "SHARED_SECONDS", 1e-9)
+    after = with_disk(tmp_path)
+    kinds = generate(after, sequence([1] * 4, limit=60), sequence([3] * 100, limit=105))
+    readings = [place for place, plan in enumerate(kinds) if isinstance(plan, phi_server.Reading)]
+    assert len(readings) == 2  # blocks
+    between = kinds[readings[0] + 1 : readings[1]]
+    assert any(not plan.is_chunk for plan in between)
+
+
 @cases("kv_type", ["model", "int8"])
 def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv_type: str) -> None:
     fields = {"seed": 5, "temperature": 1, "max_tokens": 24}
     replies = []
     for folder in (tmp_path, tmp_path, ""):
         with running(CACHE_DIR=folder, KV_CACHE_TYPE=kv_type) as server:
-            chat_about = functools.partial(chat, server, SYSTEM, **fields)
+            chat_about = functools.partial(chat, server, LONG_SYSTEM, **fields)
             replies.append(chat_about("Tell me about owls."))
             assert server.traces == []
     cold, warm, plain = replies
@@ -6513,16 +6623,16 @@ def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv
 
 def test_what_is_evicted_is_read_when_it_comes_again(tmp_path: Path) -> None:
     with running(CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
-        first = complete(server, "one " + SYSTEM, max_tokens=8)
+        first = complete(server, "one " + LONG_SYSTEM, max_tokens=8)
         for word in ("two ", "three ", "four "):
-            complete(server, word + SYSTEM, max_tokens=1)
-        again = complete(server, "one " + SYSTEM, max_tokens=8)
+            complete(server, word + LONG_SYSTEM, max_tokens=1)
+        again = complete(server, "one " + LONG_SYSTEM, max_tokens=8)
         assert server.traces == []
     assert cached(again) >= first["usage"]["prompt_tokens"] - 10
     assert text_of(again) == text_of(first)
 
 
-KILLED = """
+KILLED_IN_A_WRITE = """
 import itertools, os, signal, sys, phi_server
 blocks, write_block = itertools.count(), phi_server.write_block
 def killed(*arguments):
@@ -6535,20 +6645,20 @@ sys.exit(phi_server.main([]))
 
 
 def test_a_server_that_is_killed_in_the_middle_of_a_write_starts_again(tmp_path: Path) -> None:
-    with running(KILLED, CACHE_DIR=tmp_path) as server:
-        first = complete(server, SYSTEM, max_tokens=8)
+    with running(KILLED_IN_A_WRITE, CACHE_DIR=tmp_path) as server:
+        first = complete(server, LONG_SYSTEM, max_tokens=8)
         server.process.terminate()
         assert server.ended() == -signal.SIGKILL
     assert files_in(tmp_path) == [".part"]
     with running(CACHE_DIR=tmp_path) as server:
-        second = complete(server, SYSTEM, max_tokens=8)
+        second = complete(server, LONG_SYSTEM, max_tokens=8)
         server.process.terminate()
         assert (server.ended(), server.traces) == (0, [])
     assert (cached(second), text_of(second)) == (0, text_of(first))
     assert files_in(tmp_path) == [".kv", ".part"]
 
 
-FULL = """
+FULL_DISK = """
 import resource, sys, phi_server
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 sys.exit(phi_server.main([]))
@@ -6557,9 +6667,9 @@ sys.exit(phi_server.main([]))
 
 @on_linux
 def test_a_disk_without_room_costs_a_log_line(tmp_path: Path) -> None:
-    with running(FULL, CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
+    with running(FULL_DISK, CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
         for word in ("one ", "two ", "three "):
-            assert text_of(complete(server, word + SYSTEM, max_tokens=8))
+            assert text_of(complete(server, word + LONG_SYSTEM, max_tokens=8))
         server.process.terminate()
         assert server.ended() == 0
         warnings = [entry["message"] for entry in server.log if entry.get("level") == "warning"]
@@ -6568,7 +6678,7 @@ def test_a_disk_without_room_costs_a_log_line(tmp_path: Path) -> None:
     assert files_in(tmp_path) == []
 
 
-SLOW = """
+SLOW_DISK = """
 import sys, time, phi_server
 write_block = phi_server.write_block
 def slow(*arguments):
@@ -6584,8 +6694,8 @@ sys.exit(phi_server.main([]))
 def test_a_stop_writes_for_a_few_seconds_or_until_a_second_signal(
     tmp_path: Path, is_hurried: bool, blocks: int
 ) -> None:
-    with running(SLOW, CACHE_DIR=tmp_path) as server:
-        complete(server, SYSTEM + SYSTEM + SYSTEM, max_tokens=1)
+    with running(SLOW_DISK, CACHE_DIR=tmp_path) as server:
+        complete(server, LONG_SYSTEM + LONG_SYSTEM + LONG_SYSTEM, max_tokens=1)
         server.process.terminate()
         server.logged(message="block")
         if is_hurried:
