@@ -2121,6 +2121,8 @@ THROWAWAY_PAGES = 1  # of every head, for what a decode step writes to a row tha
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
+# Tokens that int8 KV is calibrated with even where less memory is set aside for float32 copies.
+LEAST_CALIBRATION = 256
 MEASURED_CHUNK = 32  # prompt tokens of the warm-up: they take Phi-3.5 0.8 s
 
 
@@ -2389,7 +2391,8 @@ class FloatKv(KvCache):
         self.most_pages = most_pages
         tokens = min(most_tokens, most_pages * mmap.PAGESIZE // head.itemsize - 1)
         self.border = tokens // CHUNK_BORDER * CHUNK_BORDER  # where a prompt's chunk must end
-        super().__init__(config, head, rows, max(self.border + 1, least_width), 0)
+        length = max(self.border + 1, least_width, LEAST_CALIBRATION)
+        super().__init__(config, head, rows, length, 0)
         shape = (1, config.kv_heads, 1, config.head_size)
         self.scales = [np.ones(shape, np.float32) for _ in self.arrays]  # of int8, by array
         self.origins: dict[int, KvCache] = {}  # by row, in the order of their last use
@@ -2710,6 +2713,7 @@ class Model:
         Keys are measured by the norm of the pairs that positions rotate, so that the scales hold at
         positions that the text does not reach.
         """
+        tokens = tokens[: max(floats.border, LEAST_CALIBRATION)]
         lowest, highest = self.limits
         lowest[...], highest[...] = -3e38, 3e38
         for scale in floats.scales:

@@ -2638,6 +2638,17 @@ def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_scales_are_found_however_little_memory_there_is(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    least = make_int8_model(model_folder, tmp_path, "13MiB")
+    assert least.floats.border < phi_server.LEAST_CALIBRATION
+    ratio = np.stack(least.floats.scales)
+    tmp_path.joinpath(f"{least.fingerprint}.npy").unlink()
+    ratio /= np.stack(make_int8_model(model_folder, tmp_path).floats.scales)
+    assert 0.5 < np.median(ratio) <= 1
+
+
 def test_scales_that_cannot_be_kept_are_a_warning(
     model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
