@@ -4703,23 +4703,22 @@ def marks() -> str:
 def normalizer(described: Mapping[str, Json]) -> list[Step]:
     """What a tokenizer does with a text before it is cut; raises ModelLoadingFailed."""
     kind = described.get("type", "")
-    match kind:
-        case "":
-            return []
-        case "Sequence":
-            return [step for each in described["normalizers"] for step in normalizer(each)]
-        case "BertNormalizer":
-            return [*bert_normalizer(described)]
-        case "NFC" | "NFD" | "NFKC" | "NFKD":
-            return [normalization(kind)]
-        case "Lowercase":
-            return [translation(str.lower)]
-        case "StripAccents":
-            return [translation(without_mark)]
-        case "Replace":
-            return [replacement(described)]
-        case "Precompiled":
-            return [CharacterTrie(described)]
+    if kind == "":
+        return []
+    if kind == "Sequence":
+        return [step for each in described["normalizers"] for step in normalizer(each)]
+    if kind == "BertNormalizer":
+        return [*bert_normalizer(described)]
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return [normalization(kind)]
+    if kind == "Lowercase":
+        return [translation(str.lower)]
+    if kind == "StripAccents":
+        return [translation(without_mark)]
+    if kind == "Replace":
+        return [replacement(described)]
+    if kind == "Precompiled":
+        return [CharacterTrie(described)]
     raise ModelLoadingFailed(f"a normalizer {kind}")
 
 
@@ -4729,21 +4728,20 @@ Cut = Callable[[str, bool], list[str]]  # a text, and whether it is the first on
 def pre_tokenizer(described: Mapping[str, Json]) -> Cut:
     """How a tokenizer cuts a text into words; raises ModelLoadingFailed."""
     kind = described.get("type", "")
-    match kind:
-        case "":
-            return lambda text, _: [text]
-        case "Sequence":
-            cuts = [pre_tokenizer(each) for each in described["pretokenizers"]]
-            return functools.reduce(one_after_another, cuts)
-        case "BertPreTokenizer":
-            spaced = translation(lambda each: f" {each} " if is_punctuation(each) else each)
-            return lambda text, _: spaced(text).split()
-        case "WhitespaceSplit":
-            return lambda text, _: text.split()
-        case "Whitespace":
-            return lambda text, _: re.findall(r"\w+|[^\w\s]+", text)
-        case "Metaspace":
-            return functools.partial(cut_at_spaces, metaspace_scheme(described))
+    if kind == "":
+        return lambda text, _: [text]
+    if kind == "Sequence":
+        cuts = [pre_tokenizer(each) for each in described["pretokenizers"]]
+        return functools.reduce(one_after_another, cuts)
+    if kind == "BertPreTokenizer":
+        spaced = translation(lambda each: f" {each} " if is_punctuation(each) else each)
+        return lambda text, _: spaced(text).split()
+    if kind == "WhitespaceSplit":
+        return lambda text, _: text.split()
+    if kind == "Whitespace":
+        return lambda text, _: re.findall(r"\w+|[^\w\s]+", text)
+    if kind == "Metaspace":
+        return functools.partial(cut_at_spaces, metaspace_scheme(described))
     raise ModelLoadingFailed(f"a pre_tokenizer {kind}")
 
 
@@ -5120,15 +5118,14 @@ class HiddenStates(EmbeddingModel):
         states = hidden.numpy().astype(np.float32)
         is_whole = batch.stop == len(tokens)
         job.past = [] if is_whole else past
-        match self.pooling:
-            case "mean":
-                job.sum = states.sum(axis=1) + (job.sum if batch.start else 0)
-                states = job.sum / batch.stop
-            case "last":
-                states = states[:, count - 1]
-            case "cls":
-                job.sum = job.sum if batch.start else states[:, 0]
-                states = job.sum
+        if self.pooling == "mean":
+            job.sum = states.sum(axis=1) + (job.sum if batch.start else 0)
+            states = job.sum / batch.stop
+        elif self.pooling == "last":
+            states = states[:, count - 1]
+        elif self.pooling == "cls":
+            job.sum = job.sum if batch.start else states[:, 0]
+            states = job.sum
         return unit_vectors(states[: int(is_whole)])
 
 
@@ -5162,13 +5159,12 @@ def embedding_model(folder: Path, context_length: int, threads: int) -> Embeddin
 
 def pooled(pooling: str, hidden: Floats, mask: Booleans, lengths: Integers) -> Floats:
     """One vector [rows, size] of those of each token [rows, tokens, size]."""
-    match pooling:
-        case "mean":
-            hidden = np.matmul(mask[:, None].astype(np.float32), hidden)[:, 0] / lengths[:, None]
-        case "cls":
-            hidden = hidden[:, 0]
-        case "last":
-            hidden = hidden[np.arange(len(hidden)), lengths - 1]
+    if pooling == "mean":
+        hidden = np.matmul(mask[:, None].astype(np.float32), hidden)[:, 0] / lengths[:, None]
+    elif pooling == "cls":
+        hidden = hidden[:, 0]
+    elif pooling == "last":
+        hidden = hidden[np.arange(len(hidden)), lengths - 1]
     return hidden
 
 
