@@ -2518,7 +2518,8 @@ class Model:
                     fault = "no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS"
                     raise ModelLoadingFailed(f"{fault}: {error}") from None
                 self.context_length //= 2  # nobody asked for it
-        self.mask_memory = virtual_memory(8 * rows * self.caches[-1].capacity)  # int64
+        masked = max(rows * self.caches[-1].capacity, LEAST_CALIBRATION)
+        self.mask_memory = virtual_memory(8 * masked)  # int64
         # What bindings keep: the limits of int8, which attention, and positions that are not read.
         self.limits = np.array(-127, np.float32), np.array(127, np.float32)
         self.flags = np.array(False), np.array(True)

@@ -2649,6 +2649,15 @@ def test_scales_are_found_however_little_memory_there_is(
     assert 0.5 < np.median(ratio) <= 1
 
 
+def test_scales_are_found_however_short_the_context_is(model_folder: Path, tmp_path: Path) -> None:
+    config = phi_server.ModelConfig.read(model_folder)
+    text = phi_server.Tokenizer(model_folder).encode(phi_server.CALIBRATION_TEXT)
+    choice = phi_server.KvChoice("int8", "1GiB", text, tmp_path)
+    model = phi_server.Model(config, 16, 2, 1, choice)
+    assert 2 * model.caches[0].capacity < phi_server.LEAST_CALIBRATION
+    assert all((scale < 1).all() for scale in model.floats.scales)
+
+
 def test_scales_that_cannot_be_kept_are_a_warning(
     model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
