@@ -1976,7 +1976,8 @@ def quantize_kv(
     """
     names = [name.encode() for name in past]
     nodes = [attention_of(graph, names[place : place + 2]) for place in range(0, len(past), 2)]
-    if not nodes[0] or not all(nodes):
+    kinds = {bytes(read_protobuf(port)[1][0]): port_type(port)[1][0] for port in graph.inputs}
+    if not nodes[0] or not all(nodes) or any(kinds[name] != FLOAT32 for name in names):
         return None
     rotates, interleaved = (
         attribute_integer(nodes[0], name) for name in ("do_rotary", "rotary_interleaved")

@@ -2674,6 +2674,18 @@ def test_kv_that_cannot_be_int8_is_refused(model_folder: Path, tmp_path: Path) -
     assert re.match("KV_CACHE_TYPE: .*echo.onnx stays as it is: its attention", error["message"])
 
 
+def test_kv_of_float16_stays_as_it_is(model_folder: Path) -> None:
+    graph = phi_server.OnnxGraph(model_folder / "model.onnx")
+    past = [f"past_key_values.{layer}.{part}" for layer in range(30) for part in ("key", "value")]
+    for place, port in enumerate(graph.inputs):
+        name = bytes(phi_server.read_protobuf(port)[1][0]).decode()
+        if name in past:
+            changed_port = phi_server.tensor_port(name, 10, ["rows", 3, "length", 64])
+            graph.inputs[place] = memoryview(changed_port)
+    present = [name.replace("past_key_values", "present") for name in past]
+    assert phi_server.quantize_kv(graph, past, present, 3, 64) is None
+
+
 @pytest.fixture(scope="module")
 def int8_server() -> Iterator[Server]:
     with running(KV_CACHE_TYPE="int8") as server:
