@@ -17,6 +17,7 @@ The file reads top to bottom; a section uses only those above it (`grep '^# ----
     Calls        how models call tools, and these calls told from text
     Prompt       tokenizer, control tokens, chat template
     Grammar      schemas and tool calls as grammars, and the masks that force them
+    Encoders     the tokenizers of models for embeddings
     Embeddings   texts to vectors, by a model of their own
     Worker       the process that forks for each large body and each grammar
     Sampling     one row of logits to one token
@@ -1283,6 +1284,7 @@ ITEM_ID = re.compile("[A-Za-z0-9_-]{1,64}")
 # OpenAI's bounds of what a client may attach to a response.
 MOST_METADATA, LONGEST_METADATA_NAME, LONGEST_METADATA_VALUE = 16, 64, 512
 
+TRUNCATIONS = ("auto", "disabled")
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 # Of all stored responses; a long conversation whose client sends it again takes all it has each
 # time.
@@ -1376,33 +1378,41 @@ def parse_response(
         include_usage=False,
         sampling=sampling,
     )
-    truncation = fields.choice("truncation", ("auto", "disabled")) or "disabled"
-    offered = fields.objects("tools")
-    echoed = {
-        "instructions": told or None,
-        "max_output_tokens": generation.max_tokens,
-        "metadata": parse_metadata(fields.object("metadata")),
-        "parallel_tool_calls": fields.boolean("parallel_tool_calls", default=True),
-        "previous_response_id": fields.string("previous_response_id") or None,
-        "reasoning": {"effort": effort or None, "summary": None},
-        "temperature": sampling.temperature,
-        "text": {"format": echoed_format(text.object("format"))},
-        "tool_choice": fields.values.get("tool_choice") or "auto",
-        "tools": [echoed_tool(tool) for tool in offered if is_function(tool)],
-        "top_logprobs": top_logprobs,
-        "top_p": sampling.top_p,
-        "truncation": truncation,
-        "user": fields.string("user") or None,
-    }
     return ResponseRequest(
         chat=ChatRequest((), tools, schema, parse_variables(fields, effort), generation),
         instructions=(Message("system", told),) if told else (),
         items=items,
-        is_truncated=truncation == "auto",
+        is_truncated=fields.choice("truncation", TRUNCATIONS) == "auto",
         is_stored=fields.boolean("store", default=True),
-        echoed=echoed,
-        ignored_tools=tuple(tool.string("type") for tool in offered if not is_function(tool)),
+        echoed=echoed_fields(fields, sampling),
+        ignored_tools=tuple(
+            tool.string("type") for tool in fields.objects("tools") if not is_function(tool)
+        ),
     )
+
+
+def echoed_fields(fields: Fields, sampling: Sampling) -> dict[str, Json]:
+    """What a response repeats of its request; raises ApiError."""
+    offered = fields.objects("tools")
+    return {
+        "instructions": fields.string("instructions") or None,
+        "max_output_tokens": fields.values.get("max_output_tokens"),
+        "metadata": parse_metadata(fields.object("metadata")),
+        "parallel_tool_calls": fields.boolean("parallel_tool_calls", default=True),
+        "previous_response_id": fields.string("previous_response_id") or None,
+        "reasoning": {
+            "effort": fields.object("reasoning").choice("effort", EFFORTS) or None,
+            "summary": None,
+        },
+        "temperature": sampling.temperature,
+        "text": {"format": echoed_format(fields.object("text").object("format"))},
+        "tool_choice": fields.values.get("tool_choice") or "auto",
+        "tools": [echoed_tool(tool) for tool in offered if is_function(tool)],
+        "top_logprobs": fields.values.get("top_logprobs") or 0,
+        "top_p": sampling.top_p,
+        "truncation": fields.choice("truncation", TRUNCATIONS) or "disabled",
+        "user": fields.string("user") or None,
+    }
 
 
 def parse_included(fields: Fields) -> list[Json]:
@@ -2122,8 +2132,6 @@ THROWAWAY_PAGES = 1  # of every head, for what a decode step writes to a row tha
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
-# Tokens that int8 KV is calibrated with even where less memory is set aside for float32 copies.
-LEAST_CALIBRATION = 256
 MEASURED_CHUNK = 32  # prompt tokens of the warm-up: they take Phi-3.5 0.8 s
 
 
@@ -2392,7 +2400,7 @@ class FloatKv(KvCache):
         self.most_pages = most_pages
         tokens = min(most_tokens, most_pages * mmap.PAGESIZE // head.itemsize - 1)
         self.border = tokens // CHUNK_BORDER * CHUNK_BORDER  # where a prompt's chunk must end
-        length = max(self.border + 1, least_width, LEAST_CALIBRATION)
+        length = max(self.border + 1, least_width, LONGEST_CHUNK)
         super().__init__(config, head, rows, length, 0)
         shape = (1, config.kv_heads, 1, config.head_size)
         self.scales = [np.ones(shape, np.float32) for _ in self.arrays]  # of int8, by array
@@ -2452,7 +2460,7 @@ def collapse_pages() -> int:
         if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
             return 0
         maps = Path("/proc/self/maps").read_text()
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):  # not Linux
         return 0
     moved = 0
@@ -2462,6 +2470,22 @@ def collapse_pages() -> int:
             page = ctypes.c_void_p(place), ctypes.c_size_t(HUGE_PAGE)
             moved += HUGE_PAGE * (madvise(*page, MADV_COLLAPSE) == 0)
     return moved
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one run of the graph is fed."""
+
+    kv: KvCache
+    low: int  # the first row; the call is of the rows from there on
+    tokens: Integers  # [rows, count]
+    lengths: Integers  # [rows], tokens that the rows hold before
+    wanted: Integers  # places in the flat tokens whose logits are computed
+
+    @property
+    def count(self) -> int:
+        """Tokens fed to each row."""
+        return int(self.tokens.shape[1])
 
 
 # Bytes of a token's float32 KV from which on int8 is chosen: what decoding gains by it is a tenth
@@ -2506,20 +2530,9 @@ class Model:
         self.kv_bytes = kv_bytes - float_bytes
         longest = min(config.context_length, tokens_within(self.kv_bytes, config, head))
         self.context_length = min(context_length or longest, longest)
-        while True:
-            bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
-            if original and original < self.context_length:
-                bounds = [(original, 0), (self.context_length, original + 1)]
-            try:
-                self.caches = [KvCache(config, head, rows, *bound) for bound in bounds]
-                self.floats = self.make_floats(float_bytes, rows) if self.heads else None
-                break
-            except (OSError, ValueError, OverflowError) as error:
-                if context_length or self.context_length < 2 * LEAST_CONTEXT:
-                    fault = "no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS"
-                    raise ModelLoadingFailed(f"{fault}: {error}") from None
-                self.context_length //= 2  # nobody asked for it
-        masked = max(rows * self.caches[-1].capacity, LEAST_CALIBRATION)
+        while not self.map_kv(rows, head, original, float_bytes, is_asked_for=context_length > 0):
+            self.context_length //= 2
+        masked = max(rows * self.caches[-1].capacity, LONGEST_CHUNK)
         self.mask_memory = virtual_memory(8 * masked)  # int64
         # What bindings keep: the limits of int8, which attention, and positions that are not read.
         self.limits = np.array(-127, np.float32), np.array(127, np.float32)
@@ -2546,21 +2559,39 @@ class Model:
             raise ModelLoadingFailed(f"KV_CACHE_TYPE: {self.config.graph} stays as it is: {fault}")
         return heads
 
-    def make_floats(self, size: int, rows: int) -> FloatKv:
-        """The float32 copies of int8 KV, of so many bytes in all."""
-        width = max(kv.least_width for kv in self.caches)
-        return FloatKv(
-            self.config, rows, size // page_bytes(self.config), self.context_length, width
-        )
+    def map_kv(
+        self,
+        rows: int,
+        head: np.dtype[Any],
+        original: int | None,
+        float_bytes: int,
+        is_asked_for: bool,
+    ) -> bool:
+        """Makes the KV caches; False if the address space does not hold such a context.
+
+        Raises ModelLoadingFailed for a context that was asked for, or that cannot be shorter.
+        """
+        bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
+        if original and original < self.context_length:
+            bounds = [(original, 0), (self.context_length, original + 1)]
+        self.floats: FloatKv | None = None
+        try:
+            self.caches = [KvCache(self.config, head, rows, *bound) for bound in bounds]
+            if self.heads:
+                pages, width = float_bytes // page_bytes(self.config), bounds[-1][1]
+                self.floats = FloatKv(self.config, rows, pages, self.context_length, width)
+        except (OSError, ValueError, OverflowError) as error:
+            if is_asked_for or self.context_length < 2 * LEAST_CONTEXT:
+                fault = "no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS"
+                raise ModelLoadingFailed(f"{fault}: {error}") from None
+            return False
+        return True
 
     def warm_up(self) -> None:
         """Runs the graph, so that a wrong one fails now; raises ModelLoadingFailed."""
-        tokens = np.full((1, 2), self.config.start_token, np.int64)
-        call = (self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(2))
         try:
-            if self.floats:
-                self.forward(*call, prefills=True)
-            self.forward(*call)
+            self.seconds_of(2)
+            self.seconds_of(1)
             self.step_seconds = self.seconds_of(1)  # once its memory is taken
             count = min(MEASURED_CHUNK, self.caches[0].length)
             self.prefill_speed = count / self.seconds_of(count)
@@ -2577,58 +2608,43 @@ class Model:
         return border if start < border < stop - 1 else stop
 
     def seconds_of(self, count: int) -> float:
-        """Measures a call of so many tokens on an empty row, and gives the row's memory back."""
+        """Measures a call of so many tokens on an empty row, and gives its memory back."""
         tokens = np.full((1, count), self.config.start_token, np.int64)
-        call = (self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(count)[-2:])
+        call = Call(self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(count)[-2:])
         started = time.perf_counter()
-        self.forward(*call, prefills=count > 1)
+        self.forward(call, prefills=count > 1)
         seconds = time.perf_counter() - started
         self.caches[0].release(0, 0)
+        self.release_memory()
         return seconds
 
-    def forward(
-        self,
-        kv: KvCache,
-        low: int,
-        tokens: Integers,
-        lengths: Integers,
-        wanted: Integers,
-        prefills: bool = False,
-    ) -> npt.NDArray[Any]:
-        """Feeds tokens [rows, count] to KV rows from `low` on, which hold `lengths` [rows] tokens.
+    def forward(self, call: Call, prefills: bool = False) -> npt.NDArray[Any]:
+        """Appends the KV of tokens in place; returns logits [wanted, vocab], until the next call.
 
-        Appends KV in place; returns logits [wanted, vocab] of the tokens with these places in the
-        flat `tokens`, which the next call overwrites. A pruned model has but those of each row's
-        last token. With `prefills` the tokens are a chunk of a prompt, in one row.
+        A pruned model has but those of each row's last token. With `prefills` the tokens are a
+        chunk of a prompt, in one row.
         """
-        start, stop = int(lengths[0]), int(lengths[0]) + tokens.shape[1]
+        kv, row = call.kv, call.low
+        start, stop = int(call.lengths[0]), int(call.lengths[0]) + call.count
         floats = self.floats if prefills else None
         if floats and stop <= floats.border + 1:
-            floats.open(kv, low, start, stop)
-            logits = self.run(kv, low, tokens, lengths, wanted, in_float=True)
-            floats.store(kv, low, start, stop)
+            floats.open(kv, row, start, stop)
+            logits = self.run(call, in_float=True)
+            floats.store(kv, row, start, stop)
             return logits
-        for row, length in enumerate(lengths.tolist(), low):
+        for row, length in enumerate(call.lengths.tolist(), call.low):
             kv.in_float[row] = min(kv.in_float[row], length)
-        return self.run(kv, low, tokens, lengths, wanted, in_float=False)
+        return self.run(call, in_float=False)
 
-    def run(
-        self,
-        kv: KvCache,
-        low: int,
-        tokens: Integers,
-        lengths: Integers,
-        wanted: Integers,
-        in_float: bool,
-    ) -> npt.NDArray[Any]:
+    def run(self, call: Call, in_float: bool) -> npt.NDArray[Any]:
         """Runs the graph; see forward."""
-        rows, count = tokens.shape
-        names, width = self.config.inputs, max(int(lengths.max()) + count, kv.least_width)
+        (rows, count), lengths, wanted = call.tokens.shape, call.lengths, call.wanted
+        names, width = self.config.inputs, max(int(lengths.max()) + count, call.kv.least_width)
         columns = np.arange(width)
         # One memory for the masks of all calls, since a binding keeps what was last bound.
         mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
         np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
-        inputs = {names["input_ids"]: tokens, names["attention_mask"]: mask}
+        inputs = {names["input_ids"]: call.tokens, names["attention_mask"]: mask}
         positions = lengths[:, None] + columns[:count]
         if self.position_axes:
             inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
@@ -2636,7 +2652,7 @@ class Model:
             inputs[POSITIONS] = positions
         if self.chooses:
             inputs[LOGIT_ROWS] = wanted
-        binding = self.binding(kv, low, low + rows, in_float)
+        binding = self.binding(call.kv, call.low, call.low + rows, in_float)
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, 1 if self.is_pruned else count, self.config.vocab_size)
@@ -2715,29 +2731,30 @@ class Model:
         Keys are measured by the norm of the pairs that positions rotate, so that the scales hold at
         positions that the text does not reach.
         """
-        tokens = tokens[: max(floats.border, LEAST_CALIBRATION)]
         lowest, highest = self.limits
         lowest[...], highest[...] = -3e38, 3e38
         for scale in floats.scales:
             scale[...] = 2.0**-40  # so fine that nothing is rounded
-        for start in range(0, len(tokens) - 1, LONGEST_CHUNK):
-            chunk = np.array([tokens[start : start + LONGEST_CHUNK]], np.int64)
-            floats.open(self.caches[0], 0, start, start + chunk.size)
-            self.caches[0].in_float[0] = start + chunk.size
-            lengths = np.array([start])
-            self.run(self.caches[0], 0, chunk, lengths, np.arange(2), in_float=True)
-        for i, (array, scale) in enumerate(zip(floats.arrays, floats.scales, strict=True)):
-            most = np.abs(array[0, :, : len(tokens)]).max(axis=1)
-            if i % 2 == 0:
-                most = self.rotated_norm(array[0, :, : len(tokens)])
-            scale[0, :, 0] = np.maximum(most * (1.1 if i % 2 else 1), 1e-6) / 127
+        largest = [np.zeros_like(scale[0, :, 0]) for scale in floats.scales]
+        kv, behind = self.caches[0], np.zeros(1, np.int64)
+        # Piece by piece from the first row's beginning, so that no more memory is needed.
+        for start in range(0, len(tokens), LONGEST_CHUNK):
+            piece = np.array([tokens[start : start + LONGEST_CHUNK]], np.int64)
+            floats.open(kv, 0, 0, piece.size)
+            self.run(Call(kv, 0, piece, behind, np.arange(1)), in_float=True)
+            for i, (array, most) in enumerate(zip(floats.arrays, largest, strict=True)):
+                written = np.abs(array[0, :, : piece.size])
+                found = written.max(axis=1) * 1.1 if i % 2 else self.rotated_norm(written)
+                np.maximum(most, found, out=most)
+        for most, scale in zip(largest, floats.scales, strict=True):
+            scale[0, :, 0] = np.maximum(most, 1e-6) / 127
         lowest[...], highest[...] = -127, 127
         floats.close(0)
 
     def rotated_norm(self, keys: Floats) -> Floats:
-        """The largest that rotation can make of each number of keys [kv_heads, tokens, size]."""
+        """The largest that rotation can make of the sizes of keys [kv_heads, tokens, size]."""
         assert self.heads
-        most: Floats = np.abs(keys)
+        most = keys.copy()
         pairs = most[..., : self.heads.rotated]  # a view
         half = self.heads.rotated // 2
         both = (
@@ -2801,13 +2818,19 @@ def fingerprint(config: ModelConfig, graph: OnnxGraph) -> str:
     return digest.hexdigest()[:32]
 
 
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """The options of all sessions; their faults are raised, so they log none."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return options
+
+
 def load_session(
     config: ModelConfig, threads: int, graph: bytes, weights: Path
 ) -> onnxruntime.InferenceSession:
     """Loads a graph with the folder of its weights; raises ModelLoadingFailed for no decoder."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = session_options(threads)
     key = "session.model_external_initializers_file_folder_path"
     options.add_session_config_entry(key, str(weights))
     try:
@@ -4540,25 +4563,12 @@ def stub_graph(vocab_size: int) -> bytes:
     return protobuf((1, 8), (7, protobuf(*graph)), (8, protobuf((1, ""), (2, 14))))
 
 
-# ---- Embeddings ----------------------------------------------------------------------------------
-# Texts to vectors, by the model of a second folder, EMBEDDING_PATH: an encoder as optimum or
-# fastembed exports it, and the files of sentence-transformers beside it. onnxruntime-genai does not
-# know the tokenizers of encoders, so they are read here, as their tokenizer.json describes them
-# (huggingface.co/docs/tokenizers). Vectors are computed in short calls, between the steps of
-# generation: an EmbeddingJob is what a request wants, a Batch what one call of the graph computes.
+# ---- Encoders ------------------------------------------------------------------------------------
+# The tokenizers of models for embeddings, which onnxruntime-genai does not know. They are read here
+# as their tokenizer.json describes them (huggingface.co/docs/tokenizers): steps that change a text,
+# cuts that make words of it, and WordPiece or Unigram, which make tokens of words.
 
-MOST_INPUTS = 2048  # OpenAI's bound
-EMBEDDING_SECONDS = 0.25  # of one turn, after which generation goes on
-MOST_BATCH_TOKENS = 1024  # of several inputs; more are no faster, but take more memory
-FEWEST_TOKENS = 32  # for whose time a call is counted, if it has fewer
 CACHED_WORDS = 50_000  # whose tokens are remembered
-ENCODER_FILES = ("model.onnx", "onnx/model.onnx", "model_optimized.onnx")
-ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-HIDDEN_OUTPUTS = ("last_hidden_state", "token_embeddings", "hidden_states")
-# Operators that round all inputs of a call by one scale: what one text gets then depends on others.
-ROUNDING_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
-# Families of encoders that count positions from the padding token's id on.
-SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"}
 
 Step = Callable[[str], str]
 
@@ -4904,6 +4914,25 @@ def special_tokens(described: Mapping[str, Json]) -> tuple[list[int], list[int]]
     return around
 
 
+# ---- Embeddings ----------------------------------------------------------------------------------
+# Texts to vectors, by the model of a second folder, EMBEDDING_PATH: an encoder as optimum or
+# fastembed exports it, and the files of sentence-transformers beside it, or a decoder that shows
+# its hidden states. Vectors are computed in short calls, between the steps of generation: an
+# EmbeddingJob is what a request wants, a Batch what one call of the graph computes.
+
+MOST_INPUTS = 2048  # OpenAI's bound
+EMBEDDING_SECONDS = 0.25  # of one turn, after which generation goes on
+MOST_BATCH_TOKENS = 1024  # of several inputs; more are no faster, but take more memory
+FEWEST_TOKENS = 32  # for whose time a call is counted, if it has fewer
+ENCODER_FILES = ("model.onnx", "onnx/model.onnx", "model_optimized.onnx")
+ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+HIDDEN_OUTPUTS = ("last_hidden_state", "token_embeddings", "hidden_states")
+# Operators that round all inputs of a call by one scale: what one text gets then depends on others.
+ROUNDING_TOGETHER = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"}
+# Families of encoders that count positions from the padding token's id on.
+SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "longformer"}
+
+
 @dataclass(frozen=True)
 class EmbeddingRequest:
     """A checked body of POST /v1/embeddings."""
@@ -5095,12 +5124,10 @@ class HiddenStates(EmbeddingModel):
         self.context_length = min(context_length, config.context_length)
         positions = inputs.get(config.inputs["position_ids"])
         self.position_axes = positions and [*positions.shape[:-2], 1, 1]
-        layers = [(layer, part) for layer in range(config.layers) for part in ("key", "value")]
-        self.past = [config.inputs[f"past_{part}_names"] % layer for layer, part in layers]
-        self.present = [config.outputs[f"present_{part}_names"] % layer for layer, part in layers]
+        self.past, self.present = kv_names(config)
         head = kv_head(inputs[self.past[0]], config.head_size)
         empty = np.zeros((1, config.kv_heads, 0, *head.shape), head.base)
-        self.no_past = [onnxruntime.OrtValue.ortvalue_from_numpy(empty)] * len(layers)
+        self.no_past = [onnxruntime.OrtValue.ortvalue_from_numpy(empty)] * len(self.past)
         super().__init__(config.graph)
 
     def compute(self, batch: Batch) -> Floats:
@@ -5188,9 +5215,7 @@ def find_encoder(folder: Path) -> Path:
 
 def embedding_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     """Loads a graph; raises ModelLoadingFailed."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
+    options = session_options(threads)
     options.enable_mem_pattern = False  # kept for each shape that occurs
     try:
         return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
@@ -6687,22 +6712,12 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One call of the graph: a chunk of one prompt, or the next token of all that decode."""
+class Plan(Call):
+    """A chunk of one prompt, or the next token of all that decode; what other rows get is lost."""
 
     is_chunk: bool
-    kv: KvCache
-    slots: list[Slot]  # of that cache, whose sequences are fed
-    low: int  # the span's first row; what is fed to rows of others is thrown away
-    tokens: Integers  # [rows, count]
-    lengths: Integers  # [rows]
-    wanted: Integers  # places in the flat tokens whose logits are computed
+    slots: list[Slot]  # whose sequences are fed
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
-
-    @property
-    def count(self) -> int:
-        """Tokens fed to each row."""
-        return int(self.tokens.shape[1])
 
     @property
     def draft(self) -> list[int]:
@@ -6878,9 +6893,8 @@ class Engine:
         """Lets embeddings be computed, in the time that prompts and replies leave; if there are."""
         busy = [slot for slot in self.slots.all if slot.sequence and not slot.running.finish_reason]
         shared = len({slot.kv for slot in busy if slot.pending == 1})
-        seconds = EMBEDDING_SECONDS
+        seconds = self.time_left(shared, EMBEDDING_SECONDS)
         if shared:
-            seconds = SHARED_SECONDS / shared - self.prefill_seconds
             seconds /= 2 if any(slot.pending > 1 for slot in busy) else 1
         else:
             embedder.debt = 0.0
@@ -6933,9 +6947,10 @@ class Engine:
         if prefilling:
             slot = self.next_prompt(prefilling)
             self.metrics.cached_tokens.add(self.slots.reuse_prefix(slot))
-            if reading := self.plan_reading(slot, len({slot.kv for slot in decoding})):
+            shared = len({slot.kv for slot in decoding})
+            if reading := self.plan_reading(slot, shared):
                 return reading
-            count = self.chunk_length(slot.to_prefill, len({slot.kv for slot in decoding}))
+            count = self.chunk_length(slot.to_prefill, shared)
             start = len(slot.tokens)
             count = self.model.chunk_end(start, start + count) - start
             if count:
@@ -6970,12 +6985,13 @@ class Engine:
         ready = [slot for slot in prefilling if slot.running.leader not in sequences]
         return min(ready, key=lambda slot: slot.used)
 
-    def chunk_length(self, pending: int, shared: int) -> int:
-        """How many of a prompt's pending tokens to prefill now; 0 when others must decode first.
+    def time_left(self, shared: int, alone: float) -> float:
+        """Seconds until others must decode, in as many steps as caches have them, else `alone`."""
+        return SHARED_SECONDS / shared - self.prefill_seconds if shared else alone
 
-        Those that decode share the time in as many steps as caches have them.
-        """
-        seconds = SHARED_SECONDS / shared - self.prefill_seconds if shared else ALONE_SECONDS
+    def chunk_length(self, pending: int, shared: int) -> int:
+        """How many of a prompt's pending tokens to prefill now; 0 when others must decode first."""
+        seconds = self.time_left(shared, ALONE_SECONDS)
         count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
         if shared and count <= 0 and self.prefill_seconds:
             return 0
@@ -6983,12 +6999,8 @@ class Engine:
         return pending if pending <= count + 1 else count  # + 1: no single token is left over
 
     def plan_reading(self, slot: Slot, shared: int) -> Reading | None:
-        """What to read now of a slot's prompt; None if nothing, or when others must decode first.
-
-        Time is shared as in chunk_length.
-        """
-        stored = slot.stored
-        seconds = SHARED_SECONDS / shared - self.prefill_seconds if shared else ALONE_SECONDS
+        """What to read now of a slot's prompt; None if nothing or when others must decode first."""
+        stored, seconds = slot.stored, self.time_left(shared, ALONE_SECONDS)
         if not stored or stored.reach <= len(slot.tokens) or seconds <= 0:
             return None
         chores, self.slots.chores = self.slots.chores, []
@@ -7052,15 +7064,14 @@ class Engine:
         is_scored = slots[0].running.scores_prompt and not slots[0].running.completion_tokens
         first = tokens.size - 2 if is_chunk and not is_scored else 0
         wanted = np.arange(first, tokens.size)
-        return Plan(is_chunk, kv, slots, low, tokens, lengths, wanted, chores)
+        return Plan(kv, low, tokens, lengths, wanted, is_chunk, slots, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
         """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
-        call = (plan.kv, plan.low, plan.tokens, plan.lengths, plan.wanted)
-        logits = self.model.forward(*call, prefills=plan.is_chunk)
+        logits = self.model.forward(plan, prefills=plan.is_chunk)
         seconds = time.perf_counter() - start
         picks: list[list[Pick] | None] = []
         for slot in plan.slots:
