@@ -8258,7 +8258,7 @@ function batches() { // [mean, how many steps computed so many replies, how many
 
 function showServer() {
   const { running_sequences: runs, waiting_sequences: waits, kv_limit_bytes: bound,
-    kv_resident_bytes: used, kv_reserved_bytes: promised } = samples.at(-1);
+    kv_resident_bytes: used, kv_reserved_bytes: needed } = samples.at(-1);
   const rates = speeds(), [mean, counts, ranges] = batches();
   const first = samples.map((each) => each.running_sequences);
   const second = samples.map((each, i) => first[i] + each.waiting_sequences);
@@ -8270,7 +8270,7 @@ function showServer() {
     card("Replies computed together", [[mean, "in a step, on average"]], ...bars(counts, ranges)),
     card("Memory for conversations (KV)", [[size(used), `in use, of ${size(bound)}`]],
       ...gauge(used, bound, 30, "first", `${size(used)} of running and kept ones`),
-      ...gauge(promised, bound, 90, "second", `${size(promised)} promised to running ones`)));
+      ...gauge(needed, bound, 90, "second", `${size(needed)} of running ones`)));
 }
 
 // Controls.

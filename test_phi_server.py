@@ -10615,7 +10615,7 @@ def test_the_servers_view_draws_what_runs_and_waits_and_its_memory(
         )
         assert both == pytest.approx(3 * running_ones)
         assert eventually(lambda: bool(re.match(r"Tokens a second: [1-9]\d* now", drawn()[0])))
-        assert page.each("#cards rect.second", "getBBox().width")[0] > 2  # promised KV
+        assert page.each("#cards rect.second", "getBBox().width")[0] > 2  # KV of running replies
     assert eventually(lambda: "Replies: 0 running, 0 waiting" in drawn())
     assert drawn()[2] == "Replies computed together: 1.0 in a step, on average"
     assert re.fullmatch(r"Memory .+: [\d.]+ [KMG]iB in use, of [\d.]+ [KMG]iB", drawn()[3])
