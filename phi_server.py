@@ -2526,13 +2526,7 @@ class Model:
         # None without that input; before rows and tokens it may have axes such as time and space.
         self.position_axes = positions and [*positions.shape[:-2], 1, 1]
         head = kv_head(inputs[config.inputs["past_key_names"] % 0], config.head_size)
-        kv_bytes = memory_bound(choice.memory, free_memory())
-        float_bytes = kv_bytes // 3 if self.heads else 0
-        self.kv_bytes = kv_bytes - float_bytes
-        longest = min(config.context_length, tokens_within(self.kv_bytes, config, head))
-        self.context_length = min(context_length or longest, longest)
-        while not self.map_kv(rows, head, original, float_bytes, is_asked_for=context_length > 0):
-            self.context_length //= 2
+        self.reserve_kv(choice.memory, context_length, rows, head, original)
         masked = max(rows * self.caches[-1].capacity, LONGEST_CHUNK)
         self.mask_memory = virtual_memory(8 * masked)  # int64
         # What bindings keep: the limits of int8, which attention, and positions that are not read.
@@ -2559,6 +2553,18 @@ class Model:
             fault = "its attention is not GroupQueryAttention on float32 KV"
             raise ModelLoadingFailed(f"KV_CACHE_TYPE: {self.config.graph} stays as it is: {fault}")
         return heads
+
+    def reserve_kv(
+        self, memory: str, context_length: int, rows: int, head: np.dtype[Any], original: int | None
+    ) -> None:
+        """Shares KV memory out, and makes the caches for the context that it holds."""
+        kv_bytes = memory_bound(memory, free_memory())
+        float_bytes = kv_bytes // 3 if self.heads else 0
+        self.kv_bytes = kv_bytes - float_bytes
+        longest = min(self.config.context_length, tokens_within(self.kv_bytes, self.config, head))
+        self.context_length = min(context_length or longest, longest)
+        while not self.map_kv(rows, head, original, float_bytes, is_asked_for=context_length > 0):
+            self.context_length //= 2
 
     def map_kv(
         self,
@@ -10737,8 +10743,8 @@ def handle_signals(stopping: asyncio.Event, hurry: asyncio.Event) -> None:
         signal.signal(number, handle)
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns 0, 1 if the model cannot be loaded, 2 for a bad setting."""
+def command_line() -> argparse.ArgumentParser:
+    """The options; those of the worker are the server's own (see Worker.spawn)."""
     rows = "settings, from the environment or else from .env in the working directory:"
     for name, default, meaning in settings_table():
         rows += f"\n  {name:24} {meaning} [{default or 'unset'}]"
@@ -10749,10 +10755,15 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"phi_server {VERSION}")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # see Worker.spawn
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--single-worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--embedding", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns 0, 1 if the model cannot be loaded, 2 for a bad setting."""
+    options = command_line().parse_args(argv)
     if folder := options.worker or options.single_worker:
         work(folder, options.worker is not None, options.embedding)
         return 0
@@ -10764,9 +10775,8 @@ def main(argv: list[str]) -> int:
         setup_logging(settings)
         listener, keys = bind(settings), Keys(settings.api_keys, settings.api_keys_file)
         config = ModelConfig.read(model_folder(settings))
-        embedding = (
-            str(Path(settings.embedding_path).expanduser()) if settings.embedding_path else ""
-        )
+        chosen = settings.embedding_path
+        embedding = str(Path(chosen).expanduser()) if chosen else ""
         with contextlib.closing(Worker(config.folder, config.vocab_size, embedding)) as worker:
             api = make_api(settings, config, worker)
             asyncio.run(serve(settings, listener, keys, api))
