@@ -1857,10 +1857,11 @@ def onnx_attribute(name: str, value: float | str | bytes) -> bytes:
     return protobuf((1, name), (number, value), (20, kind))
 
 
-def onnx_integers(name: str, numbers: list[int]) -> bytes:
-    """A constant of an ONNX graph that is a list of int64."""
-    data = struct.pack(f"<{len(numbers)}q", *numbers)
-    return protobuf((1, len(numbers)), (2, 7), (8, name), (9, data))
+def onnx_constant(name: str, values: npt.NDArray[Any]) -> bytes:
+    """A constant of an ONNX graph: float32, int8 or int64."""
+    kinds = {"f4": 1, "i1": 3, "i8": 7}
+    sizes = [(1, size) for size in values.shape]
+    return protobuf(*sizes, (2, kinds[values.dtype.str[1:]]), (8, name), (9, values.tobytes()))
 
 
 def port_type(port: memoryview) -> dict[int, list[Any]]:
@@ -1886,21 +1887,25 @@ def tensor_port(name: str, kind: int, shape: Iterable[int | str] | None = None) 
 # Its KV can be kept as int8, in a quarter of the memory. onnxruntime's attention on int8 KV decodes
 # faster than on float32, having less to read, but is two or three times slower for many tokens at
 # once. So each layer's attention becomes a choice of two: decoding attends to the int8 KV, and the
-# chunks of a prompt to a float32 copy of it, whose new keys and values are rounded to what int8 can
-# hold before anything attends to them. Both thus have the same KV, and a chunk's results are the
-# same to the bit however a prompt is cut, and whether its beginning was computed or kept.
+# chunks of a prompt to the same numbers as float32, made for one layer after the other. What a
+# chunk adds is rounded to what int8 can hold before anything attends to it. Its results are thus
+# the same to the bit however a prompt is cut, and whether its beginning was computed or kept.
 
 OURS = "phi_server."  # how the names of what is added begin
 LOGIT_ROWS = "phi_server.logit_rows"  # int64 [n], of all tokens of a call, flat
 PREFILLS = "phi_server.prefills"  # bool, which attention
+KEPT = "phi_server.kept"  # int64 [1], tokens before a chunk
 POSITIONS = "phi_server.positions"  # int64 [1, tokens] of a chunk
-INT8_LIMITS = ("phi_server.lowest", "phi_server.highest")  # float32, what int8 holds
-KV_SCALE = "phi_server.scale.%d.%s"  # float32 [1, kv_heads, 1, head_size], of layer and part
-FLOAT_PAST, FLOAT_PRESENT = "phi_server.past.%d.%s", "phi_server.present.%d.%s"
+CHUNK_CODES = "phi_server.codes.%d.%s"  # int8 [1, tokens, kv_heads * head_size], of layer and part
 KV_PARTS = ("key", "value")
 
-NO_FLOAT, NO_INT8 = "phi_server.none.float", "phi_server.none.int8"  # empty KV
-ALL, QKV_SIZES, AXIS = "phi_server.all", "phi_server.qkv_sizes", "phi_server.axis"  # int64
+# Constants. The scales of a layer's keys or values are given in the shapes that nodes take:
+# float32 [1, kv_heads, 1, head_size], flat, and flat with one of each head of queries.
+KV_SCALE, FLAT_SCALE, QUERY_SCALE = (f"phi_server.{name}.%d.%s" for name in ("kv", "flat", "query"))
+INT8_LIMITS = ("phi_server.lowest", "phi_server.highest")  # float32
+NO_KV = "phi_server.no_kv"  # int8, empty
+QKV_SIZES = "phi_server.qkv_sizes"  # int64 [3]
+FIRST, TOKEN_AXIS, AXIS = (f"phi_server.{name}" for name in ("first", "token_axis", "axis"))
 
 FLOAT32, INT8, INT64, BOOL = 1, 3, 7, 9  # onnx.proto's, as tensor_port takes them
 MATRICES = (b"MatMulNBits", b"MatMul")
@@ -1945,7 +1950,7 @@ def choose_logits(graph: OnnxGraph, logits: str) -> bool:
         onnx_node("Gather", [names[0], LOGIT_ROWS], names[1:2], axis=0),
         onnx_node("Unsqueeze", [names[1], AXIS], names[2:]),
     ]
-    graph.fields[5].append(onnx_integers(AXIS, [0]))
+    graph.fields[5].append(onnx_constant(AXIS, np.array([0])))
     graph.fields[11].append(tensor_port(LOGIT_ROWS, INT64, ("rows",)))
     place = graph.nodes.index(node)
     graph.nodes[place:place] = [read_protobuf(memoryview(each)) for each in chosen]
@@ -1977,45 +1982,72 @@ class Heads:
     interleaved: bool  # whether a pair are neighbours, rather than half of `rotated` apart
 
 
-def quantize_kv(
-    graph: OnnxGraph, past: list[str], present: list[str], kv_heads: int, head_size: int
-) -> Heads | None:
-    """Makes a graph keep its KV as int8; returns None for one whose attention cannot.
+def heads_of(graph: OnnxGraph, past: list[str], kv_heads: int, head_size: int) -> Heads | None:
+    """The heads of a graph's attention, if its KV can be int8; else None.
 
-    `past` and `present` are the names of its KV, the keys and values of each layer in turn.
+    `past` are the names of its KV, the keys and values of each layer in turn.
     """
     names = [name.encode() for name in past]
-    nodes = [attention_of(graph, names[place : place + 2]) for place in range(0, len(past), 2)]
+    found = [attention_of(graph, names[place : place + 2]) for place in range(0, len(past), 2)]
     kinds = {bytes(read_protobuf(port)[1][0]): port_type(port)[1][0] for port in graph.inputs}
-    if not nodes[0] or not all(nodes) or any(kinds[name] != FLOAT32 for name in names):
+    nodes = [node for node in found if node]
+    if len(nodes) < len(found) or any(kinds[name] != FLOAT32 for name in names):
         return None
     rotates, interleaved = (
         attribute_integer(nodes[0], name) for name in ("do_rotary", "rotary_interleaved")
     )
     rotated = 2 * last_size(graph, bytes(nodes[0][1][7])) if rotates else 0
     queries = attribute_integer(nodes[0], "num_heads")
-    heads = Heads(queries, kv_heads, head_size, rotated, bool(interleaved))
-    for name, kind, shape in (
-        (PREFILLS, BOOL, ()),
-        (POSITIONS, INT64, ("one", "tokens")),
-        *((limit, FLOAT32, ()) for limit in INT8_LIMITS),
-    ):
-        graph.fields[11].append(tensor_port(name, kind, shape))
-    for layer, node in enumerate(nodes):
+    return Heads(queries, kv_heads, head_size, rotated, bool(interleaved))
+
+
+def quantize_kv(
+    graph: OnnxGraph, past: list[str], present: list[str], heads: Heads, scales: Floats
+) -> None:
+    """Makes a graph keep its KV as int8.
+
+    `past` and `present` are the names of its KV, the keys and values of each layer in turn, and
+    `scales` [2 * layers, kv_heads, head_size] what one step of int8 is of each.
+    """
+    for layer in range(len(past) // 2):
+        node = graph.made_by(present[2 * layer].encode())
         assert node
-        replace_attention(graph, node, present[2 * layer : 2 * layer + 2], layer, heads)
-    size: list[int | str] = ["rows", kv_heads, "length", head_size]
+        parts = slice(2 * layer, 2 * layer + 2)
+        add_scales(graph, layer, heads, scales[parts])
+        replace_attention(graph, node, present[parts], layer, heads)
+    size: list[int | str] = ["rows", heads.kv, "length", heads.size]
     ports = {name.encode(): tensor_port(name, INT8, size) for name in past + present}
     for number in (11, 12):
         graph.fields[number] = [
             ports.get(bytes(read_protobuf(port)[1][0]), port) for port in graph.fields[number]
         ]
-    sizes = [head_size * number for number in (queries, kv_heads, kv_heads)]
-    graph.fields[5] += [onnx_integers(QKV_SIZES, sizes), onnx_integers(ALL, [-1])]
-    for name, kind in ((NO_FLOAT, FLOAT32), (NO_INT8, INT8)):
-        empty = [(1, size) for size in (0, kv_heads, 0, head_size)]
-        graph.fields[5].append(protobuf(*empty, (2, kind), (8, name), (9, b"")))
-    return heads
+    for name, kind, shape in (
+        (PREFILLS, BOOL, ()),
+        (KEPT, INT64, (1,)),
+        (POSITIONS, INT64, ("one", "tokens")),
+    ):
+        graph.fields[11].append(tensor_port(name, kind, shape))
+    constants: dict[str, Any] = {
+        NO_KV: np.zeros((0, heads.kv, 0, heads.size), np.int8),
+        QKV_SIZES: np.multiply((heads.queries, heads.kv, heads.kv), heads.size),
+        FIRST: np.array([0]),
+        TOKEN_AXIS: np.array([2]),
+        INT8_LIMITS[0]: np.array(-127, np.float32),
+        INT8_LIMITS[1]: np.array(127, np.float32),
+    }
+    graph.fields[5] += [onnx_constant(*constant) for constant in constants.items()]
+
+
+def add_scales(graph: OnnxGraph, layer: int, heads: Heads, scales: Floats) -> None:
+    """Adds the constants of a layer's scales [2, kv_heads, head_size]."""
+    for part, scale in zip(KV_PARTS, scales, strict=True):
+        graph.fields[5] += [
+            onnx_constant(KV_SCALE % (layer, part), scale[None, :, None]),
+            onnx_constant(FLAT_SCALE % (layer, part), scale.ravel()),
+            onnx_constant(
+                QUERY_SCALE % (layer, part), scale.repeat(heads.queries // heads.kv, axis=0).ravel()
+            ),
+        ]
 
 
 def replace_attention(
@@ -2024,15 +2056,10 @@ def replace_attention(
     """Puts the choice of two in place of one layer's attention."""
     branches = {"then_branch": float_attention(node, layer, heads)}
     branches["else_branch"] = int8_attention(node, layer)
-    floats = [FLOAT_PRESENT % (layer, part) for part in KV_PARTS]
-    either = onnx_node("If", [PREFILLS], [node[2][0], *present, *floats], **branches)
+    codes = [CHUNK_CODES % (layer, part) for part in KV_PARTS]
+    either = onnx_node("If", [PREFILLS], [node[2][0], *present, *codes], **branches)
     graph.nodes[graph.nodes.index(node)] = read_protobuf(memoryview(either))
-    for part, name in zip(KV_PARTS, floats, strict=True):
-        scale = tensor_port(KV_SCALE % (layer, part), FLOAT32, (1, heads.kv, 1, heads.size))
-        shape = ("float_rows", heads.kv, "float_length", heads.size)
-        past = tensor_port(FLOAT_PAST % (layer, part), FLOAT32, shape)
-        graph.fields[11] += [scale, past]
-        graph.fields[12].append(tensor_port(name, FLOAT32, shape))
+    graph.fields[12] += [tensor_port(name, INT8) for name in codes]
 
 
 def int8_attention(node: dict[int, list[Any]], layer: int) -> bytes:
@@ -2041,18 +2068,45 @@ def int8_attention(node: dict[int, list[Any]], layer: int) -> bytes:
     inputs += [(KV_SCALE % (layer, part)).encode() for part in KV_PARTS]
     kinds: dict[str, Any] = {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"}
     added = [onnx_attribute(*each) for each in (kinds | {"kv_cache_bit_width": 8}).items()]
-    changed: dict[int, list[Any]] = {1: inputs, 2: ["mixed", "int8_key", "int8_value"]}
+    changed: dict[int, list[Any]] = {1: inputs, 2: ["mixed", "kv_key", "kv_value"]}
     changed[5] = node[5] + added
-    return branch([write_protobuf(node | changed)], NO_FLOAT)
+    return branch([write_protobuf(node | changed)], unmade="codes")
 
 
 def float_attention(node: dict[int, list[Any]], layer: int, heads: Heads) -> bytes:
-    """The branch that rounds a chunk's keys and values, and attends to float32 KV."""
+    """The branch that rounds a chunk's keys and values, and attends to KV as float32.
+
+    It attends to the numbers that int8 holds, without their scales: those of keys are multiplied
+    into the queries, which come from the same rotation, and those of values into the result.
+    """
     inputs = [*map(bytes, node[1]), *[b""] * 12][:12]
+    nodes, (queries, *parts) = rotate_chunk(inputs, heads)
+    nodes.append(onnx_node("Mul", [queries, QUERY_SCALE % (layer, "key")], ["queries"]))
+    for part, name, past in zip(KV_PARTS, parts, inputs[3:5], strict=True):
+        steps = [f"{part}_{step}" for step in ("steps", "rounded", "new", "kept", "past")]
+        nodes += [
+            onnx_node("Div", [name, FLAT_SCALE % (layer, part)], steps[:1]),
+            onnx_node("Round", steps[:1], steps[1:2]),
+            onnx_node("Clip", [steps[1], *INT8_LIMITS], steps[2:3]),
+            onnx_node("Cast", steps[2:3], [f"codes_{part}"], to=INT8),
+            onnx_node("Slice", [past, FIRST, KEPT, TOKEN_AXIS], steps[3:4]),
+            onnx_node("Cast", steps[3:4], steps[4:], to=FLOAT32),
+        ]
+    news, pasts = ([f"{part}_{step}" for part in KV_PARTS] for step in ("new", "past"))
+    sources = ["queries", *news, *pasts, *inputs[5:7], *[b""] * 4, inputs[11]]
+    kept = [each for each in node[5] if read_protobuf(each)[1][0] != b"do_rotary"]
+    changed: dict[int, list[Any]] = {1: sources, 2: ["scaled", "all_keys", "all_values"], 5: kept}
+    nodes.append(write_protobuf(node | changed))
+    nodes.append(onnx_node("Mul", ["scaled", QUERY_SCALE % (layer, "value")], ["mixed"]))
+    return branch(nodes, unmade="kv")
+
+
+def rotate_chunk(inputs: list[bytes], heads: Heads) -> tuple[list[bytes], list[bytes]]:
+    """Nodes that make queries, keys and values of an attention's inputs; and the names of these."""
     parts, nodes = inputs[:3], []
     if not parts[1]:  # queries, keys and values are one tensor
-        nodes.append(onnx_node("Split", [parts[0], QKV_SIZES], "qkv", axis=2))
         parts = [b"q", b"k", b"v"]
+        nodes.append(onnx_node("Split", [inputs[0], QKV_SIZES], parts, axis=2))
     if heads.rotated:
         partial = heads.rotated if heads.rotated < heads.size else 0
         for place, number in ((0, heads.queries), (1, heads.kv)):
@@ -2066,32 +2120,16 @@ def float_attention(node: dict[int, list[Any]], layer: int, heads: Heads) -> byt
             )
             nodes.append(rotated)
             parts[place] = f"rotated_{place}".encode()
-    for place, part in enumerate(KV_PARTS, 1):
-        scale, steps = KV_SCALE % (layer, part), [f"{part}_{step}" for step in range(5)]
-        nodes += [
-            onnx_node("Reshape", [scale, ALL], steps[:1]),
-            onnx_node("Div", [parts[place], steps[0]], steps[1:2]),
-            onnx_node("Round", steps[1:2], steps[2:3]),
-            onnx_node("Clip", [steps[2], *INT8_LIMITS], steps[3:4]),
-            onnx_node("Mul", [steps[3], steps[0]], steps[4:]),
-        ]
-        parts[place] = steps[4].encode()
-    past = [(FLOAT_PAST % (layer, part)).encode() for part in KV_PARTS]
-    sources = [*parts, *past, *inputs[5:7], *[b""] * 4, inputs[11]]
-    kept = [each for each in node[5] if read_protobuf(each)[1][0] != b"do_rotary"]
-    changed: dict[int, list[Any]] = {1: sources, 2: ["mixed", "float_key", "float_value"]}
-    changed[5] = kept
-    return branch([*nodes, write_protobuf(node | changed)], NO_INT8)
+    return nodes, parts
 
 
-def branch(nodes: list[bytes], none: str) -> bytes:
-    """One graph of the choice, from its nodes and the KV of the kind that it does not make."""
-    others = "float" if none == NO_FLOAT else "int8"
-    nodes += [onnx_node("Identity", [none], [f"{others}_{part}"]) for part in KV_PARTS]
-    kinds = {"mixed": FLOAT32} | {f"int8_{part}": INT8 for part in KV_PARTS}
-    kinds |= {f"float_{part}": FLOAT32 for part in KV_PARTS}
+def branch(nodes: list[bytes], unmade: str) -> bytes:
+    """One graph of the choice, from its nodes and the kind of KV that it does not make."""
+    nodes += [onnx_node("Identity", [NO_KV], [f"{unmade}_{part}"]) for part in KV_PARTS]
+    kinds = {"mixed": FLOAT32}
+    kinds |= {f"{kind}_{part}": INT8 for kind in ("kv", "codes") for part in KV_PARTS}
     outputs = [tensor_port(name, kind) for name, kind in kinds.items()]
-    return protobuf(*((1, node) for node in nodes), (2, others), *((12, each) for each in outputs))
+    return protobuf(*((1, node) for node in nodes), (2, unmade), *((12, each) for each in outputs))
 
 
 def attribute_integer(node: dict[int, list[Any]], name: str) -> int:
@@ -2290,7 +2328,6 @@ class KvCache:
         whole = mmap.PAGESIZE // math.gcd(head.itemsize, mmap.PAGESIZE)
         self.capacity = round_up(max(length, config.window), whole)
         self.resident = [0] * rows  # pages of every head, by row, written and not given back
-        self.in_float = [0] * rows  # leading tokens by row that a FloatKv has too
         self.head_bytes = head.itemsize  # of one token in one array
         self.bytes_per_token = 2 * config.layers * config.kv_heads * self.head_bytes
         self.page_bytes = page_bytes(config)
@@ -2301,13 +2338,11 @@ class KvCache:
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
         """Copies the KV of tokens start..stop from one row to another."""
-        self.in_float[target] = min(self.in_float[target], start)
         for array in self.arrays:
             array[target, :, start:stop] = array[source, :, start:stop]
 
     def swap(self, a: int, b: int, of_a: int, of_b: int) -> None:
         """Exchanges the KV of the first tokens of two rows; gives back what is behind them."""
-        self.in_float[a] = self.in_float[b] = 0
         # One array after the other, so that two rows of a long one's size are never needed.
         for array, memory in zip(self.arrays, self.memory, strict=True):
             moved = array[a, :, :of_a].copy()
@@ -2318,7 +2353,6 @@ class KvCache:
 
     def release(self, row: int, tokens: int) -> None:
         """Gives the pages of a row behind its first tokens back to the system."""
-        self.in_float[row] = min(self.in_float[row], tokens)
         for memory in self.memory:
             self.release_in(memory, row, tokens)
 
@@ -2380,59 +2414,6 @@ def release_pages(memory: mmap.mmap, start: int, size: int) -> None:
     """Gives whole pages of virtual memory back to the system, until they are written again."""
     if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         memory.madvise(mmap.MADV_DONTNEED, start, size)
-
-
-class FloatKv(KvCache):
-    """float32 copies of int8 KV, of the rows that are being prefilled.
-
-    All rows together hold a bounded number of tokens. Which tokens those are costs time alone: what
-    a chunk needs and finds missing is made from the int8 KV.
-    """
-
-    def __init__(
-        self, config: ModelConfig, rows: int, most_pages: int, most_tokens: int, least_width: int
-    ) -> None:
-        """Takes bounds in pages of every head, of all rows, and in tokens, of one.
-
-        `least_width` is that of the attention mask in any call.
-        """
-        head = np.dtype((np.float32, (config.head_size,)))
-        self.most_pages = most_pages
-        tokens = min(most_tokens, most_pages * mmap.PAGESIZE // head.itemsize - 1)
-        self.border = tokens // CHUNK_BORDER * CHUNK_BORDER  # where a prompt's chunk must end
-        length = max(self.border + 1, least_width, LONGEST_CHUNK)
-        super().__init__(config, head, rows, length, 0)
-        shape = (1, config.kv_heads, 1, config.head_size)
-        self.scales = [np.ones(shape, np.float32) for _ in self.arrays]  # of int8, by array
-        self.origins: dict[int, KvCache] = {}  # by row, in the order of their last use
-
-    def open(self, kv: KvCache, row: int, start: int, stop: int) -> None:
-        """Makes a row hold its first `start` tokens, and makes room for those up to `stop`."""
-        if self.origins.pop(row, kv) is not kv:
-            kv.in_float[row] = 0
-        # Prompts are prefilled in turn: the one that was worked on last is needed last.
-        for other in reversed([*self.origins]):
-            if self.pages(stop) + sum(self.resident) - self.resident[row] > self.most_pages:
-                self.close(other)
-        self.origins[row] = kv
-        self.note(row, stop)
-        missing = slice(kv.in_float[row], start)
-        for floats, codes, scale in zip(self.arrays, kv.arrays, self.scales, strict=True):
-            np.multiply(codes[row, :, missing], scale[0], out=floats[row, :, missing])
-
-    def store(self, kv: KvCache, row: int, start: int, stop: int) -> None:
-        """Copies what a chunk has written back to the int8 KV."""
-        chunk = slice(start, stop)
-        for floats, codes, scale in zip(self.arrays, kv.arrays, self.scales, strict=True):
-            codes[row, :, chunk] = np.rint(floats[row, :, chunk] / scale[0])
-        kv.in_float[row] = stop
-
-    def close(self, row: int) -> None:
-        """Gives the memory of a row back to the system."""
-        if origin := self.origins.pop(row, None):
-            origin.in_float[row] = 0
-        self.release(row, 0)
-        self.resident[row] = 0
 
 
 @dataclass(frozen=True)
@@ -2514,12 +2495,12 @@ class Model:
         self.operators = graph.operators
         self.fingerprint = fingerprint(config, graph)
         original = original_length(graph, config.inputs["attention_mask"])
-        self.heads = self.choose_kv(graph, choice.kind)
+        weights = locate_weights(graph, config.graph.parent)
+        self.scales = self.choose_kv(graph, weights, threads, choice)
         port = config.outputs["logits"]
         self.is_pruned = graph.output_shape(port)[1:2] == [1]  # to a row's last token
         self.chooses = not self.is_pruned and choose_logits(graph, port)
-        folder = locate_weights(graph, config.graph.parent)
-        self.session = load_session(config, threads, graph.file(), folder)
+        self.session = load_session(config, threads, graph.file(), weights)
         inputs = {port.name: port for port in self.session.get_inputs()}
         outputs = {port.name: port for port in self.session.get_outputs()}
         positions = inputs.get(config.inputs["position_ids"])
@@ -2529,50 +2510,58 @@ class Model:
         self.reserve_kv(choice.memory, context_length, rows, head, original)
         masked = max(rows * self.caches[-1].capacity, LONGEST_CHUNK)
         self.mask_memory = virtual_memory(8 * masked)  # int64
-        # What bindings keep: the limits of int8, which attention, and positions that are not read.
-        self.limits = np.array(-127, np.float32), np.array(127, np.float32)
-        self.flags = np.array(False), np.array(True)
-        self.no_positions = np.zeros((1, 1), np.int64)
+        self.flags = np.array(False), np.array(True)  # which bindings keep
         self.logits_dtype = port_dtype(outputs[port])
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
+        # What a chunk adds to int8 KV, for each array.
+        size = (LONGEST_CHUNK + 1) * config.kv_heads * config.head_size
+        int8_arrays = self.caches[0].arrays if self.scales is not None else []
+        self.codes_memory = [virtual_memory(size) for _ in int8_arrays]
         self.bindings: dict[tuple[KvCache, int, int, bool], onnxruntime.IOBinding] = {}
         self.warm_up()
-        if self.floats:
-            self.load_scales(choice, self.floats)
 
-    def choose_kv(self, graph: OnnxGraph, kind: str) -> Heads | None:
-        """Makes the graph keep int8 KV if that is chosen; raises ModelLoadingFailed."""
-        past, present = kv_names(self.config)
-        size = 2 * self.config.layers * self.config.kv_heads * self.config.head_size * 4
-        if kind == "model" or (kind == "auto" and size < LARGE_KV):
+    def choose_kv(
+        self, graph: OnnxGraph, weights: Path, threads: int, choice: KvChoice
+    ) -> Floats | None:
+        """Makes the graph keep int8 KV if that is chosen; returns its scales, as quantize_kv.
+
+        Raises ModelLoadingFailed.
+        """
+        config, (past, present) = self.config, kv_names(self.config)
+        size = 2 * config.layers * config.kv_heads * config.head_size * 4
+        if choice.kind == "model" or (choice.kind == "auto" and size < LARGE_KV):
             return None
-        heads = quantize_kv(graph, past, present, self.config.kv_heads, self.config.head_size)
-        if kind == "int8" and not heads:
-            fault = "its attention is not GroupQueryAttention on float32 KV"
-            raise ModelLoadingFailed(f"KV_CACHE_TYPE: {self.config.graph} stays as it is: {fault}")
-        return heads
+        heads = heads_of(graph, past, config.kv_heads, config.head_size)
+        if not heads:
+            if choice.kind == "int8":
+                fault = "its attention is not GroupQueryAttention on float32 KV"
+                raise ModelLoadingFailed(f"KV_CACHE_TYPE: {config.graph} stays as it is: {fault}")
+            return None
+        path = choice.folder / f"{self.fingerprint}.npy"
+        scales = load_scales(path, (len(past), heads.kv, heads.size))
+        if scales is None:
+            logger.info("finding the scales of int8 KV, once for this model")
+            session = load_session(config, threads, graph.file(), weights)
+            with run_faults(config):
+                scales = find_scales(config, session, heads, choice.text)
+            save_scales(path, scales)
+        quantize_kv(graph, past, present, heads, scales)
+        return scales
 
     def reserve_kv(
         self, memory: str, context_length: int, rows: int, head: np.dtype[Any], original: int | None
     ) -> None:
-        """Shares KV memory out, and makes the caches for the context that it holds."""
-        kv_bytes = memory_bound(memory, free_memory())
-        float_bytes = kv_bytes // 3 if self.heads else 0
-        self.kv_bytes = kv_bytes - float_bytes
+        """Makes the caches for the context that KV memory holds."""
+        self.kv_bytes = memory_bound(memory, free_memory())
         longest = min(self.config.context_length, tokens_within(self.kv_bytes, self.config, head))
         self.context_length = min(context_length or longest, longest)
-        while not self.map_kv(rows, head, original, float_bytes, is_asked_for=context_length > 0):
+        while not self.map_kv(rows, head, original, is_asked_for=context_length > 0):
             self.context_length //= 2
 
     def map_kv(
-        self,
-        rows: int,
-        head: np.dtype[Any],
-        original: int | None,
-        float_bytes: int,
-        is_asked_for: bool,
+        self, rows: int, head: np.dtype[Any], original: int | None, is_asked_for: bool
     ) -> bool:
         """Makes the KV caches; False if the address space does not hold such a context.
 
@@ -2581,12 +2570,8 @@ class Model:
         bounds = [(self.context_length, 0)]  # length and least width of the mask by cache
         if original and original < self.context_length:
             bounds = [(original, 0), (self.context_length, original + 1)]
-        self.floats: FloatKv | None = None
         try:
             self.caches = [KvCache(self.config, head, rows, *bound) for bound in bounds]
-            if self.heads:
-                pages, width = float_bytes // page_bytes(self.config), bounds[-1][1]
-                self.floats = FloatKv(self.config, rows, pages, self.context_length, width)
         except (OSError, ValueError, OverflowError) as error:
             if is_asked_for or self.context_length < 2 * LEAST_CONTEXT:
                 fault = "no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS"
@@ -2596,23 +2581,12 @@ class Model:
 
     def warm_up(self) -> None:
         """Runs the graph, so that a wrong one fails now; raises ModelLoadingFailed."""
-        try:
+        with run_faults(self.config):
             self.seconds_of(2)
             self.seconds_of(1)
             self.step_seconds = self.seconds_of(1)  # once its memory is taken
             count = min(MEASURED_CHUNK, self.caches[0].length)
             self.prefill_speed = count / self.seconds_of(count)
-        except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
-            fault = f"cannot be run as a text decoder: {error}"
-            if not self.config.appends_kv:
-                fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
-            raise ModelLoadingFailed(f"{self.config.graph} {fault}") from None
-
-    def chunk_end(self, start: int, stop: int) -> int:
-        """Where a chunk that begins at `start` must end, at `stop` or before."""
-        border = self.floats.border if self.floats else 0
-        # + 1: it may take one token more, rather than leave it alone.
-        return border if start < border < stop - 1 else stop
 
     def seconds_of(self, count: int) -> float:
         """Measures a call of so many tokens on an empty row, and gives its memory back."""
@@ -2631,20 +2605,7 @@ class Model:
         A pruned model has but those of each row's last token. With `prefills` the tokens are a
         chunk of a prompt, in one row.
         """
-        kv, row = call.kv, call.low
-        start, stop = int(call.lengths[0]), int(call.lengths[0]) + call.count
-        floats = self.floats if prefills else None
-        if floats and stop <= floats.border + 1:
-            floats.open(kv, row, start, stop)
-            logits = self.run(call, in_float=True)
-            floats.store(kv, row, start, stop)
-            return logits
-        for row, length in enumerate(call.lengths.tolist(), call.low):
-            kv.in_float[row] = min(kv.in_float[row], length)
-        return self.run(call, in_float=False)
-
-    def run(self, call: Call, in_float: bool) -> npt.NDArray[Any]:
-        """Runs the graph; see forward."""
+        in_float = prefills and self.scales is not None
         (rows, count), lengths, wanted = call.tokens.shape, call.lengths, call.wanted
         names, width = self.config.inputs, max(int(lengths.max()) + count, call.kv.least_width)
         columns = np.arange(width)
@@ -2656,7 +2617,7 @@ class Model:
         if self.position_axes:
             inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
         if in_float:
-            inputs[POSITIONS] = positions
+            inputs |= {POSITIONS: positions, KEPT: lengths}
         if self.chooses:
             inputs[LOGIT_ROWS] = wanted
         binding = self.binding(call.kv, call.low, call.low + rows, in_float)
@@ -2667,18 +2628,19 @@ class Model:
         logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(self.config.outputs["logits"], value)
+        codes = self.bind_codes(binding, count) if in_float else []
         self.session.run_with_iobinding(binding)
+        for array, added in zip(call.kv.arrays if codes else (), codes, strict=True):
+            array[call.low, :, lengths[0] : lengths[0] + count] = added.swapaxes(0, 1)
         logits = logits.reshape(-1, shape[-1])
         if not self.chooses:
             logits = logits[wanted // count if self.is_pruned else wanted]
         return logits
 
     def release_memory(self) -> None:
-        """Gives the memory of the last calls' logits and float32 copies back to the system."""
-        release_pages(self.logits_memory, 0, len(self.logits_memory))
-        if self.floats:  # prompts that go on are copied again
-            for row in [*self.floats.origins]:
-                self.floats.close(row)
+        """Gives the memory of the last calls' logits and chunk back to the system."""
+        for memory in (self.logits_memory, *self.codes_memory):
+            release_pages(memory, 0, len(memory))
 
     def binding(self, kv: KvCache, low: int, high: int, in_float: bool) -> onnxruntime.IOBinding:
         """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
@@ -2691,89 +2653,107 @@ class Model:
     def bind_kv(
         self, binding: onnxruntime.IOBinding, kv: KvCache, low: int, high: int, in_float: bool
     ) -> None:
-        """Binds KV of one kind as past and present, and of the other what is not written."""
-        feeds = (
-            {PREFILLS: self.flags[in_float], POSITIONS: self.no_positions} if self.floats else {}
-        )
-        results: dict[str, npt.NDArray[Any]] = {}
-        for i, (past, present) in enumerate(zip(*kv_names(self.config), strict=True)):
-            feeds[past] = results[present] = kv.arrays[i][low:high]
-            if self.floats:
-                each, floats = (i // 2, KV_PARTS[i % 2]), self.floats.arrays[i][low : low + 1]
-                feeds |= {FLOAT_PAST % each: floats, KV_SCALE % each: self.floats.scales[i]}
-                results[FLOAT_PRESENT % each] = floats
-                unwritten = present if in_float else FLOAT_PRESENT % each
-                results[unwritten] = np.empty_like(results[unwritten][:0, :, :0])
-        if self.floats:
-            feeds |= dict(zip(INT8_LIMITS, self.limits, strict=True))
+        """Binds KV as past and, unless a chunk's is returned instead, as present."""
+        arrays = [array[low:high] for array in kv.arrays]
+        past, present = kv_names(self.config)
+        feeds: dict[str, npt.NDArray[Any]] = dict(zip(past, arrays, strict=True))
+        results = dict(zip(present, arrays, strict=True))
+        if self.scales is not None:
+            none = np.empty_like(arrays[0][:0, :, :0])
+            codes = dict.fromkeys(codes_names(self.config), none)
+            results = dict.fromkeys(present, none) if in_float else results | codes
+            unread = {POSITIONS: np.zeros((1, 1), np.int64), KEPT: np.zeros(1, np.int64)}
+            feeds |= {PREFILLS: self.flags[in_float]} | unread
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, array in results.items():
             binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
 
-    def load_scales(self, choice: KvChoice, floats: FloatKv) -> None:
-        """Takes the scales of int8 KV from a file, else calibrates and writes it."""
-        wanted, path = np.stack(floats.scales).shape, choice.folder / f"{self.fingerprint}.npy"
-        with contextlib.suppress(OSError, ValueError):  # none yet, or not of this layout
-            scales = np.load(path)
-            if scales.shape == wanted and scales.dtype == np.float32 and (scales > 0).all():
-                for kept, scale in zip(floats.scales, scales, strict=True):
-                    kept[...] = scale  # in place, since bindings have them
-                return
-        logger.info("finding the scales of int8 KV, once for this model")
-        self.calibrate(choice.text, floats)
-        try:
-            choice.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=choice.folder, delete=False) as file:
-                np.save(file, np.stack(floats.scales))
-            Path(file.name).replace(path)
-        except OSError as error:
-            logger.warning(
-                f"the scales of int8 KV cannot be kept, so each start finds them: {error}"
-            )
+    def bind_codes(self, binding: onnxruntime.IOBinding, count: int) -> list[npt.NDArray[np.int8]]:
+        """Binds what a chunk adds to int8 KV: [tokens, kv_heads, head_size] for each array."""
+        shape = (count, self.config.kv_heads, self.config.head_size)
+        codes = [np.ndarray(shape, np.int8, memory) for memory in self.codes_memory]
+        for name, array in zip(codes_names(self.config), codes, strict=True):
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(array.reshape(1, count, -1))
+            binding.bind_ortvalue_output(name, value)
+        return codes
 
-    def calibrate(self, tokens: list[int], floats: FloatKv) -> None:
-        """Finds the scales of int8 KV by prefilling a text; a head's numbers each have their own.
 
-        Keys are measured by the norm of the pairs that positions rotate, so that the scales hold at
-        positions that the text does not reach.
-        """
-        lowest, highest = self.limits
-        lowest[...], highest[...] = -3e38, 3e38
-        for scale in floats.scales:
-            scale[...] = 2.0**-40  # so fine that nothing is rounded
-        largest = [np.zeros_like(scale[0, :, 0]) for scale in floats.scales]
-        kv, behind = self.caches[0], np.zeros(1, np.int64)
-        # Piece by piece from the first row's beginning, so that no more memory is needed.
-        for start in range(0, len(tokens), LONGEST_CHUNK):
-            piece = np.array([tokens[start : start + LONGEST_CHUNK]], np.int64)
-            floats.open(kv, 0, 0, piece.size)
-            self.run(Call(kv, 0, piece, behind, np.arange(1)), in_float=True)
-            for i, (array, most) in enumerate(zip(floats.arrays, largest, strict=True)):
-                written = np.abs(array[0, :, : piece.size])
-                found = written.max(axis=1) * 1.1 if i % 2 else self.rotated_norm(written)
-                np.maximum(most, found, out=most)
-        for most, scale in zip(largest, floats.scales, strict=True):
-            scale[0, :, 0] = np.maximum(most, 1e-6) / 127
-        lowest[...], highest[...] = -127, 127
-        floats.close(0)
+@contextlib.contextmanager
+def run_faults(config: ModelConfig) -> Iterator[None]:
+    """Makes what is raised while a graph runs for the first time a ModelLoadingFailed."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises classes of its own for each kind of fault
+        fault = f"cannot be run as a text decoder: {error}"
+        if not config.appends_kv:
+            fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
+        raise ModelLoadingFailed(f"{config.graph} {fault}") from None
 
-    def rotated_norm(self, keys: Floats) -> Floats:
-        """The largest that rotation can make of the sizes of keys [kv_heads, tokens, size]."""
-        assert self.heads
-        most = keys.copy()
-        pairs = most[..., : self.heads.rotated]  # a view
-        half = self.heads.rotated // 2
-        both = (
-            (pairs[..., 0::2], pairs[..., 1::2])
-            if self.heads.interleaved
-            else (pairs[..., :half], pairs[..., half:])
-        )
-        norm = np.hypot(*both)
-        for each in both:
-            each[...] = norm
-        largest: Floats = most.max(axis=1)
-        return largest
+
+def load_scales(path: Path, shape: tuple[int, ...]) -> Floats | None:
+    """The scales of int8 KV that are kept in a file; None without a good one."""
+    with contextlib.suppress(OSError, ValueError):  # none yet, or not of this layout
+        scales: Floats = np.load(path)
+        if scales.shape == shape and scales.dtype == np.float32 and (scales > 0).all():
+            return scales
+    return None
+
+
+def save_scales(path: Path, scales: Floats) -> None:
+    """Keeps the scales of int8 KV for later starts, if it can be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, scales)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.warning(f"the scales of int8 KV cannot be kept, so each start finds them: {error}")
+
+
+def find_scales(
+    config: ModelConfig, session: onnxruntime.InferenceSession, heads: Heads, tokens: list[int]
+) -> Floats:
+    """The scales of int8 KV: what a float graph's KV of a text needs, each number of a head alone.
+
+    Keys are measured by the norm of the pairs that positions rotate, so that the scales hold at
+    positions that the text does not reach.
+    """
+    past, present = kv_names(config)
+    empty = np.zeros((1, heads.kv, 0, heads.size), np.float32)
+    axes = next(
+        (p.shape[:-2] for p in session.get_inputs() if p.name == config.inputs["position_ids"]),
+        None,
+    )
+    largest = np.zeros((len(past), heads.kv, heads.size), np.float32)
+    for start in range(0, len(tokens), LONGEST_CHUNK):
+        piece = np.array([tokens[start : start + LONGEST_CHUNK]], np.int64)
+        feeds = dict.fromkeys(past, empty) | {config.inputs["input_ids"]: piece}
+        feeds[config.inputs["attention_mask"]] = np.ones_like(piece)
+        if axes is not None:
+            positions = np.arange(piece.size)[None]
+            feeds[config.inputs["position_ids"]] = np.tile(positions, [*axes, 1, 1])
+        for i, array in enumerate(session.run(present, feeds)):
+            written = np.abs(array[0])
+            found = written.max(axis=1) * 1.1 if i % 2 else rotated_norm(written, heads)
+            np.maximum(largest[i], found, out=largest[i])
+    return (np.maximum(largest, 1e-6) / 127).astype(np.float32)
+
+
+def rotated_norm(keys: Floats, heads: Heads) -> Floats:
+    """The largest that rotation can make of the sizes of keys [kv_heads, tokens, size]."""
+    most = keys.copy()
+    pairs, half = most[..., : heads.rotated], heads.rotated // 2  # a view
+    both = (
+        (pairs[..., 0::2], pairs[..., 1::2])
+        if heads.interleaved
+        else (pairs[..., :half], pairs[..., half:])
+    )
+    norm = np.hypot(*both)
+    for each in both:
+        each[...] = norm
+    largest: Floats = most.max(axis=1)
+    return largest
 
 
 def original_length(graph: OnnxGraph, mask: str) -> int | None:
@@ -2883,6 +2863,11 @@ def fixed_inputs(shapes: Mapping[str, list[int | str]]) -> set[str]:
     return {name for name, pair in sizes.items() if any(isinstance(size, int) for size in pair)}
 
 
+def codes_names(config: ModelConfig) -> list[str]:
+    """Names of a chunk's int8 KV, in the order of kv_names."""
+    return [CHUNK_CODES % (layer, part) for layer in range(config.layers) for part in KV_PARTS]
+
+
 def kv_names(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Names of a graph's past and present KV, the keys and values of each layer in turn.
 
@@ -2911,8 +2896,8 @@ def kv_names(config: ModelConfig) -> tuple[list[str], list[str]]:
 # removed when it writes. The time of a file's last change is that of its last use.
 
 BLOCK = 64  # tokens that are verified together; fewer are not worth a file
-FORMAT = 1  # of the files; one more whenever their layout or what they mean changes
-FOOTER = struct.Struct("<8s32sIIIII")  # see KvStore.footer
+FORMAT = 2  # of the files; one more whenever their layout or what they mean changes
+FOOTER = struct.Struct("<8s32sIIII")  # see KvStore.footer
 MARK = b"phi.kv\r\n"
 ABANDONED_SECONDS = 60.0  # without a change, after which an unfinished file is nobody's
 # For one eviction, since replies wait meanwhile; what was written until then is kept.
@@ -2960,7 +2945,6 @@ class KvStore:
     def __init__(self, folder: Path, most_bytes: int, model: Model) -> None:
         """Finds what is there already; what cannot be read is logged."""
         self.folder, self.most_bytes = folder, most_bytes
-        self.border = model.floats.border if model.floats else 0
         self.bytes_per_token = model.caches[0].bytes_per_token
         self.key = store_key(model)
         self.files: dict[str, KvFile] = {}  # of this key, by name
@@ -3002,7 +2986,7 @@ class KvStore:
             footer = file.read()
             if len(footer) != FOOTER.size:
                 raise ValueError(f"it has {size} bytes")
-            mark, key, count, prefilled, width, border, checksum = FOOTER.unpack(footer)
+            mark, key, count, prefilled, width, checksum = FOOTER.unpack(footer)
             blocks = -(-count // BLOCK)
             data = size - FOOTER.size - 4 * (count + blocks)
             if (mark, key) != (MARK, self.key) or data != count * self.bytes_per_token:
@@ -3011,9 +2995,6 @@ class KvStore:
             lists = file.read(4 * (count + blocks))
         if zlib.crc32(lists + footer[:-4]) != checksum:
             raise ValueError("its tokens have changed")
-        # int8 KV past the border was prefilled by another kernel.
-        if border != self.border:
-            prefilled = min(prefilled, border, self.border)
         tokens = np.frombuffer(lists, np.int32, count)
         checksums = struct.unpack(f"<{blocks}I", lists[4 * count :])
         return KvFile(path, tokens, prefilled, width, checksums)
@@ -3021,7 +3002,7 @@ class KvStore:
     def footer(self, file: KvFile) -> bytes:
         """What follows the KV in a file."""
         lists = file.tokens.tobytes() + struct.pack(f"<{len(file.checksums)}I", *file.checksums)
-        fields = len(file.tokens), file.prefilled, file.least_width, self.border
+        fields = len(file.tokens), file.prefilled, file.least_width
         checksum = zlib.crc32(lists + FOOTER.pack(MARK, self.key, *fields, 0)[:-4])
         return lists + FOOTER.pack(MARK, self.key, *fields, checksum)
 
@@ -3039,7 +3020,6 @@ class KvStore:
 
         Returns where it has stopped: at `start` if nothing could be read.
         """
-        kv.in_float[row] = min(kv.in_float[row], start)
         deadline = time.monotonic() + seconds
         if file.path.name not in self.files:
             return start
@@ -3187,8 +3167,8 @@ def store_key(model: Model) -> bytes:
     # Another version of the kernels makes other KV, if only by rounding: a seed could tell.
     facts = [FORMAT, model.fingerprint, onnxruntime.__version__, array.dtype.str, array.shape[3:]]
     digest = hashlib.sha256(json_text(facts).encode())
-    for scale in model.floats.scales if model.floats else ():
-        digest.update(scale.tobytes())
+    if model.scales is not None:
+        digest.update(model.scales.tobytes())
     return digest.digest()
 
 
@@ -6958,8 +6938,6 @@ class Engine:
             if reading := self.plan_reading(slot, shared):
                 return reading
             count = self.chunk_length(slot.to_prefill, shared)
-            start = len(slot.tokens)
-            count = self.model.chunk_end(start, start + count) - start
             if count:
                 return self.plan_chunk(slot, count)
         if not decoding:

@@ -2506,7 +2506,7 @@ def test_memory_is_moved_into_huge_pages_with_what_it_holds(model: Any) -> None:
 
 @pytest.fixture(scope="module")
 def int8_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The model with int8 KV, and float32 copies of a few hundred tokens."""
+    """The model with int8 KV."""
     return make_int8_model(model_folder, tmp_path_factory.mktemp("scales"))
 
 
@@ -2567,68 +2567,29 @@ def test_int8_kv_is_the_same_however_a_prompt_is_cut(int8_model: Any, model_fold
     assert all(np.array_equal(array[0, :, :250], array[1, :, :250]) for array in kv.arrays)
 
 
-def test_int8_kv_is_the_same_when_its_float32_copy_is_lost(
-    int8_model: Any, model_folder: Path
-) -> None:
-    tokens = prose(model_folder, 250)
-    whole = prefill(int8_model, 0, tokens, 120)
-    prefill(int8_model, 1, tokens[:120])
+def test_int8_kv_that_was_decoded_is_prefilled_upon(int8_model: Any, model_folder: Path) -> None:
+    tokens, kv = prose(model_folder, 200), int8_model.caches[0]
+    for place, token in enumerate(tokens[:40]):
+        forward(int8_model, 0, [[token]], place)
+    for row in (1, 2):
+        kv.copy(0, row, 0, 40)
+    for row, borders in ((1, []), (2, [120])):
+        for start, stop in itertools.pairwise([40, *borders, 200]):
+            call = chunk_of(int8_model, row, tokens, start, stop)
+            int8_model.forward(call, prefills=True)
+    assert all(np.array_equal(array[1, :, :200], array[2, :, :200]) for array in kv.arrays)
+
+
+def test_prefilling_int8_kv_keeps_no_copy_of_it(int8_model: Any, model_folder: Path) -> None:
+    tokens = (prose(model_folder, 900) * 3)[:900]
+    prefill(int8_model, 0, tokens, *range(120, 900, 120))
     int8_model.release_memory()
-    assert int8_model.floats.resident == [0, 0, 0, 0]
-    chunk = chunk_of(int8_model, 1, tokens, 120, 250)
-    assert np.array_equal(int8_model.forward(chunk, prefills=True), whole[120:])
-
-
-@cases("change", ["copied", "decoded over", "swapped"])
-def test_a_float32_copy_of_what_has_changed_is_not_used(
-    int8_model: Any, model_folder: Path, change: str
-) -> None:
-    tokens, kv = prose(model_folder, 250), int8_model.caches[0]
-    expected = prefill(int8_model, 0, tokens, 120)[120:]
-    prefill(int8_model, 2, tokens[::-1][:160])
-    prefill(int8_model, 1, tokens[:120])
-    if change == "copied":
-        kv.copy(1, 2, 0, 120)
-    elif change == "swapped":
-        kv.swap(1, 2, 120, 160)
-    else:
-        for place in range(120):
-            forward(int8_model, 2, [[tokens[0]]], place)
-        kv.copy(1, 2, 0, 120)
-    chunk = chunk_of(int8_model, 2, tokens, 120, 250)
-    assert np.array_equal(int8_model.forward(chunk, prefills=True), expected)
-
-
-def test_float32_copies_keep_to_their_memory(model_folder: Path, tmp_path: Path) -> None:
-    tokens = prose(model_folder, 250)
-    whole = prefill(make_int8_model(model_folder, tmp_path), 0, tokens)
-    model = make_int8_model(model_folder, tmp_path, "45MiB")
-    floats = model.floats
-    assert 250 < floats.border < 400
-    logits: dict[int, list[Any]] = {row: [] for row in range(4)}
-    for start, stop in [(0, 80), (80, 160), (160, 250)]:
-        for row, of_row in logits.items():
-            chunk = chunk_of(model, row, tokens, start, stop)
-            of_row.append(model.forward(chunk, prefills=True).copy())
-            assert sum(floats.resident) <= floats.most_pages
-    for of_row in logits.values():
-        assert np.array_equal(np.concatenate(of_row), whole)
-
-
-def test_a_prompt_longer_than_the_float32_copies_is_prefilled_from_int8(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    tokens = prose(model_folder, 400)
-    long, short = (make_int8_model(model_folder, tmp_path, size) for size in ("1GiB", "30MiB"))
-    border = short.floats.border
-    assert 128 < border < 300
-    assert short.chunk_end(0, 400) == short.chunk_end(border - 8, border + 2) == border
-    assert short.chunk_end(border - 8, border + 1) == border + 1
-    assert short.chunk_end(border, 400) == 400
-    exact, rounded = (log_softmax(prefill(each, 0, tokens, 128, border)) for each in (long, short))
-    assert np.array_equal(exact[:border], rounded[:border])
-    divergence = (np.exp(exact) * (exact - rounded)).sum(axis=-1)
-    assert 0 < divergence.mean() < 0.02
+    before = phi_server.resident_memory()
+    for row in range(4):
+        prefill(int8_model, row, tokens, *range(120, 900, 120))
+    int8_model.release_memory()
+    taken = phi_server.resident_memory() - before
+    assert taken < 4 * 900 * int8_model.caches[0].bytes_per_token + (16 << 20)
 
 
 def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
@@ -2637,22 +2598,12 @@ def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     scales = np.load(file) * 2
     np.save(file, scales)
-    assert np.array_equal(np.stack(make_int8_model(model_folder, tmp_path).floats.scales), scales)
+    assert np.array_equal(make_int8_model(model_folder, tmp_path).scales, scales)
     for damaged in (b"junk", scales[1:], scales.astype(np.float64), -scales):
         file.write_bytes(damaged) if isinstance(damaged, bytes) else np.save(file, damaged)
         again = make_int8_model(model_folder, tmp_path)
-        assert np.array_equal(np.stack(again.floats.scales), np.stack(first.floats.scales))
+        assert np.array_equal(again.scales, first.scales)
     assert [*tmp_path.iterdir()] == [file]
-
-
-def test_scales_are_the_same_however_little_memory_there_is(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    least = make_int8_model(model_folder, tmp_path, "13MiB")
-    assert least.floats.border < phi_server.LONGEST_CHUNK
-    tmp_path.joinpath(f"{least.fingerprint}.npy").unlink()
-    ample = make_int8_model(model_folder, tmp_path)
-    assert np.array_equal(np.stack(least.floats.scales), np.stack(ample.floats.scales))
 
 
 def test_scales_are_found_however_short_the_context_is(model_folder: Path, tmp_path: Path) -> None:
@@ -2661,7 +2612,7 @@ def test_scales_are_found_however_short_the_context_is(model_folder: Path, tmp_p
     choice = phi_server.KvChoice("int8", "1GiB", text, tmp_path)
     model = phi_server.Model(config, 16, 2, 1, choice)
     assert 2 * model.caches[0].capacity < phi_server.LONGEST_CHUNK
-    assert all((scale < 1).all() for scale in model.floats.scales)
+    assert (model.scales < 1).all()
 
 
 def test_scales_that_cannot_be_kept_are_a_warning(
@@ -2688,8 +2639,7 @@ def test_kv_of_float16_stays_as_it_is(model_folder: Path) -> None:
         if name in past:
             changed_port = phi_server.tensor_port(name, 10, ["rows", 3, "length", 64])
             graph.inputs[place] = memoryview(changed_port)
-    present = [name.replace("past_key_values", "present") for name in past]
-    assert phi_server.quantize_kv(graph, past, present, 3, 64) is None
+    assert phi_server.heads_of(graph, past, 3, 64) is None
 
 
 @pytest.fixture(scope="module")
@@ -5503,9 +5453,6 @@ class Ledger:
         caches = [phi_server.KvCache(config, head, 6, *bound) for bound in bounds]
         self.caches, self.steps = caches, dict(zip(caches, (1, 2), strict=False))
 
-    def chunk_end(self, start: int, stop: int) -> int:
-        return stop
-
     def forward(self, call: Any, prefills: bool = False) -> Any:
         kv, low, tokens, lengths = call.kv, call.low, call.tokens, call.lengths
         rows, count = tokens.shape
@@ -6311,7 +6258,6 @@ LONG_SYSTEM = " ".join(f"Rule {i}: answer number {i * 7919 % 1000} with care." f
 def rows(model: Any) -> Any:
     """A cache like the model's, whose row 0 holds random numbers; the other rows are empty."""
     kv = copy.copy(model.caches[0])
-    kv.in_float = [0] * kv.rows
     chance = np.random.default_rng(1)
     shape = (kv.rows, *kv.arrays[0].shape[1:2], 512, *kv.arrays[0].shape[3:])
     kv.arrays = [np.zeros(shape, np.float32) for _ in kv.arrays]
@@ -6536,7 +6482,7 @@ class StoredLedger(Ledger):
     """A Ledger whose KV can be kept on disk."""
 
     fingerprint = "ledger"
-    floats = None
+    scales = None
 
 
 def with_disk(folder: Path, original: int = 61) -> Any:
