@@ -1894,16 +1894,18 @@ def tensor_port(name: str, kind: int, shape: Iterable[int | str] | None = None) 
 OURS = "phi_server."  # how the names of what is added begin
 LOGIT_ROWS = "phi_server.logit_rows"  # int64 [n], of all tokens of a call, flat
 PREFILLS = "phi_server.prefills"  # bool, which attention
-KEPT = "phi_server.kept"  # int64 [1], tokens before a chunk
+WIDTH = "phi_server.width"  # int64 [1], of the attention mask
 POSITIONS = "phi_server.positions"  # int64 [1, tokens] of a chunk
-CHUNK_CODES = "phi_server.codes.%d.%s"  # int8 [1, tokens, kv_heads * head_size], of layer and part
+# Of layer and part, what a chunk adds: int8 [1, tokens, kv_heads * head_size]; and all KV that it
+# attends to: float32 [1, kv_heads, width, head_size], before and after the chunk is added in place.
+CHUNK_CODES, BEFORE, AFTER = (f"phi_server.{name}.%d.%s" for name in ("codes", "before", "after"))
 KV_PARTS = ("key", "value")
 
 # Constants. The scales of a layer's keys or values are given in the shapes that nodes take:
 # float32 [1, kv_heads, 1, head_size], flat, and flat with one of each head of queries.
 KV_SCALE, FLAT_SCALE, QUERY_SCALE = (f"phi_server.{name}.%d.%s" for name in ("kv", "flat", "query"))
 INT8_LIMITS = ("phi_server.lowest", "phi_server.highest")  # float32
-NO_KV = "phi_server.no_kv"  # int8, empty
+NO_INT8, NO_FLOAT = "phi_server.no_int8", "phi_server.no_float"  # empty
 QKV_SIZES = "phi_server.qkv_sizes"  # int64 [3]
 FIRST, TOKEN_AXIS, AXIS = (f"phi_server.{name}" for name in ("first", "token_axis", "axis"))
 
@@ -2023,12 +2025,13 @@ def quantize_kv(
         ]
     for name, kind, shape in (
         (PREFILLS, BOOL, ()),
-        (KEPT, INT64, (1,)),
+        (WIDTH, INT64, (1,)),
         (POSITIONS, INT64, ("one", "tokens")),
     ):
         graph.fields[11].append(tensor_port(name, kind, shape))
     constants: dict[str, Any] = {
-        NO_KV: np.zeros((0, heads.kv, 0, heads.size), np.int8),
+        NO_INT8: np.zeros((0, heads.kv, 0, heads.size), np.int8),
+        NO_FLOAT: np.zeros((0, heads.kv, 0, heads.size), np.float32),
         QKV_SIZES: np.multiply((heads.queries, heads.kv, heads.kv), heads.size),
         FIRST: np.array([0]),
         TOKEN_AXIS: np.array([2]),
@@ -2056,10 +2059,11 @@ def replace_attention(
     """Puts the choice of two in place of one layer's attention."""
     branches = {"then_branch": float_attention(node, layer, heads)}
     branches["else_branch"] = int8_attention(node, layer)
-    codes = [CHUNK_CODES % (layer, part) for part in KV_PARTS]
-    either = onnx_node("If", [PREFILLS], [node[2][0], *present, *codes], **branches)
+    outputs = {CHUNK_CODES: INT8, BEFORE: FLOAT32, AFTER: FLOAT32}
+    kinds = {name % (layer, part): kind for name, kind in outputs.items() for part in KV_PARTS}
+    either = onnx_node("If", [PREFILLS], [node[2][0], *present, *kinds], **branches)
     graph.nodes[graph.nodes.index(node)] = read_protobuf(memoryview(either))
-    graph.fields[12] += [tensor_port(name, INT8) for name in codes]
+    graph.fields[12] += [tensor_port(*output) for output in kinds.items()]
 
 
 def int8_attention(node: dict[int, list[Any]], layer: int) -> bytes:
@@ -2068,9 +2072,9 @@ def int8_attention(node: dict[int, list[Any]], layer: int) -> bytes:
     inputs += [(KV_SCALE % (layer, part)).encode() for part in KV_PARTS]
     kinds: dict[str, Any] = {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"}
     added = [onnx_attribute(*each) for each in (kinds | {"kv_cache_bit_width": 8}).items()]
-    changed: dict[int, list[Any]] = {1: inputs, 2: ["mixed", "kv_key", "kv_value"]}
+    changed: dict[int, list[Any]] = {1: inputs, 2: ["mixed", "int8_key", "int8_value"]}
     changed[5] = node[5] + added
-    return branch([write_protobuf(node | changed)], unmade="codes")
+    return branch([write_protobuf(node | changed)], "codes", "before", "after")
 
 
 def float_attention(node: dict[int, list[Any]], layer: int, heads: Heads) -> bytes:
@@ -2083,22 +2087,24 @@ def float_attention(node: dict[int, list[Any]], layer: int, heads: Heads) -> byt
     nodes, (queries, *parts) = rotate_chunk(inputs, heads)
     nodes.append(onnx_node("Mul", [queries, QUERY_SCALE % (layer, "key")], ["queries"]))
     for part, name, past in zip(KV_PARTS, parts, inputs[3:5], strict=True):
-        steps = [f"{part}_{step}" for step in ("steps", "rounded", "new", "kept", "past")]
+        steps = [f"{step}_{part}" for step in ("steps", "rounded", "new", "past")]
         nodes += [
             onnx_node("Div", [name, FLAT_SCALE % (layer, part)], steps[:1]),
             onnx_node("Round", steps[:1], steps[1:2]),
             onnx_node("Clip", [steps[1], *INT8_LIMITS], steps[2:3]),
             onnx_node("Cast", steps[2:3], [f"codes_{part}"], to=INT8),
-            onnx_node("Slice", [past, FIRST, KEPT, TOKEN_AXIS], steps[3:4]),
-            onnx_node("Cast", steps[3:4], steps[4:], to=FLOAT32),
+            onnx_node("Slice", [past, FIRST, WIDTH, TOKEN_AXIS], steps[3:]),
+            onnx_node("Cast", steps[3:], [f"before_{part}"], to=FLOAT32),
         ]
-    news, pasts = ([f"{part}_{step}" for part in KV_PARTS] for step in ("new", "past"))
-    sources = ["queries", *news, *pasts, *inputs[5:7], *[b""] * 4, inputs[11]]
+    new, before, after = (
+        [f"{step}_{part}" for part in KV_PARTS] for step in ("new", "before", "after")
+    )
+    sources = ["queries", *new, *before, *inputs[5:7], *[b""] * 4, inputs[11]]
     kept = [each for each in node[5] if read_protobuf(each)[1][0] != b"do_rotary"]
-    changed: dict[int, list[Any]] = {1: sources, 2: ["scaled", "all_keys", "all_values"], 5: kept}
+    changed: dict[int, list[Any]] = {1: sources, 2: ["scaled", *after], 5: kept}
     nodes.append(write_protobuf(node | changed))
     nodes.append(onnx_node("Mul", ["scaled", QUERY_SCALE % (layer, "value")], ["mixed"]))
-    return branch(nodes, unmade="kv")
+    return branch(nodes, "int8")
 
 
 def rotate_chunk(inputs: list[bytes], heads: Heads) -> tuple[list[bytes], list[bytes]]:
@@ -2123,13 +2129,16 @@ def rotate_chunk(inputs: list[bytes], heads: Heads) -> tuple[list[bytes], list[b
     return nodes, parts
 
 
-def branch(nodes: list[bytes], unmade: str) -> bytes:
-    """One graph of the choice, from its nodes and the kind of KV that it does not make."""
-    nodes += [onnx_node("Identity", [NO_KV], [f"{unmade}_{part}"]) for part in KV_PARTS]
-    kinds = {"mixed": FLOAT32}
-    kinds |= {f"{kind}_{part}": INT8 for kind in ("kv", "codes") for part in KV_PARTS}
-    outputs = [tensor_port(name, kind) for name, kind in kinds.items()]
-    return protobuf(*((1, node) for node in nodes), (2, unmade), *((12, each) for each in outputs))
+def branch(nodes: list[bytes], *unmade: str) -> bytes:
+    """One graph of the choice, from its nodes and the kinds of KV that it does not make."""
+    kinds = {"int8": INT8, "codes": INT8, "before": FLOAT32, "after": FLOAT32}
+    for kind in unmade:
+        none = NO_INT8 if kinds[kind] == INT8 else NO_FLOAT
+        nodes += [onnx_node("Identity", [none], [f"{kind}_{part}"]) for part in KV_PARTS]
+    outputs = {"mixed": FLOAT32}
+    outputs |= {f"{name}_{part}": kind for name, kind in kinds.items() for part in KV_PARTS}
+    ports = [(12, tensor_port(*output)) for output in outputs.items()]
+    return protobuf(*((1, node) for node in nodes), (2, "branch"), *ports)
 
 
 def attribute_integer(node: dict[int, list[Any]], name: str) -> int:
@@ -2416,6 +2425,53 @@ def release_pages(memory: mmap.mmap, start: int, size: int) -> None:
         memory.madvise(mmap.MADV_DONTNEED, start, size)
 
 
+class ChunkKv:
+    """What a prompt's chunk makes where KV is int8: its own int8 KV, and float32 KV of one layer.
+
+    All layers attend to the same memory, one after the other.
+    """
+
+    def __init__(self, kv: KvCache) -> None:
+        """Takes the cache with the longest rows."""
+        _, kv_heads, capacity, head_size = kv.arrays[0].shape
+        self.heads = kv_heads, head_size
+        floats = 4 * kv_heads * capacity * head_size
+        self.floats = {part: virtual_memory(floats) for part in KV_PARTS}
+        names = list(itertools.product(range(len(kv.arrays) // 2), KV_PARTS))
+        size = (LONGEST_CHUNK + 1) * kv_heads * head_size
+        self.codes = {name: virtual_memory(size) for name in names}
+        none = np.empty((0, kv_heads, 0, head_size), np.float32)
+        codes = dict.fromkeys((CHUNK_CODES % name for name in names), none.astype(np.int8))
+        # The outputs of a call that is not of a chunk.
+        self.nothing = codes | {each % name: none for name in names for each in (BEFORE, AFTER)}
+
+    def bind(self, binding: onnxruntime.IOBinding, count: int, width: int) -> None:
+        """Binds the outputs of a chunk of so many tokens, which attends to `width` tokens."""
+        kv_heads, head_size = self.heads
+        shape = (1, kv_heads, width, head_size)
+        floats = {part: np.ndarray(shape, np.float32, self.floats[part]) for part in KV_PARTS}
+        values = {
+            part: onnxruntime.OrtValue.ortvalue_from_numpy(array) for part, array in floats.items()
+        }
+        for name, memory in self.codes.items():
+            codes = np.ndarray((1, count, kv_heads * head_size), np.int8, memory)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(codes)
+            binding.bind_ortvalue_output(CHUNK_CODES % name, value)
+            for each in (BEFORE, AFTER):
+                binding.bind_ortvalue_output(each % name, values[name[1]])
+
+    def store(self, kv: KvCache, row: int, start: int, count: int) -> None:
+        """Adds a chunk's int8 KV to a row that has `start` tokens."""
+        for array, memory in zip(kv.arrays, self.codes.values(), strict=True):
+            codes = np.ndarray((count, *self.heads), np.int8, memory)
+            array[row, :, start : start + count] = codes.swapaxes(0, 1)
+
+    def release(self) -> None:
+        """Gives the memory of the last chunk back to the system."""
+        for memory in (*self.floats.values(), *self.codes.values()):
+            release_pages(memory, 0, len(memory))
+
+
 @dataclass(frozen=True)
 class KvChoice:
     """How the KV is to be stored, and what int8 needs."""
@@ -2515,10 +2571,6 @@ class Model:
         # + 1: the last chunk may take one token more, rather than leave it alone.
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
-        # What a chunk adds to int8 KV, for each array.
-        size = (LONGEST_CHUNK + 1) * config.kv_heads * config.head_size
-        int8_arrays = self.caches[0].arrays if self.scales is not None else []
-        self.codes_memory = [virtual_memory(size) for _ in int8_arrays]
         self.bindings: dict[tuple[KvCache, int, int, bool], onnxruntime.IOBinding] = {}
         self.warm_up()
 
@@ -2572,6 +2624,7 @@ class Model:
             bounds = [(original, 0), (self.context_length, original + 1)]
         try:
             self.caches = [KvCache(self.config, head, rows, *bound) for bound in bounds]
+            self.chunk = ChunkKv(self.caches[-1]) if self.scales is not None else None
         except (OSError, ValueError, OverflowError) as error:
             if is_asked_for or self.context_length < 2 * LEAST_CONTEXT:
                 fault = "no room for the KV cache; lower CONTEXT_LENGTH or CACHE_SLOTS"
@@ -2605,46 +2658,53 @@ class Model:
         A pruned model has but those of each row's last token. With `prefills` the tokens are a
         chunk of a prompt, in one row.
         """
-        in_float = prefills and self.scales is not None
-        (rows, count), lengths, wanted = call.tokens.shape, call.lengths, call.wanted
-        names, width = self.config.inputs, max(int(lengths.max()) + count, call.kv.least_width)
-        columns = np.arange(width)
-        # One memory for the masks of all calls, since a binding keeps what was last bound.
-        mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
-        np.less(columns, lengths[:, None] + count, out=mask, casting="unsafe")
-        inputs = {names["input_ids"]: call.tokens, names["attention_mask"]: mask}
-        positions = lengths[:, None] + columns[:count]
-        if self.position_axes:
-            inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
-        if in_float:
-            inputs |= {POSITIONS: positions, KEPT: lengths}
-        if self.chooses:
-            inputs[LOGIT_ROWS] = wanted
-        binding = self.binding(call.kv, call.low, call.low + rows, in_float)
-        for name, value in inputs.items():
+        (rows, count), wanted, chunk = call.tokens.shape, call.wanted, None
+        width = max(int(call.lengths.max()) + count, call.kv.least_width)
+        binding = self.binding(call.kv, call.low, call.low + rows, prefills)
+        if prefills and self.chunk:
+            chunk = self.chunk
+            chunk.bind(binding, count, width)
+        for name, value in self.inputs(call, width).items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         shape = (rows, 1 if self.is_pruned else count, self.config.vocab_size)
         shape = (1, len(wanted), self.config.vocab_size) if self.chooses else shape
         logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
         value = onnxruntime.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(self.config.outputs["logits"], value)
-        codes = self.bind_codes(binding, count) if in_float else []
         self.session.run_with_iobinding(binding)
-        for array, added in zip(call.kv.arrays if codes else (), codes, strict=True):
-            array[call.low, :, lengths[0] : lengths[0] + count] = added.swapaxes(0, 1)
+        if chunk:
+            chunk.store(call.kv, call.low, int(call.lengths[0]), count)
         logits = logits.reshape(-1, shape[-1])
         if not self.chooses:
             logits = logits[wanted // count if self.is_pruned else wanted]
         return logits
 
+    def inputs(self, call: Call, width: int) -> dict[str, npt.NDArray[Any]]:
+        """What a call feeds to the graph besides KV; `width` is that of the attention mask."""
+        names, (rows, count), lengths = self.config.inputs, call.tokens.shape, call.lengths[:, None]
+        columns = np.arange(width)
+        # One memory for the masks of all calls, since a binding keeps what was last bound.
+        mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
+        np.less(columns, lengths + count, out=mask, casting="unsafe")
+        inputs = {names["input_ids"]: call.tokens, names["attention_mask"]: mask}
+        positions = lengths + columns[:count]
+        if self.position_axes:
+            inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
+        if self.chunk:
+            inputs |= {POSITIONS: positions, WIDTH: np.array([width])}
+        if self.chooses:
+            inputs[LOGIT_ROWS] = call.wanted
+        return inputs
+
     def release_memory(self) -> None:
         """Gives the memory of the last calls' logits and chunk back to the system."""
-        for memory in (self.logits_memory, *self.codes_memory):
-            release_pages(memory, 0, len(memory))
+        release_pages(self.logits_memory, 0, len(self.logits_memory))
+        if self.chunk:
+            self.chunk.release()
 
-    def binding(self, kv: KvCache, low: int, high: int, in_float: bool) -> onnxruntime.IOBinding:
+    def binding(self, kv: KvCache, low: int, high: int, prefills: bool) -> onnxruntime.IOBinding:
         """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
-        key = (kv, low, high, in_float)
+        key = (kv, low, high, prefills and self.chunk is not None)
         if key not in self.bindings:
             self.bindings[key] = self.session.io_binding()
             self.bind_kv(self.bindings[key], *key)
@@ -2653,30 +2713,19 @@ class Model:
     def bind_kv(
         self, binding: onnxruntime.IOBinding, kv: KvCache, low: int, high: int, in_float: bool
     ) -> None:
-        """Binds KV as past and, unless a chunk's is returned instead, as present."""
+        """Binds KV as past and, unless a chunk of it is made instead, as present."""
         arrays = [array[low:high] for array in kv.arrays]
         past, present = kv_names(self.config)
         feeds: dict[str, npt.NDArray[Any]] = dict(zip(past, arrays, strict=True))
         results = dict(zip(present, arrays, strict=True))
-        if self.scales is not None:
-            none = np.empty_like(arrays[0][:0, :, :0])
-            codes = dict.fromkeys(codes_names(self.config), none)
-            results = dict.fromkeys(present, none) if in_float else results | codes
-            unread = {POSITIONS: np.zeros((1, 1), np.int64), KEPT: np.zeros(1, np.int64)}
-            feeds |= {PREFILLS: self.flags[in_float]} | unread
+        if self.chunk:
+            feeds[PREFILLS] = self.flags[in_float]
+            none = arrays[0][:0, :, :0]
+            results = dict.fromkeys(present, none) if in_float else results | self.chunk.nothing
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
         for name, array in results.items():
             binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-
-    def bind_codes(self, binding: onnxruntime.IOBinding, count: int) -> list[npt.NDArray[np.int8]]:
-        """Binds what a chunk adds to int8 KV: [tokens, kv_heads, head_size] for each array."""
-        shape = (count, self.config.kv_heads, self.config.head_size)
-        codes = [np.ndarray(shape, np.int8, memory) for memory in self.codes_memory]
-        for name, array in zip(codes_names(self.config), codes, strict=True):
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array.reshape(1, count, -1))
-            binding.bind_ortvalue_output(name, value)
-        return codes
 
 
 @contextlib.contextmanager
@@ -2861,11 +2910,6 @@ def fixed_inputs(shapes: Mapping[str, list[int | str]]) -> set[str]:
     # KV is [rows, kv_heads, tokens, head_size]; all else has rows and tokens at its end.
     sizes = {name: shape[:3:2] if shape[3:] else shape[-2:] for name, shape in shapes.items()}
     return {name for name, pair in sizes.items() if any(isinstance(size, int) for size in pair)}
-
-
-def codes_names(config: ModelConfig) -> list[str]:
-    """Names of a chunk's int8 KV, in the order of kv_names."""
-    return [CHUNK_CODES % (layer, part) for layer in range(config.layers) for part in KV_PARTS]
 
 
 def kv_names(config: ModelConfig) -> tuple[list[str], list[str]]:
