@@ -2349,14 +2349,15 @@ def page_bytes(config: ModelConfig) -> int:
 
 
 def tokens_within(kv_bytes: int, config: ModelConfig, head: np.dtype[Any]) -> int:
-    """Tokens of the longest sequence that KV memory holds; raises SettingsError below 16."""
-    size = page_bytes(config)
-    tokens = (kv_bytes // size - THROWAWAY_PAGES) * mmap.PAGESIZE // head.itemsize
-    if tokens < LEAST_CONTEXT:
-        pages = -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) + THROWAWAY_PAGES
-        fault = f"{kv_bytes:,} bytes hold fewer than {LEAST_CONTEXT} tokens"
-        raise SettingsError(f"KV_MEMORY: {fault}; expected at least {pages * size:,}")
-    return tokens
+    """Tokens of the longest sequence that KV memory holds."""
+    pages = kv_bytes // page_bytes(config) - THROWAWAY_PAGES
+    return pages * mmap.PAGESIZE // head.itemsize
+
+
+def least_kv_bytes(config: ModelConfig, head: np.dtype[Any]) -> int:
+    """KV memory for the shortest sequence that is served."""
+    pages = -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) + THROWAWAY_PAGES
+    return pages * page_bytes(config)
 
 
 def round_up(number: int, unit: int) -> int:
@@ -2538,9 +2539,13 @@ class Model:
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[KvCache, int, int, bool], onnxruntime.IOBinding] = {}
+        # A hash of logits, and of the scales of int8 KV: one kind of CPU computes the same to the
+        # bit at each start; another one has other kernels, which round in another order.
+        self.arithmetic = b""
         self.warm_up()
         if self.floats:
             self.load_scales(choice, self.floats)
+            self.note_arithmetic(*self.floats.scales)
 
     def choose_kv(self, graph: OnnxGraph, kind: str) -> Heads | None:
         """Makes the graph keep int8 KV if that is chosen; raises ModelLoadingFailed."""
@@ -2558,7 +2563,11 @@ class Model:
         self, memory: str, context_length: int, rows: int, head: np.dtype[Any], original: int | None
     ) -> None:
         """Shares KV memory out, and makes the caches for the context that it holds."""
-        kv_bytes = memory_bound(memory, free_memory())
+        kv_bytes, least = memory_bound(memory, free_memory()), least_kv_bytes(self.config, head)
+        least = -(-3 * least // 2) if self.heads else least
+        if kv_bytes < least:
+            fault = f"{kv_bytes:,} bytes hold fewer than {LEAST_CONTEXT} tokens"
+            raise SettingsError(f"KV_MEMORY: {fault}; expected at least {least:,}")
         float_bytes = kv_bytes // 3 if self.heads else 0
         self.kv_bytes = kv_bytes - float_bytes
         longest = min(self.config.context_length, tokens_within(self.kv_bytes, self.config, head))
@@ -2608,6 +2617,11 @@ class Model:
                 fault = f"was exported with past_present_share_buffer false: {NEW_CACHE}"
             raise ModelLoadingFailed(f"{self.config.graph} {fault}") from None
 
+    def note_arithmetic(self, *computed: npt.NDArray[Any]) -> None:
+        """Takes what was computed into the hash that tells kernels apart."""
+        for array in computed:
+            self.arithmetic = hashlib.sha256(self.arithmetic + array.tobytes()).digest()
+
     def chunk_end(self, start: int, stop: int) -> int:
         """Where a chunk that begins at `start` must end, at `stop` or before."""
         border = self.floats.border if self.floats else 0
@@ -2619,8 +2633,9 @@ class Model:
         tokens = np.full((1, count), self.config.start_token, np.int64)
         call = Call(self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(count)[-2:])
         started = time.perf_counter()
-        self.forward(call, prefills=count > 1)
+        logits = self.forward(call, prefills=count > 1)
         seconds = time.perf_counter() - started
+        self.note_arithmetic(logits)
         self.caches[0].release(0, 0)
         self.release_memory()
         return seconds
@@ -3186,10 +3201,7 @@ def store_key(model: Model) -> bytes:
     array = model.caches[0].arrays[0]
     # Another version of the kernels makes other KV, if only by rounding: a seed could tell.
     facts = [FORMAT, model.fingerprint, onnxruntime.__version__, array.dtype.str, array.shape[3:]]
-    digest = hashlib.sha256(json_text(facts).encode())
-    for scale in model.floats.scales if model.floats else ():
-        digest.update(scale.tobytes())
-    return digest.digest()
+    return hashlib.sha256(json_text(facts).encode() + model.arithmetic).digest()
 
 
 # ---- Thinking ------------------------------------------------------------------------------------
@@ -8521,7 +8533,8 @@ class Api:
         self.responses = ResponseStore(settings.response_store)
         self.created = int(time.time())
         described = (config.folder / "genai_config.json").read_bytes()
-        self.fingerprint = "fp_" + hashlib.sha256(VERSION.encode() + described).hexdigest()[:12]
+        facts = VERSION.encode() + described + engine.model.arithmetic
+        self.fingerprint = "fp_" + hashlib.sha256(facts).hexdigest()[:12]
 
     async def index(self, request: HttpRequest) -> HttpResponse:
         """GET /: the page for browsers, and for others what this is."""
@@ -9445,6 +9458,8 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/tokenizer_info": {"GET": Api.show_tokenizer},
 }
 
+POLLED_ROUTES = {"/health", "/metrics"}  # by probes and the page, every second; logged if they fail
+
 
 @dataclass
 class Exchange:
@@ -9748,6 +9763,8 @@ class Server:
         fields |= {"status": status, **request.details}
         fields["duration_ms"] = milliseconds(request.started, time.perf_counter())
         level = logging.ERROR if status >= 500 else logging.INFO
+        if status == 200 and exchange.route in POLLED_ROUTES:
+            level = logging.DEBUG
         logger.log(level, "request", extra={"fields": fields})
 
 
