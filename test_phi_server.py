@@ -145,9 +145,13 @@ def environment(**settings: object) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(script: str = "", dotenv: str = "", **settings: object) -> Iterator[Server]:
-    """A server with these settings on a free port; `script` is run instead of phi_server.py."""
+    """A server with these settings on a free port; `script` is run instead of phi_server.py.
+
+    Where neither settings nor request say how to draw tokens, they are drawn as OpenAI does.
+    """
     command = [sys.executable, "-c", script] if script else [sys.executable, str(FILE)]
-    chosen = {"SERVER_PORT": 0, "LOG_FORMAT": "json", "PYTHONPATH": FILE.parent} | settings
+    chosen = {"SERVER_PORT": 0, "LOG_FORMAT": "json", "PYTHONPATH": FILE.parent}
+    chosen |= {"SAMPLING_DEFAULTS": "temperature=1,top_p=1"} | settings
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, ".env").write_text(dotenv, encoding="utf-8")
         process = subprocess.Popen(
@@ -2388,6 +2392,7 @@ def test_sampling_defaults_win_over_the_folders_and_a_request_over_both(
     model_folder: Path, tmp_path: Path
 ) -> None:
     folder = changed(model_folder, tmp_path)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # a link to the model's own
     (folder / "generation_config.json").write_text('{"temperature": 0, "top_k": 7}')
     with running(MODEL_PATH=folder, SAMPLING_DEFAULTS="min_p=0.2, top_k=5") as server:
         serving = server.logged(message="serving")["sampling_defaults"]
@@ -11588,6 +11593,11 @@ def test_a_demo_model_in_the_cache_is_served_as_it_is(model_folder: Path, tmp_pa
         assert server.model == "smollm2-135m"
         said = [entry["message"] for entry in server.log]
         assert not any(line.startswith(("Downloading", "Converting")) for line in said)
+
+
+def test_the_demo_model_is_drawn_from_as_its_authors_do() -> None:
+    sampling = phi_server.own_sampling(phi_server.demo_model_folder())
+    assert sampling == phi_server.Sampling(temperature=0.2, top_p=0.9)
 
 
 def failed_download(tmp_path: Path, **settings: object) -> str:
