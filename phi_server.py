@@ -7982,7 +7982,7 @@ function showList() {
 // Messages: {role, content}, and of a reply also {thinking, error, facts}.
 
 function greeting() {
-  const ideas = ["What is the capital of France?", "Write a haiku about rain",
+  const ideas = ["What is the capital of France?", "Write a short letter to a friend",
     "Explain recursion with an example in Python"];
   return make("div", { id: "greeting" }, make("h2", {}, "What would you like to know?"),
     make("p", { className: "soft" }, "The reply is computed on this server's CPU, and stays here."),
