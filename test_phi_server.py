@@ -766,7 +766,10 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def strict_server() -> Iterator[Server]:
-    """A server with one slot, little patience, and lists where the default is everybody."""
+    """A server with one slot, little patience, and lists where the default is everybody.
+
+    It keeps no response.
+    """
     with running(
         MAX_CONCURRENT_REQUESTS=1,
         BATCH_SIZE=1,
@@ -774,6 +777,7 @@ def strict_server() -> Iterator[Server]:
         READ_SECONDS=0.5,
         KEEPALIVE_SECONDS=1,
         MAX_BODY_BYTES=16384,
+        RESPONSE_STORE=0,
         CORS_ORIGINS="https://a.example, https://b.example",
         MODEL_NAME="strict",
         MODEL_ALIASES="gpt-4o, gpt-4o-mini",
@@ -984,16 +988,12 @@ def test_without_dotenv_nothing_is_set(tmp_path: Path) -> None:
     assert phi_server.read_dotenv(tmp_path / ".env") == {}
 
 
-def test_dotenv_is_read_from_the_working_directory_and_the_environment_wins() -> None:
-    with running(dotenv="MODEL_NAME=ours\nCONTEXT_LENGTH=128", CONTEXT_LENGTH=64) as server:
+def test_dotenv_is_read_from_the_working_directory_and_all_but_an_empty_variable_wins() -> None:
+    dotenv = "MODEL_NAME=ours\nCONTEXT_LENGTH=128"
+    with running(dotenv=dotenv, CONTEXT_LENGTH=64, MODEL_NAME="") as server:
         serving = server.logged(message="serving")
         assert (serving["model"], serving["context_length"]) == ("ours", 64)
         assert get(server, "/v1/models").json["data"][0]["id"] == "ours"
-
-
-def test_an_empty_variable_leaves_what_dotenv_says() -> None:
-    with running(dotenv="MODEL_NAME=ours", MODEL_NAME="") as server:
-        assert server.logged(message="serving")["model"] == "ours"
 
 
 def test_help_lists_every_variable_with_its_default(tmp_path: Path) -> None:
@@ -2291,6 +2291,14 @@ def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
     return folder / "none" if fault == "no folder" else folder
 
 
+def load(folder: Path) -> None:
+    """Loads a folder as a start does, in this process."""
+    settings = phi_server.read_settings({"MODEL_PATH": str(folder)})
+    config = phi_server.ModelConfig.read(phi_server.model_folder(settings))
+    no_worker: Any = None
+    phi_server.make_api(settings, config, no_worker)
+
+
 @cases(
     "fault reason",
     [
@@ -2322,6 +2330,27 @@ def damaged(model_folder: Path, folder: Path, fault: str) -> Path:
         ("wrong vocabulary", ".*model.onnx cannot be run as a text decoder"),
         ("no tokenizer", ".* has no tokenizer that can be loaded"),
     ],
+)
+def test_a_folder_that_cannot_be_served_is_refused_with_the_reason(
+    model_folder: Path, tmp_path: Path, fault: str, reason: str
+) -> None:
+    with pytest.raises(phi_server.ModelLoadingFailed) as caught:
+        load(damaged(model_folder, tmp_path, fault))
+    assert re.match(reason, str(caught.value))
+
+
+def test_a_folder_that_can_be_served_is_not_refused(model_folder: Path) -> None:
+    load(model_folder)
+
+
+@cases(
+    "fault reason",
+    {
+        "before its model is read": ("no folder", "MODEL_PATH .*none does not exist"),
+        "with its tokenizer": ("no tokenizer", ".* has no tokenizer that can be loaded"),
+        "with its graph": ("junk graph", ".*model.onnx cannot be loaded"),
+        "as its model first runs": ("wrong vocabulary", ".*model.onnx cannot be run as a text dec"),
+    },
 )
 def test_a_folder_that_cannot_be_served_ends_the_start(
     model_folder: Path, tmp_path: Path, fault: str, reason: str
@@ -2507,14 +2536,23 @@ def test_memory_is_moved_into_huge_pages_with_what_it_holds(model: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def int8_model(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def known_scales(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scales of `int8_model` are kept."""
+    return tmp_path_factory.mktemp("scales")
+
+
+@pytest.fixture(scope="module")
+def int8_model(model_folder: Path, known_scales: Path) -> Any:
     """The model with int8 KV, and float32 copies of a few hundred tokens."""
-    return make_int8_model(model_folder, tmp_path_factory.mktemp("scales"))
+    return make_int8_model(model_folder, known_scales)
 
 
-def make_int8_model(folder: Path, scales: Path, memory: str = "1GiB") -> Any:
+def make_int8_model(
+    folder: Path, scales: Path, memory: str = "1GiB", count: int | None = None
+) -> Any:
+    """A model with int8 KV, whose scales come of so many tokens unless the folder has them."""
     config = phi_server.ModelConfig.read(folder)
-    text = phi_server.Tokenizer(folder).encode(phi_server.CALIBRATION_TEXT)
+    text = phi_server.Tokenizer(folder).encode(phi_server.CALIBRATION_TEXT)[:count]
     choice = phi_server.KvChoice("int8", memory, text, scales)
     return phi_server.Model(config, 1024, 4, phi_server.usable_cpus(), choice)
 
@@ -2581,30 +2619,42 @@ def test_int8_kv_is_the_same_when_its_float32_copy_is_lost(
     assert np.array_equal(int8_model.forward(chunk, prefills=True), whole[120:])
 
 
-@cases("change", ["copied", "decoded over", "swapped"])
+@cases("change", ["copied", "swapped"])
 def test_a_float32_copy_of_what_has_changed_is_not_used(
     int8_model: Any, model_folder: Path, change: str
 ) -> None:
-    tokens, kv = prose(model_folder, 250), int8_model.caches[0]
-    expected = prefill(int8_model, 0, tokens, 120)[120:]
-    prefill(int8_model, 2, tokens[::-1][:160])
-    prefill(int8_model, 1, tokens[:120])
+    tokens, kv = prose(model_folder, 160), int8_model.caches[0]
+    expected = prefill(int8_model, 0, tokens, 80)[80:]
+    prefill(int8_model, 2, tokens[::-1][:100])
+    prefill(int8_model, 1, tokens[:80])
     if change == "copied":
-        kv.copy(1, 2, 0, 120)
-    elif change == "swapped":
-        kv.swap(1, 2, 120, 160)
+        kv.copy(1, 2, 0, 80)
     else:
-        for place in range(120):
-            forward(int8_model, 2, [[tokens[0]]], place)
-        kv.copy(1, 2, 0, 120)
-    chunk = chunk_of(int8_model, 2, tokens, 120, 250)
+        kv.swap(1, 2, 80, 100)
+    chunk = chunk_of(int8_model, 2, tokens, 80, 160)
     assert np.array_equal(int8_model.forward(chunk, prefills=True), expected)
 
 
-def test_float32_copies_keep_to_their_memory(model_folder: Path, tmp_path: Path) -> None:
+def test_a_float32_copy_of_what_has_been_decoded_over_is_not_used(
+    int8_model: Any, model_folder: Path
+) -> None:
+    tokens, kv = prose(model_folder, 160), int8_model.caches[0]
+    prefill(int8_model, 2, tokens[:80])
+    forward(int8_model, 2, [[tokens[0]]], 40)
+    kv.copy(2, 1, 0, 80)  # which has no float32 copy
+    expected, logits = (
+        int8_model.forward(chunk_of(int8_model, row, tokens, 80, 160), prefills=True).copy()
+        for row in (1, 2)
+    )
+    assert np.array_equal(logits, expected)
+
+
+def test_float32_copies_keep_to_their_memory(
+    model_folder: Path, int8_model: Any, known_scales: Path
+) -> None:
     tokens = prose(model_folder, 250)
-    whole = prefill(make_int8_model(model_folder, tmp_path), 0, tokens)
-    model = make_int8_model(model_folder, tmp_path, "45MiB")
+    whole = prefill(int8_model, 0, tokens)
+    model = make_int8_model(model_folder, known_scales, "45MiB")
     floats = model.floats
     assert 250 < floats.border < 400
     logits: dict[int, list[Any]] = {row: [] for row in range(4)}
@@ -2618,10 +2668,10 @@ def test_float32_copies_keep_to_their_memory(model_folder: Path, tmp_path: Path)
 
 
 def test_a_prompt_longer_than_the_float32_copies_is_prefilled_from_int8(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, int8_model: Any, known_scales: Path
 ) -> None:
     tokens = prose(model_folder, 400)
-    long, short = (make_int8_model(model_folder, tmp_path, size) for size in ("1GiB", "30MiB"))
+    long, short = int8_model, make_int8_model(model_folder, known_scales, "30MiB")
     border = short.floats.border
     assert 128 < border < 300
     assert short.chunk_end(0, 400) == short.chunk_end(border - 8, border + 2) == border
@@ -2634,15 +2684,16 @@ def test_a_prompt_longer_than_the_float32_copies_is_prefilled_from_int8(
 
 
 def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
-    first = make_int8_model(model_folder, tmp_path)
+    make = functools.partial(make_int8_model, model_folder, tmp_path, count=16)
+    first = make()
     (file,) = tmp_path.iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
     scales = np.load(file) * 2
     np.save(file, scales)
-    assert np.array_equal(np.stack(make_int8_model(model_folder, tmp_path).floats.scales), scales)
+    assert np.array_equal(np.stack(make().floats.scales), scales)
     for damaged in (b"junk", scales[1:], scales.astype(np.float64), -scales):
         file.write_bytes(damaged) if isinstance(damaged, bytes) else np.save(file, damaged)
-        again = make_int8_model(model_folder, tmp_path)
+        again = make()
         assert np.array_equal(np.stack(again.floats.scales), np.stack(first.floats.scales))
     assert [*tmp_path.iterdir()] == [file]
 
@@ -2650,17 +2701,18 @@ def test_scales_are_found_once(model_folder: Path, tmp_path: Path) -> None:
 def test_scales_are_the_same_however_little_memory_there_is(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    least = make_int8_model(model_folder, tmp_path, "13MiB")
+    count = phi_server.LONGEST_CHUNK + 50
+    least = make_int8_model(model_folder, tmp_path, "13MiB", count)
     assert least.floats.border < phi_server.LONGEST_CHUNK
     tmp_path.joinpath(f"{least.fingerprint}.npy").unlink()
-    ample = make_int8_model(model_folder, tmp_path)
+    ample = make_int8_model(model_folder, tmp_path, count=count)
     assert np.array_equal(np.stack(least.floats.scales), np.stack(ample.floats.scales))
 
 
 def test_scales_are_found_however_short_the_context_is(model_folder: Path, tmp_path: Path) -> None:
     config = phi_server.ModelConfig.read(model_folder)
     text = phi_server.Tokenizer(model_folder).encode(phi_server.CALIBRATION_TEXT)
-    choice = phi_server.KvChoice("int8", "1GiB", text, tmp_path)
+    choice = phi_server.KvChoice("int8", "1GiB", text[: phi_server.LONGEST_CHUNK], tmp_path)
     model = phi_server.Model(config, 16, 2, 1, choice)
     assert 2 * model.caches[0].capacity < phi_server.LONGEST_CHUNK
     assert all((scale < 1).all() for scale in model.floats.scales)
@@ -2670,7 +2722,7 @@ def test_scales_that_cannot_be_kept_are_a_warning(
     model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    make_int8_model(model_folder, tmp_path / "file")
+    make_int8_model(model_folder, tmp_path / "file", count=16)
     assert "cannot be kept" in caplog.text
 
 
@@ -2706,8 +2758,8 @@ def test_a_server_with_int8_kv_answers(int8_server: Server) -> None:
 
 
 def test_with_int8_kv_a_seed_gives_one_reply_at_any_load(int8_server: Server) -> None:
-    fields = {"seed": 7, "max_tokens": 40, "temperature": 1.0}
-    prompts = [(phi_server.__doc__ or "")[place : place + 300] for place in range(0, 120, 20)]
+    fields = {"seed": 7, "max_tokens": 20, "temperature": 1.0}
+    prompts = [(phi_server.__doc__ or "")[place : place + 200] for place in range(0, 80, 20)]
     calls = [functools.partial(complete, int8_server, each, **fields) for each in prompts]
     alone = [text_of(call()) for call in calls]
     assert list(map(text_of, concurrently(*calls))) == alone
@@ -4120,7 +4172,7 @@ INPUTS = {
     ),
     "tokens, as they are": ([11, 10], [[11, 10]]),
     "lists of tokens": ([[11, 10], [5], TOKENS_OF_ABC], [[11, 10], [5], TOKENS_OF_ABC]),
-    "a body for the worker": (["abc", "c " * 200] * 40, [TOKENS_OF_ABC, [2, *[7] * 200, 3]] * 40),
+    "a body for the worker": (["abc", "c " * 200] * 12, [TOKENS_OF_ABC, [2, *[7] * 200, 3]] * 12),
 }
 
 
@@ -4213,7 +4265,7 @@ MANY_INPUTS = ["a " * 250] * 2000
 
 def test_streams_go_on_while_embeddings_are_computed(embedding_server: Server) -> None:
     # with a seed each token is an event: none is guessed, and none is a part of a character
-    body = {"prompt": "One, two", "max_tokens": 30, "stream": True, "ignore_eos": True}
+    body = {"prompt": "One, two", "max_tokens": 16, "stream": True, "ignore_eos": True}
     body |= {"temperature": 0, "seed": 1}
     with Wire(embedding_server) as flood, Wire(embedding_server) as stream:
         flood.send(
@@ -4222,7 +4274,7 @@ def test_streams_go_on_while_embeddings_are_computed(embedding_server: Server) -
         stream.send(posting(embedding_server, TEXT, body))
         stream.read_until(b"data: ")
         gaps, last, during = [], time.perf_counter(), 0
-        for _ in range(29):
+        for _ in range(15):
             stream.read_until(b"data: ")
             gaps.append(time.perf_counter() - last)
             last += gaps[-1]
@@ -4241,7 +4293,7 @@ def test_embeddings_end_when_the_client_leaves(embedding_server: Server) -> None
     embedding_server.logged(request_id="left", status=499)
     embed(embedding_server, "a")  # behind the call that was under way
     computed = metric(embedding_server, "embedded_tokens_total")
-    time.sleep(0.5)
+    time.sleep(2 * phi_server.EMBEDDING_SECONDS)
     assert metric(embedding_server, "embedded_tokens_total") == computed > 0
 
 
@@ -4580,7 +4632,6 @@ SOME = dict(itertools.islice(DEFINED.items(), 500))  # all of which may follow t
         "a million items at most": ({"type": "array", "maxItems": 1_000_000}, KILLED),
         "a milliard items at least": ({"type": "array", "minItems": 10**9}, KILLED),
         "a large divisor": ({"type": "integer", "multipleOf": 99_999_989}, KILLED),
-        "three divisors": ({"allOf": [{"multipleOf": n} for n in (97, 89, 83)]}, REFUSED),
         "a huge enum": ({"enum": [f"{i}" for i in range(100_000)]}, REFUSED),
         "nonsense": ({"type": "nonsense"}, REFUSED),
     },
@@ -4741,9 +4792,9 @@ def test_a_client_that_leaves_ends_the_process_that_works_for_it(
 
 
 def test_many_choices_share_one_compiled_schema_while_others_are_served(server: Server) -> None:
-    asked = HELLO | {"n": 128, "max_tokens": 2, "response_format": schema_format(PLACE)}
+    asked = HELLO | {"n": 48, "max_tokens": 2, "response_format": schema_format(PLACE)}
     reply, longest = longest_health(server, lambda: post(server, CHAT, asked))
-    assert len(reply.json["choices"]) == 128
+    assert len(reply.json["choices"]) == 48
     assert longest < 0.5
 
 
@@ -5151,7 +5202,7 @@ FORECAST = GUIDED | {"messages": turns("The weather?"), "tools": [WEATHER], **FO
 THREE_PROMPTS = ["Once", "Who knows", "There was a time"]
 ECHO = {"prompt": ["Once 🙂 upon", "a time"], "logprobs": 1, "echo": True, **SEEDED}
 KINDS = {
-    "chat": (CHAT, OWLS | {"max_tokens": 64}),
+    "chat": (CHAT, OWLS | {"max_tokens": 32}),
     "three choices": (CHAT, OWLS | {"n": 3}),
     "chat with log probabilities": (CHAT, EMOJI),
     "chat with a stop string": (CHAT, STOPPED),
@@ -5214,8 +5265,8 @@ def test_choice_i_of_a_seed_is_the_reply_of_the_seed_plus_i(
     server: Server, path: str, fields: Any, stream: bool
 ) -> None:
     asked = fields | {"temperature": 1.5}
-    choices = ask(server, path, stream, **asked, n=4, seed=40)
-    alone = [ask(server, path, **asked, seed=40 + i)[0] | {"index": i} for i in range(4)]
+    choices = ask(server, path, stream, **asked, n=3, seed=40)
+    alone = [ask(server, path, **asked, seed=40 + i)[0] | {"index": i} for i in range(3)]
     assert choices == alone
     assert len({json.dumps(choice | {"index": 0}) for choice in choices}) > 1
 
@@ -5667,7 +5718,7 @@ def test_a_reply_that_fits_the_original_length_is_that_of_a_shorter_context(
     long_rope_folder: Path, long_rope_server: Server
 ) -> None:
     with running(MODEL_PATH=long_rope_folder, CONTEXT_LENGTH=ORIGINAL) as short_server:
-        for length in (3, 40, 63):
+        for length in (24, 50, 63):
             asked = {"prompt": [*range(500, 500 + length)], "logprobs": 2, "echo": True}
             asked |= SEEDED | {"max_tokens": ORIGINAL - length}
             assert ask(long_rope_server, TEXT, **asked) == ask(short_server, TEXT, **asked)
@@ -6131,10 +6182,10 @@ def test_released_kv_is_given_back_also_where_heads_do_not_divide_a_page(
         assert (array[[0, 2]] == 1).all()
 
 
-def test_twenty_clients_in_the_kv_memory_of_three_get_the_replies_they_get_alone(
+def test_ten_clients_in_the_kv_memory_of_three_get_the_replies_they_get_alone(
     crowded_server: Server,
 ) -> None:
-    asked = [*CROWD.values()] * 4
+    asked = [*CROWD.values()] * 2
     calls = [functools.partial(ask, crowded_server, path, True, **each) for path, each in asked]
     with ThreadPoolExecutor(len(calls)) as pool:
         coming = [pool.submit(call) for call in calls]
@@ -6144,8 +6195,8 @@ def test_twenty_clients_in_the_kv_memory_of_three_get_the_replies_they_get_alone
             time.sleep(0.02)
         replies = [reply.result() for reply in coming]
     alone = [ask(crowded_server, path, **each) for path, each in CROWD.values()]
-    assert replies == alone * 4
-    assert metric(crowded_server, "set_aside_sequences_total") > 10
+    assert replies == alone * 2
+    assert metric(crowded_server, "set_aside_sequences_total") > 5
     limit = metric(crowded_server, "kv_limit_bytes")
     assert 0.9 * limit < max(resident) <= limit
     assert metric(crowded_server, "rejected_requests_total") == 0
@@ -6159,9 +6210,10 @@ def test_a_reply_may_fill_the_kv_memory(tight_server: Server) -> None:
 
 @on_linux
 def test_a_server_at_rest_has_the_memory_of_its_start_and_the_kv_it_keeps() -> None:
-    with running() as server:
+    soon = "phi_server.REST_SECONDS = 1.5"
+    with running(script=f"import sys, phi_server; {soon}; sys.exit(phi_server.main([]))") as server:
         at_start = memory_besides_kv(server)
-        complete(server, list(range(5000, 6500)), max_tokens=1, echo=True, logprobs=0)
+        complete(server, list(range(5000, 5600)), max_tokens=1, echo=True, logprobs=0)
         # logits of a long chunk, and the runtime's buffers
         assert memory_besides_kv(server) > at_start + (30 << 20)
         assert eventually(lambda: memory_besides_kv(server) < at_start + (30 << 20))
@@ -6195,7 +6247,7 @@ stream.push = faulty(stream.push, lambda self: "{POISON}" in self.stop)
 stream.finish = faulty(stream.finish, lambda self: "finish {POISON}" in self.stop)
 sys.exit(phi_server.main([]))
 """
-OTHER = {"messages": turns(STORY), "max_tokens": 60, "ignore_eos": True}
+OTHER = {"messages": turns(STORY), "max_tokens": 30, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -6651,15 +6703,18 @@ def test_those_that_decode_go_on_while_a_prompt_is_read(
 
 
 @cases("kv_type", ["model", "int8"])
-def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv_type: str) -> None:
-    fields = {"seed": 5, "temperature": 1, "max_tokens": 24}
+def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(
+    server: Server, int8_server: Server, tmp_path: Path, kv_type: str
+) -> None:
+    asked = (LONG_SYSTEM, "Tell me about owls.")
+    fields = {"seed": 5, "temperature": 1, "max_tokens": 16}
     replies = []
-    for folder in (tmp_path, tmp_path, ""):
-        with running(CACHE_DIR=folder, KV_CACHE_TYPE=kv_type) as server:
-            chat_about = functools.partial(chat, server, LONG_SYSTEM, **fields)
-            replies.append(chat_about("Tell me about owls."))
-            assert server.traces == []
-    cold, warm, plain = replies
+    for _ in range(2):
+        with running(CACHE_DIR=tmp_path, KV_CACHE_TYPE=kv_type) as keeping:
+            replies.append(chat(keeping, *asked, **fields))
+            assert keeping.traces == []
+    cold, warm = replies
+    plain = chat(int8_server if kv_type == "int8" else server, *asked, **fields)
     prompt = cold["usage"]["prompt_tokens"]
     assert (cached(cold), cached(plain)) == (0, 0)
     assert prompt - 10 <= cached(warm) < prompt
@@ -6668,10 +6723,11 @@ def test_a_restart_keeps_system_prompts_and_what_a_seed_gives(tmp_path: Path, kv
 
 def test_what_is_evicted_is_read_when_it_comes_again(tmp_path: Path) -> None:
     with running(CACHE_DIR=tmp_path, CACHE_SLOTS=0, BATCH_SIZE=1) as server:
-        first = complete(server, "one " + LONG_SYSTEM, max_tokens=8)
+        system = LONG_SYSTEM[:500]
+        first = complete(server, "one " + system, max_tokens=8)
         for word in ("two ", "three ", "four "):
-            complete(server, word + LONG_SYSTEM, max_tokens=1)
-        again = complete(server, "one " + LONG_SYSTEM, max_tokens=8)
+            complete(server, word + system, max_tokens=1)
+        again = complete(server, "one " + system, max_tokens=8)
         assert server.traces == []
     assert cached(again) >= first["usage"]["prompt_tokens"] - 10
     assert text_of(again) == text_of(first)
@@ -6725,9 +6781,10 @@ def test_a_disk_without_room_costs_a_log_line(tmp_path: Path) -> None:
 
 SLOW_DISK = """
 import sys, time, phi_server
+phi_server.STOP_SECONDS = 2
 write_block = phi_server.write_block
 def slow(*arguments):
-    time.sleep(0.5)
+    time.sleep(0.25)
     print("{\\"message\\": \\"block\\"}", file=sys.stderr, flush=True)
     return write_block(*arguments)
 phi_server.write_block = slow
@@ -6735,12 +6792,12 @@ sys.exit(phi_server.main([]))
 """
 
 
-@cases("is_hurried blocks", {"a slow disk": (False, 10), "a second signal": (True, 2)})
+@cases("is_hurried blocks", {"a slow disk": (False, 8), "a second signal": (True, 2)})
 def test_a_stop_writes_for_a_few_seconds_or_until_a_second_signal(
     tmp_path: Path, is_hurried: bool, blocks: int
 ) -> None:
     with running(SLOW_DISK, CACHE_DIR=tmp_path) as server:
-        complete(server, LONG_SYSTEM + LONG_SYSTEM + LONG_SYSTEM, max_tokens=1)
+        complete(server, LONG_SYSTEM + LONG_SYSTEM, max_tokens=1)
         server.process.terminate()
         server.logged(message="block")
         if is_hurried:
@@ -7764,7 +7821,7 @@ def test_a_stream_has_the_headers_that_keep_proxies_from_holding_it_back(server:
     assert headers["x-accel-buffering"] == "no"
 
 
-LONG_COUNT = " ".join(str(i) for i in range(700))
+LONG_COUNT = " ".join(str(i) for i in range(300))
 
 
 @cases("path first", [(CHAT, b'"role":"assistant"'), (TEXT, b"text/event-stream")])
@@ -8436,14 +8493,14 @@ def test_tools_that_are_no_functions_are_left_out_and_logged(server: Server) -> 
 
 def test_the_request_of_codex_is_read(server: Server) -> None:
     body = {
-        "instructions": "You are a coding agent. " * 400,
+        "instructions": "You are a coding agent. " * 40,
         "input": [
             {"type": "message", "role": "developer", "content": [input_part("<permissions>")]},
             {"type": "message", "role": "user", "content": [input_part("Hi")]},
         ],
         "tools": [
             {"type": "function", "name": "shell", "strict": False, "parameters": closed(a=CITY)},
-            {"type": "namespace", "name": "mcp", "description": "x" * 8000, "tools": FLAT_TOOLS},
+            {"type": "namespace", "name": "mcp", "description": "x" * 17_000, "tools": FLAT_TOOLS},
             {"type": "web_search", "external_web_access": False},
             {"type": "custom", "name": "apply_patch", "format": {"type": "grammar"}},
         ],
@@ -8619,14 +8676,13 @@ def test_a_stored_response_is_shown_and_deleted(server: Server) -> None:
     )
 
 
-def test_a_response_is_not_stored_unless_wanted(server: Server) -> None:
+def test_a_response_is_not_stored_unless_wanted(server: Server, strict_server: Server) -> None:
     response = respond(server, "Hi", max_output_tokens=1, store=False)
     assert response["store"] is False
     assert get(server, f"{RESPONSES}/{response['id']}").status == 404
-    with running(RESPONSE_STORE=0) as storeless:
-        response = respond(storeless, "Hi", max_output_tokens=1)
-        assert response["store"] is False
-        assert get(storeless, f"{RESPONSES}/{response['id']}").status == 404
+    response = respond(strict_server, "Hi", max_output_tokens=1)
+    assert response["store"] is False
+    assert get(strict_server, f"{RESPONSES}/{response['id']}").status == 404
 
 
 def test_the_items_of_an_input_are_listed_in_pages(server: Server) -> None:
@@ -8650,10 +8706,9 @@ def test_the_items_of_an_input_are_listed_in_pages(server: Server) -> None:
         assert get(server, f"{path}?{query}").status == 400
 
 
-def test_the_newest_responses_are_kept(server: Server) -> None:
-    with running(RESPONSE_STORE=2) as small:
-        ids = [respond(small, "Hi", max_output_tokens=1)["id"] for _ in range(3)]
-        statuses = [get(small, f"{RESPONSES}/{each}").status for each in ids]
+def test_the_newest_responses_are_kept(short_server: Server) -> None:
+    ids = [respond(short_server, "Hi", max_output_tokens=1)["id"] for _ in range(3)]
+    statuses = [get(short_server, f"{RESPONSES}/{each}").status for each in ids]
     assert statuses == [404, 200, 200]
 
 
@@ -9064,7 +9119,8 @@ def test_a_response_that_cannot_be_read_is_refused(fields: Any, code: str, param
 
 @pytest.fixture(scope="module")
 def short_server() -> Iterator[Server]:
-    with running(CONTEXT_LENGTH=4096) as server:
+    """A server with a short context, which keeps two responses."""
+    with running(CONTEXT_LENGTH=1024, RESPONSE_STORE=2) as server:
         yield server
 
 
@@ -9125,11 +9181,11 @@ def test_the_tokens_of_a_prompt_are_counted_without_a_reply(short_server: Server
 
 
 def test_the_oldest_items_are_dropped_where_that_is_wanted(short_server: Server) -> None:
-    said = [f"{i} " + "a " * 700 for i in range(9)]
+    said = [f"{i} " + "a " * 170 for i in range(9)]
     asked = {"input": turns(*said), "max_output_tokens": 2, "instructions": "Be brief."}
     assert post(short_server, RESPONSES, asked).failure == (400, "context_length_exceeded")
     response = respond(short_server, asked.pop("input"), truncation="auto", **asked)
-    assert 2000 < response["usage"]["input_tokens"] < 4096
+    assert 500 < response["usage"]["input_tokens"] < 1024
     assert response["instructions"] == "Be brief."
     listed = get(short_server, f"{RESPONSES}/{response['id']}/input_items?order=asc").json["data"]
     left = [item["content"][0]["text"] for item in listed]
@@ -9151,12 +9207,14 @@ def test_a_call_is_dropped_with_its_result() -> None:
 
 
 def test_a_long_conversation_is_read_in_the_worker(server: Server) -> None:
-    first = respond(server, "a " * 1500, max_output_tokens=1)
-    for more in ("b " * 1500, [{"role": "user", "content": "b " * 1500, "padding": "x" * 5000}]):
-        second = respond(server, more, previous_response_id=first["id"], max_output_tokens=1)
+    said, more = "information " * 250, "understanding " * 250
+    assert len(said) < phi_server.INLINE_BYTES < len(said + more)
+    first = respond(server, said, max_output_tokens=1)
+    for asked in (more, [{"role": "user", "content": more, "padding": "x" * 5000}]):
+        second = respond(server, asked, previous_response_id=first["id"], max_output_tokens=1)
         details = second["usage"]["input_tokens_details"]
-        assert second["usage"]["input_tokens"] > 3000
-        assert details["cached_tokens"] > 1500
+        assert second["usage"]["input_tokens"] > 500
+        assert details["cached_tokens"] > 250
 
 
 @cases("path", ["/v1/responses", "/v1/chat/completions"])
@@ -9470,6 +9528,13 @@ LARGE = b'{"model":"smollm2-135m","prompt":"%b"}' % (b"a " * (2 << 20))[:-100]
 CHUNKED_HEADER, LENGTH = "Transfer-Encoding: chunked", len(LARGE)
 
 
+@pytest.fixture(scope="module")
+def uncollected_server() -> Iterator[Server]:
+    """A server that frees what nothing refers to any more, and never collects cycles."""
+    with running(script=UNCOLLECTED) as server:
+        yield server
+
+
 @on_linux
 @cases(
     "header body is_cut",
@@ -9481,20 +9546,22 @@ CHUNKED_HEADER, LENGTH = "Transfer-Encoding: chunked", len(LARGE)
         "no JSON": (f"Content-Length: {LENGTH}", LARGE.replace(b":", b"=", 1), False),
     },
 )
-def test_a_large_request_that_failed_is_forgotten(header: str, body: bytes, is_cut: bool) -> None:
-    def fail(name: str) -> None:
-        with Wire(server) as wire:
+def test_a_large_request_that_failed_is_forgotten(
+    uncollected_server: Server, header: str, body: bytes, is_cut: bool
+) -> None:
+    def fail() -> None:
+        name = secrets.token_hex(8)
+        with Wire(uncollected_server) as wire:
             wire.send(request(f"POST {TEXT}", f"x-request-id: {name}", header) + body)
             assert is_cut or wire.read_reply()
-        server.logged(request_id=name)
+        uncollected_server.logged(request_id=name)
 
-    with running(script=UNCOLLECTED) as server:
-        for i in range(4):
-            fail(f"first-{i}")
-        at_first = memory_besides_kv(server)
-        for i in range(20):
-            fail(f"then-{i}")
-        assert memory_besides_kv(server) < at_first + (40 << 20)  # twenty bodies have 80 MiB
+    for _ in range(3):
+        fail()
+    at_first = memory_besides_kv(uncollected_server)
+    for _ in range(8):
+        fail()
+    assert memory_besides_kv(uncollected_server) < at_first + (16 << 20)  # the bodies have 32 MiB
 
 
 @cases("number", [signal.SIGTERM, signal.SIGINT])
@@ -9695,17 +9762,14 @@ def ask_as(server: Server, host: str, *headers: str) -> Reply:
     return exchange(server, raw("GET /v1/models HTTP/1.1", f"Host: {host}", *headers), 1)[0]
 
 
-@cases("config count", {"none": ("{}", 1), "its own": ('{"chat_template": "{{ 1 }}"}', 0)})
-def test_a_start_without_a_chat_template_warns_once(
-    model_folder: Path, tmp_path: Path, config: str, count: int
-) -> None:
+def test_a_start_without_a_chat_template_warns_once(model_folder: Path, tmp_path: Path) -> None:
     changed(model_folder, tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     with running(MODEL_PATH=tmp_path) as server:
         assert post(server, CHAT, {**HELLO, "max_tokens": 1}).status == 200
         told = [line for line in warnings(server) if "chat template" in line]
-    assert len(told) == count
+    assert len(told) == 1
 
 
 def test_a_start_without_keys_on_every_address_warns() -> None:
@@ -9716,7 +9780,9 @@ def test_a_start_without_keys_on_every_address_warns() -> None:
         assert ask_as(server, "any.example").status == 200
 
 
-def test_a_start_with_keys_or_loopback_does_not_warn(server: Server, keyed_server: Server) -> None:
+def test_a_start_with_a_template_and_with_keys_or_loopback_does_not_warn(
+    server: Server, keyed_server: Server
+) -> None:
     assert warnings(server) == warnings(keyed_server) == []
 
 
