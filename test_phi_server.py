@@ -18,7 +18,6 @@ import functools
 import hashlib
 import http.client
 import http.server
-import importlib.util
 import itertools
 import json
 import logging
@@ -28,6 +27,7 @@ import os
 import platform
 import random
 import re
+import runpy
 import secrets
 import select
 import shutil
@@ -11773,7 +11773,7 @@ INSTRUCTOR_MODES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.clients
-@cases("mode", INSTRUCTOR_MODES)
+@cases("mode", INSTRUCTOR_MODES.keys())
 def test_instructor_gets_its_object_in_every_mode(local: Server, openai: Any, mode: str) -> None:
     instructor = pytest.importorskip("instructor")
     # a default, as without a schema the names are the model's choice
@@ -11999,16 +11999,176 @@ def test_lm_evaluation_harness_scores_tasks_of_ours(local: Server, tmp_path: Pat
         [" Rome"],
     ]
     (rolled,) = scored["samples"]["likely"][0]["filtered_resps"]
-    end = get(local, "/tokenizer_info").json["eos_token"]  # what the harness puts before a text
-    prompt = f"{end}{CAPITALS[0]['text']} Paris"
+    start = get(local, "/tokenizer_info").json["bos_token"]  # the harness puts it before a text
+    prompt = f"{start}{CAPITALS[0]['text']} Paris"
     fields = {"prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1}
     choice = post(local, TEXT, fields).json["choices"][0]
     assert rolled == pytest.approx(sum(choice["logprobs"]["token_logprobs"][1:]), abs=0.01)
 
 
+NODE_PREAMBLE = """
+import dns from 'node:dns';
+dns.lookup = (host) => { console.error(`looked up ${host}`); process.exit(3); };
+const [base, model, embedder] = process.argv.slice(2);
+const question = 'What is the capital of France?';
+"""
+NODE_SCRIPTS = {
+    "openai": """
+        import OpenAI from 'openai';
+        import { zodResponseFormat, zodTextFormat } from 'openai/helpers/zod';
+        import { z } from 'zod';
+
+        const client = new OpenAI({ baseURL: base, apiKey: 'none' });
+        const messages = [{ role: 'user', content: question }];
+        const Place = z.object({ city: z.enum(['Rome', 'Paris']), isOld: z.boolean() });
+        const weather = {
+          type: 'function',
+          function: {
+            name: 'weather',
+            parse: JSON.parse,
+            parameters: {
+              type: 'object', properties: { city: { type: 'string' } }, required: ['city'],
+            },
+            function: ({ city }) => `Sunny in ${city}.`,
+          },
+        };
+        const asked = { model, temperature: 0 };
+        const streamed = client.responses.stream({ ...asked, input: question });
+        const kinds = [];
+        for await (const event of streamed) kinds.push(event.type);
+        const tools = client.chat.completions.runTools({
+          ...asked, messages, tools: [weather], max_tokens: 60,
+          tool_choice: { type: 'function', function: { name: 'weather' } },
+        });
+        await tools.done();
+        console.log(JSON.stringify({
+          texts: [
+            (await client.responses.create({ ...asked, input: question })).output_text,
+            (await streamed.finalResponse()).output_text,
+            (await client.chat.completions.create({ ...asked, messages }))
+              .choices[0].message.content,
+            await client.chat.completions.stream({ ...asked, messages }).finalContent(),
+          ],
+          streamed: kinds.at(-1) === 'response.completed',
+          places: [
+            (await client.responses.parse({
+              ...asked, input: 'Rome?', text: { format: zodTextFormat(Place, 'place') },
+            })).output_parsed,
+            (await client.chat.completions.parse({
+              ...asked, messages, response_format: zodResponseFormat(Place, 'place'),
+            })).choices[0].message.parsed,
+          ],
+          called: tools.messages.map((message) => message.role).join(' ') === 'user assistant tool',
+          vector: (await client.embeddings.create({ model: embedder, input: 'hello' }))
+            .data[0].embedding,
+        }));
+    """,
+    "@ai-sdk/openai": """
+        import { createOpenAI } from '@ai-sdk/openai';
+
+        const openai = createOpenAI({ baseURL: base, apiKey: 'none' });
+        await tryAll([openai(model), openai.chat(model)], openai.embedding(embedder));
+    """,
+    "@ai-sdk/openai-compatible": """
+        import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+
+        const options = { name: 'phi', baseURL: base, supportsStructuredOutputs: true };
+        const provider = createOpenAICompatible(options);
+        await tryAll([provider(model)], provider.textEmbeddingModel(embedder));
+    """,
+}
+AI_SDK = """
+import {
+  embed, generateObject, generateText, stepCountIs, streamObject, streamText, tool,
+} from 'ai';
+import { z } from 'zod';
+
+async function tryAll(models, embedding) {
+  const weather = tool({
+    description: 'The weather', inputSchema: z.object({ city: z.string() }),
+    execute: async ({ city }) => `Sunny in ${city}.`,
+  });
+  const schema = z.object({ city: z.enum(['Rome', 'Paris']), isOld: z.boolean() });
+  const found = { texts: [], places: [], streamed: true, called: true };
+  for (const model of models) {
+    const asked = { model, temperature: 0, maxOutputTokens: 60 };
+    found.texts.push((await generateText({ ...asked, prompt: question })).text);
+    const stream = streamText({ ...asked, prompt: question });
+    const pieces = [];
+    for await (const piece of stream.textStream) pieces.push(piece);
+    found.texts.push(pieces.join(''));
+    found.streamed &&= pieces.length > 3 && (await stream.finishReason) === 'stop';
+    const steps = {
+      ...asked, prompt: 'How is Rome?', tools: { weather }, stopWhen: stepCountIs(2),
+      prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber ? 'none' : 'required' }),
+    };
+    const whole = await generateText(steps);
+    const parts = streamText(steps);
+    const kinds = [];
+    for await (const part of parts.fullStream) kinds.push(part.type);
+    found.called &&= whole.steps[0].toolResults.length > 0 && whole.steps.length === 2
+      && kinds.includes('tool-result') && !kinds.includes('error');
+    const filled = { ...asked, schema, prompt: 'Rome?' };
+    found.places.push((await generateObject(filled)).object);
+    const grown = streamObject(filled);
+    for await (const part of grown.partialObjectStream) found.streamed &&= part !== null;
+    found.places.push(await grown.object);
+  }
+  found.vector = (await embed({ model: embedding, value: 'hello' })).embedding;
+  console.log(JSON.stringify(found));
+}
+"""
+
+
+def run_node(script: str, folder: Path, *arguments: str) -> str:
+    """What a module prints that may use the packages of NODE_CLIENTS, and look up no host."""
+    packages = Path(os.environ.get("NODE_CLIENTS", ""), "node_modules")
+    if not shutil.which("node") or "NODE_CLIENTS" not in os.environ:
+        pytest.skip("needs node, and npm's packages in the folder that NODE_CLIENTS names")
+    (folder / "node_modules").symlink_to(packages.resolve())
+    (folder / "script.mjs").write_text(script)
+    ended = subprocess.run(
+        ["node", "script.mjs", *arguments],
+        cwd=folder,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.clients
+@cases("package", NODE_SCRIPTS.keys())
+def test_node_clients_stream_call_tools_fill_schemas_and_embed(
+    local: Server, tmp_path: Path, package: str
+) -> None:
+    helpers = AI_SDK if package.startswith("@ai-sdk") else ""
+    script = NODE_PREAMBLE + helpers + textwrap.dedent(NODE_SCRIPTS[package])
+    found = json.loads(run_node(script, tmp_path, local.url, local.model, "letters"))
+    assert set(found["texts"]) == {ANSWER}
+    assert (found["streamed"], found["called"]) == (True, True)
+    assert {filled["city"] for filled in found["places"]} <= {"Rome", "Paris"}
+    assert found["vector"] == pytest.approx(expected([2, 12, 3]), abs=1e-6)
+
+
 # ---- README --------------------------------------------------------------------------------------
 
-CLIENTS = {"openai": "openai", "langchain-openai": "langchain_openai", "litellm": "litellm"}
+CLIENTS = {
+    "openai": "openai",
+    "openai-agents": "agents",
+    "langchain-openai": "langchain_openai",
+    "llama-index": "llama_index.llms.openai_like",
+    "pydantic-ai": "pydantic_ai",
+    "instructor": "instructor",
+    "litellm": "litellm",
+    "haystack": "haystack",
+    "dspy": "dspy",
+    "smolagents": "smolagents",
+    "llm": "llm",
+    "lm-evaluation-harness": "lm_eval",
+}
 
 
 @pytest.fixture(scope="module")
@@ -12058,33 +12218,75 @@ def test_the_readmes_security_table_names_tests_that_exist(readme: str) -> None:
     assert [name for name in named if not any(name in test for test in tests)] == []
 
 
-def client_examples(readme: str, package: str) -> list[str]:
-    """The indented Python below lines that name a package, in the section "Works with"."""
-    section = re.search(r"^## Works with\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
-    if not section:
-        pytest.skip("the README has no such section yet")
-    blocks = re.findall(r"^(\S[^\n]*)\n\n((?:(?: {4}[^\n]*)?(?:\n|\Z))+)", section[1], re.MULTILINE)
-    named = [code for line, code in blocks if re.search(rf"(?<![\w-]){package}(?![\w-])", line)]
-    return [textwrap.dedent(code) for code in named if "import " in code]
+def client_examples(readme: str) -> list[tuple[str, str]]:
+    """What "Works with" shows: the client's name, which begins a line, and the lines below it."""
+    section = readme.partition("\n## Works with\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^(\S[^\n]*)\n\n((?:(?: {4}[^\n]*)?(?:\n|\Z))+)", section, re.MULTILINE)
+    named = [
+        (re.split("[,:] ", line)[0].rstrip(":"), textwrap.dedent(code)) for line, code in blocks
+    ]
+    return [(name, code) for name, code in named if name in CLIENTS or name.startswith("npm ")]
 
 
+def test_the_readmes_table_of_clients_is_of_those_it_shows(readme: str) -> None:
+    rows = readme.partition("| client | API |")[2].split("\n\n")[0].splitlines()[2:]
+    listed = {row.split("|")[1].strip() for row in rows}
+    assert listed == {name for name, _ in client_examples(readme)} >= CLIENTS.keys()
+
+
+@pytest.mark.clients
 @cases("package", CLIENTS.keys())
 def test_the_readmes_client_examples_run(
-    server: Server, readme: str, package: str, tokenizer: Any
+    local: Server, readme: str, package: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    examples = client_examples(readme, package)
+    examples = [code for name, code in client_examples(readme) if name == package]
     assert examples
-    # found, not imported: an import of some of them asks the network
-    if importlib.util.find_spec(CLIENTS[package]) is None:
-        pytest.skip(f"{package} is not installed")
-    offline = environment(LITELLM_LOCAL_MODEL_COST_MAP="True")
-    for code in examples:
-        local = code.replace("http://127.0.0.1:8000/v1", server.url)
-        command = [sys.executable, "-c", local]
-        limits = {"env": offline, "timeout": PATIENCE, "check": False}
-        ended = subprocess.run(command, capture_output=True, text=True, **limits)
-        assert server.url in local
-        assert (ended.returncode, ended.stdout.strip() != "") == (0, True), ended.stderr
+    pytest.importorskip(CLIENTS[package])
+    for number, code in enumerate(examples):
+        here = code.replace("http://127.0.0.1:8000/v1", local.url)
+        assert local.url in here
+        if re.search("^(from|import) ", code, re.MULTILINE):
+            # in this process, as imports are slow, and from a file, as some clients read the source
+            script = tmp_path / f"example{number}.py"
+            script.write_text(here)
+            runpy.run_path(str(script), run_name="__main__")
+            assert capfd.readouterr().out.strip()
+        else:
+            assert run_shell(here, tmp_path).strip()
+
+
+def run_shell(script: str, folder: Path) -> str:
+    """What commands print that are run in a folder with tasks for lm-evaluation-harness."""
+    if not shutil.which("bash"):
+        pytest.skip("needs bash")
+    harness_tasks(folder)
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=folder,
+        env=os.environ | {"PATH": programs},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE * 2,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.clients
+@cases("package", ["openai", "ai"])
+def test_the_readmes_node_examples_run(
+    local: Server, readme: str, package: str, tmp_path: Path
+) -> None:
+    examples = [code for name, code in client_examples(readme) if name == f"npm {package}"]
+    assert examples
+    for number, code in enumerate(examples):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        here = code.replace("http://127.0.0.1:8000/v1", local.url)
+        assert local.url in here
+        assert run_node(here, folder).strip()
 
 
 # ---- Folders -------------------------------------------------------------------------------------
