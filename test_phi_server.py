@@ -11592,7 +11592,7 @@ def local(
     """A server of both models, for clients that must ask no other host."""
     for name, value in AT_HOME.items():
         monkeypatch.setenv(name, value)
-    for name in ("HOME", "HF_HOME", "LLM_USER_PATH", "DSPY_CACHEDIR", "TIKTOKEN_CACHE_DIR"):
+    for name in ("HOME", "HF_HOME", "LLM_USER_PATH", "DSPY_CACHEDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     before = len(looked_up())
     yield embedding_server
@@ -11755,8 +11755,8 @@ def test_pydantic_ai_streams_calls_a_tool_and_fills_a_schema(
     asyncio.run(converse())
 
 
-SHOWN = 'It is {"city": "Rome"}, so ```json\n{"city": "Rome"}\n```'
-SHOTS = turns("Which city?", SHOWN, "Which city?", SHOWN, "Which city?")
+SHOWN = ("The city is Rome.", '```json\n{"city": "Rome"}\n```')
+SHOTS = turns(*SHOWN * 3, SHOWN[0])
 INSTRUCTOR_MODES: dict[str, dict[str, Any]] = {
     "TOOLS": {},
     "TOOLS_STRICT": {},
