@@ -1,8 +1,8 @@
 """The specification of phi_server.py: `python -m pytest -v` prints it, a test's name is a sentence.
 
 A test talks over a socket to a real server process, which serves the model of MODEL_PATH or the
-demo model, or it calls a pure function of phi_server.py. No model is mocked. It takes about two
-and a half minutes on two cores. `python -m pytest -m bench -s` measures instead, and prints a
+demo model, or it calls a pure function of phi_server.py. No model is mocked. It takes about ten
+minutes on two cores. `python -m pytest -m bench -s` measures instead, and prints a
 table; `-m soak` loads a server for half an hour; `-m folders` compares folders of many models.
 """
 
