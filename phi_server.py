@@ -2801,7 +2801,8 @@ def find_scales(
             written = np.abs(array[0])
             found = written.max(axis=1) if i % 2 else rotated_norm(written, heads)
             np.maximum(largest[i], found, out=largest[i])
-    return (np.maximum(SCALE_MARGIN * largest, 1e-6) / 127).astype(np.float32)
+    scales: Floats = (np.maximum(SCALE_MARGIN * largest, 1e-6) / 127).astype(np.float32)
+    return scales
 
 
 def rotated_norm(keys: Floats, heads: Heads) -> Floats:
