@@ -690,7 +690,10 @@ def deaf_client(server: Server) -> socket.socket:
 
 
 def leave_pages_unread(server: Server, client: socket.socket) -> None:
-    """Asks for 60 KB: more than the system buffers, less than what asyncio waits for."""
+    """Asks for 60 KB: more than the system buffers, less than what asyncio waits for.
+
+    The server must log at debug level, which tells that a page was answered.
+    """
     for i in range(12):
         client.sendall(request("GET /metrics", f"x-request-id: unread-{i}"))
         server.logged(request_id=f"unread-{i}")
@@ -7167,7 +7170,8 @@ def test_replies_have_a_date(server: Server) -> None:
 @pytest.fixture(scope="module")
 def small_server() -> Iterator[Server]:
     """A server with few connections, which waits a second for readers and for requests."""
-    with running(MAX_CONNECTIONS=3, WRITE_SECONDS=1, KEEPALIVE_SECONDS=1) as server:
+    patience = {"WRITE_SECONDS": 1, "KEEPALIVE_SECONDS": 1}
+    with running(MAX_CONNECTIONS=3, LOG_LEVEL="debug", **patience) as server:
         yield server
 
 
@@ -10075,7 +10079,8 @@ def test_clients_that_have_sent_half_a_request_leave_no_trace_in_the_log_of_a_st
 @contextlib.contextmanager
 def with_unread_pages(**settings: object) -> Iterator[tuple[Server, socket.socket]]:
     """A patient server that ends with the test, and a client that does not read its replies."""
-    with running(WRITE_SECONDS=30, **settings) as server, deaf_client(server) as client:
+    chosen = {"WRITE_SECONDS": 30, "LOG_LEVEL": "debug"} | settings
+    with running(**chosen) as server, deaf_client(server) as client:
         leave_pages_unread(server, client)
         try:
             yield server, client
