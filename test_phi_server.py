@@ -11707,8 +11707,8 @@ AT_HOME = {
     "HF_HUB_OFFLINE": "1",
     "LANGSMITH_TRACING": "false",
 }
-LOOPBACK = (None, "", "localhost", "127.0.0.1", b"127.0.0.1", "::1")
-KEY = "none"
+OWN_NAMES = (None, "", "localhost", "127.0.0.1", b"127.0.0.1", "::1")
+NO_KEY = "none"
 CALL_ONCE = {"temperature": 0, "max_tokens": 60}
 
 
@@ -11718,7 +11718,7 @@ def looked_up() -> list[str]:
     names: list[str] = []
 
     def note(event: str, arguments: Any) -> None:
-        if event == "socket.getaddrinfo" and arguments[0] not in LOOPBACK:
+        if event == "socket.getaddrinfo" and arguments[0] not in OWN_NAMES:
             names.append(str(arguments[0]))
 
     sys.addaudithook(note)
@@ -11763,7 +11763,7 @@ def test_openai_agents_calls_a_tool_hands_off_and_fills_a_schema(
     agents = pytest.importorskip("agents")
 
     async def converse() -> None:
-        async with openai.AsyncOpenAI(base_url=local.url, api_key=KEY) as client:
+        async with openai.AsyncOpenAI(base_url=local.url, api_key=NO_KEY) as client:
             model = getattr(agents, api)(local.model, client)
             draws = functools.partial(agents.ModelSettings, **CALL_ONCE)
             agent = functools.partial(agents.Agent, "A", model=model, model_settings=draws())
@@ -11800,7 +11800,7 @@ def test_langchain_openai_streams_runs_an_agent_and_fills_a_schema(
     middleware = pytest.importorskip("langchain.agents.middleware")
     model = pytest.importorskip("langchain_openai").ChatOpenAI(
         base_url=local.url,
-        api_key=KEY,
+        api_key=NO_KEY,
         model=local.model,
         use_responses_api=use_responses_api,
         **CALL_ONCE,
@@ -11825,7 +11825,7 @@ def test_langchain_openai_streams_runs_an_agent_and_fills_a_schema(
 @pytest.mark.clients
 def test_langchain_openai_embeds_texts(local: Server) -> None:
     embeddings = pytest.importorskip("langchain_openai").OpenAIEmbeddings
-    options = {"base_url": local.url, "api_key": KEY, "check_embedding_ctx_length": False}
+    options = {"base_url": local.url, "api_key": NO_KEY, "check_embedding_ctx_length": False}
     vector = embeddings(model="letters", **options).embed_query("hello")
     assert vector == pytest.approx(expected([2, 12, 3]), abs=1e-6)
 
@@ -11834,7 +11834,7 @@ def test_langchain_openai_embeds_texts(local: Server) -> None:
 def test_llama_index_chats_calls_a_tool_and_fills_a_schema(local: Server, place: Any) -> None:
     like = pytest.importorskip("llama_index.llms.openai_like").OpenAILike
     tools = pytest.importorskip("llama_index.core.tools")
-    options = {"model": local.model, "api_base": local.url, "api_key": KEY, **CALL_ONCE}
+    options = {"model": local.model, "api_base": local.url, "api_key": NO_KEY, **CALL_ONCE}
     chat = like(is_chat_model=True, is_function_calling_model=True, **options)
     pieces = [piece.delta for piece in chat.stream_complete(QUESTION)]
     assert (len(pieces) > 3, "".join(pieces)) == (True, ANSWER)
@@ -11851,7 +11851,7 @@ def test_llama_index_answers_from_an_index_of_our_vectors(local: Server) -> None
     embeddings = pytest.importorskip("llama_index.embeddings.openai").OpenAIEmbedding
     core = pytest.importorskip("llama_index.core")
     like = pytest.importorskip("llama_index.llms.openai_like").OpenAILike
-    options = {"api_base": local.url, "api_key": KEY}
+    options = {"api_base": local.url, "api_key": NO_KEY}
     embedder = embeddings(model_name="letters", **options)
     assert embedder.get_text_embedding("hello") == pytest.approx(expected([2, 12, 3]), abs=1e-6)
     documents = [core.Document(text=text) for text in ("hello, world!", "a b c")]
@@ -11877,7 +11877,7 @@ def test_pydantic_ai_streams_calls_a_tool_and_fills_a_schema(
             return lambda run: {"tool_choice": ["weather"] if run.run_step == 1 else "none"}
 
     async def converse() -> None:
-        provider = providers.OpenAIProvider(base_url=local.url, api_key=KEY)
+        provider = providers.OpenAIProvider(base_url=local.url, api_key=NO_KEY)
         model = getattr(models, api)(local.model, provider=provider, settings=CALL_ONCE)
         async with ai.Agent(model).run_stream(QUESTION) as stream:
             pieces = [piece async for piece in stream.stream_text(delta=True, debounce_by=None)]
@@ -11895,8 +11895,8 @@ def test_pydantic_ai_streams_calls_a_tool_and_fills_a_schema(
     asyncio.run(converse())
 
 
-SHOWN = ("The city is Rome.", '```json\n{"city": "Rome"}\n```')
-SHOTS = turns(*SHOWN * 3, SHOWN[0])
+SHOWN_REPLIES = ("The city is Rome.", '```json\n{"city": "Rome"}\n```')
+SHOTS = turns(*SHOWN_REPLIES * 3, SHOWN_REPLIES[0])
 INSTRUCTOR_MODES: dict[str, dict[str, Any]] = {
     "TOOLS": {},
     "TOOLS_STRICT": {},
@@ -11919,7 +11919,7 @@ def test_instructor_gets_its_object_in_every_mode(local: Server, openai: Any, mo
     # a default, as without a schema the names are the model's choice
     city = pytest.importorskip("pydantic").create_model("City", city=(str, "none"))
     client = instructor.from_openai(
-        openai.OpenAI(base_url=local.url, api_key=KEY), mode=instructor.Mode[mode]
+        openai.OpenAI(base_url=local.url, api_key=NO_KEY), mode=instructor.Mode[mode]
     )
     asked = {"model": local.model, "messages": turns("Which city?"), **CALL_ONCE}
     asked |= INSTRUCTOR_MODES[mode]
@@ -11937,7 +11937,7 @@ def test_instructor_streams_an_object_and_asks_again(
 ) -> None:
     instructor = pytest.importorskip("instructor")
     client = instructor.from_openai(
-        openai.OpenAI(base_url=local.url, api_key=KEY), mode=instructor.Mode[mode]
+        openai.OpenAI(base_url=local.url, api_key=NO_KEY), mode=instructor.Mode[mode]
     )
     asked = {"model": local.model, "messages": turns("Rome?"), **CALL_ONCE}
     parts = list(client.create_partial(response_model=place, **asked))
@@ -11959,7 +11959,7 @@ def test_instructor_streams_an_object_and_asks_again(
 @pytest.mark.clients
 def test_litellm_speaks_every_route(local: Server) -> None:
     litellm = pytest.importorskip("litellm")
-    model, options = f"openai/{local.model}", {"api_base": local.url, "api_key": KEY}
+    model, options = f"openai/{local.model}", {"api_base": local.url, "api_key": NO_KEY}
     asked = {"messages": turns(QUESTION), "temperature": 0, **options}
     assert litellm.completion(model, **asked).choices[0].message.content == ANSWER
     chunks = [
@@ -11993,7 +11993,7 @@ def test_haystack_streams_runs_an_agent_and_fills_a_schema(
     chats = pytest.importorskip("haystack.components.generators.chat")
     agents = pytest.importorskip("haystack.components.agents")
     tools = pytest.importorskip("haystack.tools")
-    key = pytest.importorskip("haystack.utils").Secret.from_token(KEY)
+    key = pytest.importorskip("haystack.utils").Secret.from_token(NO_KEY)
     say = pytest.importorskip("haystack.dataclasses").ChatMessage.from_user
     draws = {"temperature": 0, length: 60}
     options = {"api_base_url": local.url, "api_key": key, "generation_kwargs": draws}
@@ -12019,7 +12019,7 @@ def test_haystack_streams_runs_an_agent_and_fills_a_schema(
 @pytest.mark.clients
 def test_haystack_embeds_texts(local: Server) -> None:
     embedders = pytest.importorskip("haystack.components.embedders")
-    key = pytest.importorskip("haystack.utils").Secret.from_token(KEY)
+    key = pytest.importorskip("haystack.utils").Secret.from_token(NO_KEY)
     embedder = embedders.OpenAITextEmbedder(model="letters", api_base_url=local.url, api_key=key)
     assert embedder.run("hello")["embedding"] == pytest.approx(expected([2, 12, 3]), abs=1e-6)
 
@@ -12028,7 +12028,7 @@ def test_haystack_embeds_texts(local: Server) -> None:
 @cases("model_type", ["chat", "responses"])
 def test_dspy_asks_over_both_routes(local: Server, model_type: str) -> None:
     dspy = pytest.importorskip("dspy")
-    options = {"api_base": local.url, "api_key": KEY, "cache": False}
+    options = {"api_base": local.url, "api_key": NO_KEY, "cache": False}
     model = dspy.LM(f"openai/{local.model}", model_type=model_type, **options, **CALL_ONCE)
     (said,) = model(QUESTION)
     assert (said["text"] if isinstance(said, dict) else said) == ANSWER
@@ -12037,7 +12037,7 @@ def test_dspy_asks_over_both_routes(local: Server, model_type: str) -> None:
 @pytest.mark.clients
 def test_dspy_fills_a_signature_and_embeds(local: Server) -> None:
     dspy = pytest.importorskip("dspy")
-    options = {"api_base": local.url, "api_key": KEY}
+    options = {"api_base": local.url, "api_key": NO_KEY}
     model = dspy.LM(
         f"openai/{local.model}", model_type="responses", cache=False, **options, **CALL_ONCE
     )
@@ -12050,7 +12050,7 @@ def test_dspy_fills_a_signature_and_embeds(local: Server) -> None:
 @pytest.mark.clients
 def test_smolagents_streams_and_runs_an_agent(local: Server) -> None:
     smolagents = pytest.importorskip("smolagents")
-    model = smolagents.OpenAIModel(local.model, api_base=local.url, api_key=KEY, **CALL_ONCE)
+    model = smolagents.OpenAIModel(local.model, api_base=local.url, api_key=NO_KEY, **CALL_ONCE)
     pieces = [piece.content or "" for piece in model.generate_stream(turns(QUESTION))]
     assert (len(pieces) > 3, "".join(pieces)) == (True, ANSWER)
     tool = smolagents.tool(weather)
