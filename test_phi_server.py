@@ -2604,7 +2604,7 @@ def test_int8_kv_predicts_as_float32_does(model: Any, int8_model: Any, model_fol
     assert 0 < divergence.mean() < 0.02
     assert (exact.argmax(axis=-1) == rounded.argmax(axis=-1)).mean() > 0.85
     of_next = np.arange(len(tokens) - 1), tokens[1:]
-    assert abs(exact[of_next].mean() - rounded[of_next].mean()) < 0.02
+    assert rounded[of_next].mean() > exact[of_next].mean() - 0.02
 
 
 def test_int8_kv_decodes_as_it_prefills(int8_model: Any, model_folder: Path) -> None:
