@@ -2530,7 +2530,7 @@ class Call:
 # is 1.04 times as fast at 100 tokens of context, 1.25 at 1,000 and 1.6 at 3,800; small models gain
 # little at the lengths that they are used with.
 LARGE_KV = 1 << 17
-SCALE_MARGIN = 1.15  # of int8 KV, for what other texts reach; less cuts off, more rounds coarsely
+SCALE_MARGIN = 1.1  # of int8 KV, for what other texts reach; less cuts off, more rounds coarsely
 
 
 class Model:
