@@ -2673,11 +2673,11 @@ class Model:
         A pruned model has but those of each row's last token. With `prefills` the tokens are a
         chunk of a prompt, in one row.
         """
-        (rows, count), wanted, chunk = call.tokens.shape, call.wanted, None
+        (rows, count), wanted = call.tokens.shape, call.wanted
         width = max(int(call.lengths.max()) + count, call.kv.least_width)
-        binding = self.binding(call.kv, call.low, call.low + rows, prefills)
-        if prefills and self.chunk:
-            chunk = self.chunk
+        chunk = self.chunk if prefills else None
+        binding = self.binding(call.kv, call.low, call.low + rows, chunk is not None)
+        if chunk:
             chunk.bind(binding, count, width)
         for name, value in self.inputs(call, width).items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
@@ -2717,9 +2717,9 @@ class Model:
         if self.chunk:
             self.chunk.release()
 
-    def binding(self, kv: KvCache, low: int, high: int, prefills: bool) -> onnxruntime.IOBinding:
+    def binding(self, kv: KvCache, low: int, high: int, in_float: bool) -> onnxruntime.IOBinding:
         """The binding of KV rows low..high as past and present; kept, since a batch reuses it."""
-        key = (kv, low, high, prefills and self.chunk is not None)
+        key = (kv, low, high, in_float)
         if key not in self.bindings:
             self.bindings[key] = self.session.io_binding()
             self.bind_kv(self.bindings[key], *key)
