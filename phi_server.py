@@ -1893,6 +1893,7 @@ def tensor_port(name: str, kind: int, shape: Iterable[int | str] | None = None) 
 
 OURS = "phi_server."  # how the names of what is added begin
 LOGIT_ROWS = "phi_server.logit_rows"  # int64 [n], of all tokens of a call, flat
+FED = "phi_server.fed"  # int32 [rows], how many tokens of each row
 PREFILLS = "phi_server.prefills"  # bool, which attention
 WIDTH = "phi_server.width"  # int64 [1], of the attention mask
 POSITIONS = "phi_server.positions"  # int64 [1, tokens] of a chunk
@@ -1909,7 +1910,8 @@ NO_INT8, NO_FLOAT = "phi_server.no_int8", "phi_server.no_float"  # empty
 QKV_SIZES = "phi_server.qkv_sizes"  # int64 [3]
 FIRST, TOKEN_AXIS, AXIS = (f"phi_server.{name}" for name in ("first", "token_axis", "axis"))
 
-FLOAT32, INT8, INT64, BOOL = 1, 3, 7, 9  # onnx.proto's, as tensor_port takes them
+FLOAT32, INT8, INT32, INT64, BOOL = 1, 3, 6, 7, 9  # onnx.proto's, as tensor_port takes them
+ATTENTION = b"GroupQueryAttention"  # the only one of onnxruntime that appends to KV in place
 MATRICES = (b"MatMulNBits", b"MatMul")
 ELEMENTWISE = (b"Cast", b"Mul", b"Div", b"Tanh", b"Add")  # what may follow the output matrix
 
@@ -1960,10 +1962,27 @@ def choose_logits(graph: OnnxGraph, logits: str) -> bool:
     return True
 
 
+def count_fed(graph: OnnxGraph) -> None:
+    """Makes attention take FED: how many tokens of each row are appended to its KV, the first ones.
+
+    One token of several rows, or several of one, can be told apart without it, but not several of
+    several rows, or none.
+    """
+    for node in graph.nodes:
+        if node[4] == [ATTENTION]:
+            node[1] = [*inputs_of(node, 16), FED.encode()]
+    graph.fields[11].append(tensor_port(FED, INT32, ("rows",)))
+
+
+def inputs_of(node: dict[int, list[Any]], count: int) -> list[bytes]:
+    """The names of a node's first `count` inputs, empty for those that it does not have."""
+    return [*map(bytes, node[1]), *[b""] * count][:count]
+
+
 def attention_of(graph: OnnxGraph, past: list[bytes]) -> dict[int, list[Any]] | None:
     """The only node that takes a layer's keys and values, if it is one whose KV can be int8."""
     found = [node for node in graph.nodes if any(name in node[1] for name in past)]
-    if len(found) != 1 or found[0][4] != [b"GroupQueryAttention"] or found[0][1][3:5] != past:
+    if len(found) != 1 or found[0][4] != [ATTENTION] or found[0][1][3:5] != past:
         return None
     # More inputs are positions, a bias, and scales; of these only the sink (11) is left alone.
     inputs = [bytes(name) for name in found[0][1]]
@@ -2068,8 +2087,8 @@ def replace_attention(
 
 def int8_attention(node: dict[int, list[Any]], layer: int) -> bytes:
     """The branch that attends to int8 KV, and appends to it."""
-    inputs = [*map(bytes, node[1]), *[b""] * 12][:12]
-    inputs += [(KV_SCALE % (layer, part)).encode() for part in KV_PARTS]
+    inputs = inputs_of(node, 12) + [(KV_SCALE % (layer, part)).encode() for part in KV_PARTS]
+    inputs += [b"", b"", FED.encode()]
     kinds: dict[str, Any] = {f"{part}_quant_type": "PER_CHANNEL" for part in "kv"}
     added = [onnx_attribute(*each) for each in (kinds | {"kv_cache_bit_width": 8}).items()]
     changed: dict[int, list[Any]] = {1: inputs, 2: ["mixed", "int8_key", "int8_value"]}
@@ -2083,7 +2102,7 @@ def float_attention(node: dict[int, list[Any]], layer: int, heads: Heads) -> byt
     It attends to the numbers that int8 holds, without their scales: those of keys are multiplied
     into the queries, which come from the same rotation, and those of values into the result.
     """
-    inputs = [*map(bytes, node[1]), *[b""] * 12][:12]
+    inputs = inputs_of(node, 12)
     nodes, (queries, *parts) = rotate_chunk(inputs, heads)
     nodes.append(onnx_node("Mul", [queries, QUERY_SCALE % (layer, "key")], ["queries"]))
     for part, name, past in zip(KV_PARTS, parts, inputs[3:5], strict=True):
@@ -2175,7 +2194,6 @@ Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 
 LEAST_CONTEXT = 16  # tokens
-THROWAWAY_PAGES = 1  # of every head, for what a decode step writes to a row that does not decode
 # Prompt tokens of one call: speed is full from 64 on; logits are 50 MB at SmolLM2's vocabulary.
 LONGEST_CHUNK = 256
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
@@ -2393,14 +2411,12 @@ def page_bytes(config: ModelConfig) -> int:
 
 def tokens_within(kv_bytes: int, config: ModelConfig, head: np.dtype[Any]) -> int:
     """Tokens of the longest sequence that KV memory holds."""
-    pages = kv_bytes // page_bytes(config) - THROWAWAY_PAGES
-    return pages * mmap.PAGESIZE // head.itemsize
+    return kv_bytes // page_bytes(config) * mmap.PAGESIZE // head.itemsize
 
 
 def least_kv_bytes(config: ModelConfig, head: np.dtype[Any]) -> int:
     """KV memory for the shortest sequence that is served."""
-    pages = -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) + THROWAWAY_PAGES
-    return pages * page_bytes(config)
+    return -(-LEAST_CONTEXT * head.itemsize // mmap.PAGESIZE) * page_bytes(config)
 
 
 def round_up(number: int, unit: int) -> int:
@@ -2518,11 +2534,12 @@ class Call:
     low: int  # the first row; the call is of the rows from there on
     tokens: Integers  # [rows, count]
     lengths: Integers  # [rows], tokens that the rows hold before
+    fed: Integers  # [rows], how many of its tokens a row is fed; what is behind them is padding
     wanted: Integers  # places in the flat tokens whose logits are computed
 
     @property
     def count(self) -> int:
-        """Tokens fed to each row."""
+        """Tokens of each row, padding included."""
         return int(self.tokens.shape[1])
 
 
@@ -2555,6 +2572,7 @@ class Model:
         original = original_length(graph, config.inputs["attention_mask"])
         weights = locate_weights(graph, config.graph.parent)
         self.scales = self.choose_kv(graph, weights, threads, choice)
+        count_fed(graph)
         port = config.outputs["logits"]
         self.is_pruned = graph.output_shape(port)[1:2] == [1]  # to a row's last token
         self.chooses = not self.is_pruned and choose_logits(graph, port)
@@ -2658,7 +2676,8 @@ class Model:
     def seconds_of(self, count: int) -> float:
         """Measures a call of so many tokens on an empty row, and gives its memory back."""
         tokens = np.full((1, count), self.config.start_token, np.int64)
-        call = Call(self.caches[0], 0, tokens, np.zeros(1, np.int64), np.arange(count)[-2:])
+        fed, wanted = np.array([count]), np.arange(count)[-2:]
+        call = Call(self.caches[0], 0, tokens, np.zeros(1, np.int64), fed, wanted)
         started = time.perf_counter()
         logits = self.forward(call, prefills=count > 1)
         seconds = time.perf_counter() - started
@@ -2671,10 +2690,10 @@ class Model:
         """Appends the KV of tokens in place; returns logits [wanted, vocab], until the next call.
 
         A pruned model has but those of each row's last token. With `prefills` the tokens are a
-        chunk of a prompt, in one row.
+        chunk of a prompt, in one row. A row that is fed none stays as it is.
         """
         (rows, count), wanted = call.tokens.shape, call.wanted
-        width = max(int(call.lengths.max()) + count, call.kv.least_width)
+        width = max(int((call.lengths + call.fed).max()), call.kv.least_width)
         chunk = self.chunk if prefills else None
         binding = self.binding(call.kv, call.low, call.low + rows, chunk is not None)
         if chunk:
@@ -2700,8 +2719,9 @@ class Model:
         columns = np.arange(width)
         # One memory for the masks of all calls, since a binding keeps what was last bound.
         mask: Integers = np.ndarray((rows, width), np.int64, self.mask_memory)
-        np.less(columns, lengths + count, out=mask, casting="unsafe")
+        np.less(columns, lengths + call.fed[:, None], out=mask, casting="unsafe")
         inputs = {names["input_ids"]: call.tokens, names["attention_mask"]: mask}
+        inputs[FED] = call.fed.astype(np.int32)
         positions = lengths + columns[:count]
         if self.position_axes:
             inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
@@ -2875,8 +2895,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    # Its threads spin within a run, not from one to the next: 1.06 to 1.09 times the tokens a second
-    # of one and of four clients on two cores, for 0.9 of the CPU time; not to spin at all is slower.
+    # Its threads spin within a run, not from one to the next: one or four clients on two cores
+    # got 1.06 to 1.09 times the tokens a second for 0.9 of the CPU time; no spinning is slower.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
@@ -6295,7 +6315,7 @@ class TextStream:
 #   sequence   one reply in the making: the prompt's tokens, then the sampled ones
 #   slot       holds the KV of a sequence, also after its end, for the next one with the same prefix
 #   row        where a slot's KV lies in the arrays of the KV cache
-#   span       the contiguous rows of a decode step; those that do not decode get a throwaway token
+#   span       the contiguous rows of a decode step; those that do not decode are fed nothing
 #   chunk      consecutive prompt tokens of one sequence that one call prefills
 #   step       one plan, forward and absorb
 #
@@ -6313,10 +6333,34 @@ SHARED_SECONDS = 0.25
 # Without work, before memory is given back; taking it anew costs a chunk 2 or 3 %.
 REST_SECONDS = 3.0
 LONGEST_DRAFT = 12  # guessed tokens; a call with 12 takes three times as long as one with none
+# What a call takes besides its tokens, in tokens: from one to four rows of one to four tokens it
+# was 3 to 5, on the demo model and Phi-3.5's shape, at 100 tokens of context and at 3,800.
+CALL_COST = 4
 # A guess pays from 0.3 on, but prose, which a small model half repeats, would lose below this.
 LEAST_CONFIDENCE = 0.7
 PROGRESS_SECONDS = 10.0  # between two log lines of a long prompt, or a long download
-THROWAWAY = 0  # token; its KV lies past the slot's valid length and is overwritten
+PADDING = 0  # token
+UNFED = 1  # token that a row is said to hold which is fed none: attention has next to nothing to do
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guessed tokens, and how likely each is right when all before it are."""
+
+    tokens: list[int]
+    confidence: float
+
+
+def cut_drafts(drafts: list[Draft], most: int) -> list[list[int]]:
+    """The beginnings of drafts, one a row, at most `most` tokens: as long as makes all fastest."""
+    rows = len(drafts)
+    fastest, length, expected = 0.0, 0, 0.0
+    for tried in range(1 + min(most, max(len(draft.tokens) for draft in drafts))):
+        expected += sum(d.confidence**tried for d in drafts if len(d.tokens) >= tried)
+        speed = expected / (CALL_COST + rows * (1 + tried))
+        if speed > fastest:
+            fastest, length = speed, tried
+    return [draft.tokens[:length] for draft in drafts]
 
 
 class PromptLookup:
@@ -6334,8 +6378,8 @@ class PromptLookup:
         self.place = 0  # of the guess in tokens
         self.confidence = 0.3  # that the next token is guessed right
 
-    def draft(self, most: int) -> list[int]:
-        """The next tokens as far as they are likely to be right, at most `most`."""
+    def draft(self) -> Draft:
+        """The next tokens; none unless they are likely to be right."""
         for guess, token in zip(self.guess, self.tokens[self.place :], strict=False):
             self.confidence += 0.2 * ((guess == token) - self.confidence)
             if guess != token:
@@ -6345,11 +6389,8 @@ class PromptLookup:
         self.indexed, self.place = max(self.indexed, len(self.tokens)), len(self.tokens)
         end = self.ends.get(tuple(self.tokens[-3:]), self.place)
         self.guess = self.tokens[end : end + LONGEST_DRAFT]
-        if self.confidence <= LEAST_CONFIDENCE:
-            return []
-        # The expected run of right guesses, geometric in the confidence.
-        likely = int(self.confidence / (1.001 - self.confidence))
-        return self.guess[: max(0, min(likely, most))]
+        is_likely = self.confidence > LEAST_CONFIDENCE
+        return Draft(self.guess if is_likely else [], self.confidence)
 
 
 class PromptProgress:
@@ -6435,10 +6476,10 @@ class Sequence:
         """
         return max(self.prompt_tokens, kv.least_width) if self.is_seeded else len(self.tokens)
 
-    def draft(self, most: int) -> list[int]:
-        """Guesses its tokens up to the `most`-th, short of the limit by one; [] without a guess."""
-        room = min(most, self.limit - 1) - len(self.tokens)
-        return self.lookup.draft(room) if self.lookup else []
+    def draft(self) -> Draft:
+        """Guesses its next tokens, short of the limit by one."""
+        draft = self.lookup.draft() if self.lookup else Draft([], 0.0)
+        return dataclasses.replace(draft, tokens=draft.tokens[: self.limit - 1 - len(self.tokens)])
 
     def score_prompt(self, start: int, logits: npt.NDArray[Any]) -> None:
         """Scores the prompt's tokens from place `start` on by their logits [count, vocab]."""
@@ -6502,8 +6543,7 @@ class Slot:
 # taken exceeds KV_MEMORY, kept KV is given back, least recently used first and from its end; then
 # the youngest sequence is set aside, which leaves its slot, and waits in front of those that never
 # had one. The oldest is never set aside, and KV_MEMORY holds any sequence alone, so all come to
-# their end. One page is left free by plans, for what a decode step of one sequence writes to
-# another row: a throwaway token behind that one's own, or as its first.
+# their end.
 class Slots:
     """Owns the rows of the KV caches: which sequence has which, what they hold, their memory."""
 
@@ -6524,36 +6564,31 @@ class Slots:
         """Pages of slots that are written and not given back."""
         return sum(kv.resident[slot.row] for slot in slots for kv in self.caches)
 
-    def taken(self, slot: Slot, kv: KvCache, span: range, count: int) -> int:
-        """Pages of a slot, as they are once a call has written `count` tokens to each row."""
+    def taken(self, slot: Slot, draft: int = 0) -> int:
+        """Pages of a slot, those of its sequence's tokens and of so many guessed ones included."""
         pages = 0
-        for cache in self.caches:
-            written = 0
-            if slot.kv is cache and slot.sequence:
-                written = len(slot.sequence.tokens)
-            if cache is kv and slot.row in span:
-                written = max(written, count + (len(slot.tokens) if slot.kv is cache else 0))
-            pages += max(cache.resident[slot.row], cache.pages(written))
+        for kv in self.caches:
+            held = len(slot.sequence.tokens) + draft if slot.sequence and slot.kv is kv else 0
+            pages += max(kv.resident[slot.row], kv.pages(held))
         return pages
 
-    def fit(self, span: range, kv: KvCache, count: int, spared: Slot | None = None) -> bool:
-        """Gives back memory until a call fits, that of `spared` last; whether it does then.
+    def fit(self, draft: int = 0, spared: Slot | None = None) -> bool:
+        """Gives back memory until what is taken fits, that of `spared` last; whether it does then.
 
-        Without a call (an empty span) what a throwaway token takes is left free.
+        Room is also left for so many guessed tokens of each sequence.
         """
-        excess = sum(self.taken(slot, kv, span, count) for slot in self.all) - self.most_pages
-        excess += 0 if span else THROWAWAY_PAGES
+        excess = sum(self.taken(slot, draft) for slot in self.all) - self.most_pages
         if excess <= 0:
             return True
         idle = [slot for slot in self.all if not slot.sequence]
         idle.sort(key=lambda slot: (slot is spared, slot.used))
         for slot in [slot for slot in self.all if slot.sequence] + idle:
-            before = self.taken(slot, kv, span, count)
+            before = self.taken(slot, draft)
             if slot.sequence:
-                self.resize(slot, len(slot.sequence.tokens))
+                self.resize(slot, len(slot.sequence.tokens) + draft)
             else:
                 self.shorten(slot, excess)
-            excess -= before - self.taken(slot, kv, span, count)
+            excess -= before - self.taken(slot, draft)
             if excess <= 0:
                 return True
         return False
@@ -6562,13 +6597,13 @@ class Slots:
     def reserved(self) -> int:
         """Pages of running sequences."""
         running = (slot for slot in self.all if slot.sequence)
-        return sum(self.taken(slot, slot.kv, range(0), 0) for slot in running)
+        return sum(self.taken(slot) for slot in running)
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether KV memory holds a sequence, and it and those that run can grow by ROOM."""
         kv, all_of_them = self.caches[0], [sequence, *self.sequences]
         needed = sum(kv.pages(min(each.limit, len(each.tokens) + ROOM)) for each in all_of_them)
-        return needed + THROWAWAY_PAGES <= self.most_pages
+        return needed <= self.most_pages
 
     def cache_for(self, sequence: Sequence) -> KvCache:
         """The first cache whose rows can hold a sequence's tokens; later ones are longer."""
@@ -6596,7 +6631,7 @@ class Slots:
         slot.sequence, slot.author, slot.kv = sequence, None, self.cache_for(sequence)
         slot.stored = self.find_stored(sequence, shared)
         self.resize(slot, len(sequence.tokens))
-        self.fit(range(0), slot.kv, 0, spared=holder)
+        self.fit(spared=holder)
         return slot
 
     def find_prefix(self, sequence: Sequence) -> tuple[Slot | None, int]:
@@ -6653,7 +6688,6 @@ class Slots:
         """Frees a slot whose sequence has ended, and keeps its KV for the next one."""
         slot.running.sampler.close()
         slot.sequence = None
-        slot.keep(slot.kv.length - 1)  # a throwaway token must fit behind them
 
     def set_aside(self) -> Sequence:
         """Takes the slot of the youngest sequence, whose KV is kept as long as there is room."""
@@ -6721,13 +6755,13 @@ class Slots:
             kv.resident[other.row], kv.resident[last.row] = map(kv.pages, held)
         last.row, other.row = other.row, last.row
 
-    def extend(self, kv: KvCache, low: int, rows: int, count: int) -> Integers:
-        """Lengths [rows] of the rows from `low` on, before a call writes `count` tokens to each."""
-        lengths = np.zeros(rows, np.int64)
-        for slot in self.all:
-            if low <= slot.row < low + rows:
-                lengths[slot.row - low] = len(slot.tokens) if slot.kv is kv else 0
-                kv.note(slot.row, int(lengths[slot.row - low]) + count)
+    def extend(self, slots: list[Slot], low: int, fed: Integers) -> Integers:
+        """Lengths [rows] of the rows from `low` on, before a call feeds slots what is `fed`."""
+        lengths = np.full_like(fed, UNFED)
+        for slot in slots:
+            row, held = slot.row - low, len(slot.tokens)
+            lengths[row] = held
+            slot.kv.note(slot.row, held + int(fed[row]))
         return lengths
 
     def shorten(self, slot: Slot, pages: int) -> None:
@@ -6760,16 +6794,12 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 
 @dataclass(frozen=True)
 class Plan(Call):
-    """A chunk of one prompt, or the next token of all that decode; what other rows get is lost."""
+    """A chunk of one prompt, or the next token of all that decode, with guessed ones behind it."""
 
     is_chunk: bool
     slots: list[Slot]  # whose sequences are fed
+    drafts: list[list[int]]  # guessed tokens, by slot
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
-
-    @property
-    def draft(self) -> list[int]:
-        """The guessed tokens, fed behind the last one of the only slot that decodes."""
-        return [] if self.is_chunk else self.tokens[0, 1:].tolist()
 
 
 @dataclass(frozen=True)
@@ -6983,7 +7013,7 @@ class Engine:
                 self.pace.learn_reply(slot.sequence)
                 self.slots.vacate(slot)
         self.slots.move_outgrown()
-        while not self.slots.fit(range(0), self.model.caches[0], 0):
+        while not self.slots.fit():
             self.waiting.appendleft(self.slots.set_aside())
             self.metrics.set_aside.add()
         self.admit()
@@ -7002,11 +7032,9 @@ class Engine:
                 return self.plan_chunk(slot, count)
         if not decoding:
             return None
-        is_alone = len(decoding) == 1 and not prefilling
         first = min(decoding, key=lambda slot: slot.used)
         decoding = [slot for slot in decoding if slot.kv is first.kv]
-        drafts = is_alone and not self.model.is_pruned  # which shows the last guess's logits alone
-        return self.plan_decode(decoding, first.running.draft(first.kv.length) if drafts else [])
+        return self.plan_decode(decoding, self.draft(decoding))
 
     def admit(self) -> None:
         """Gives waiting sequences slots, in order, up to batch_size and as KV memory allows."""
@@ -7078,20 +7106,30 @@ class Engine:
         start, sequence = len(slot.tokens), slot.running
         sequence.progress = sequence.progress or PromptProgress(start)
         tokens = np.array([sequence.tokens[start : start + count]], np.int64)
-        return self.call(True, [slot], slot.row, tokens)
+        return self.call(True, [slot], [[]], slot.row, tokens, np.array([count]))
 
-    def plan_decode(self, decoding: list[Slot], draft: list[int]) -> Plan:
-        """A call that feeds every decoding slot its last token, and the draft to an only one."""
+    def draft(self, decoding: list[Slot]) -> list[list[int]]:
+        """Guesses how the slots that decode go on, as far as that is likely to make all faster."""
+        sequences = [slot.running for slot in decoding]
+        none: list[list[int]] = [[] for _ in decoding]
+        # A pruned graph has the logits of the last guess alone, and several tokens of a row are
+        # computed by other kernels, which a seed does not bear.
+        if self.model.is_pruned or any(each.is_seeded for each in sequences):
+            return none
+        room = decoding[0].kv.length - max(len(each.tokens) for each in sequences)
+        drafts = cut_drafts([each.draft() for each in sequences], room)
+        return drafts if self.slots.fit(max(map(len, drafts))) else none
+
+    def plan_decode(self, decoding: list[Slot], drafts: list[list[int]]) -> Plan:
+        """A call that feeds every decoding slot its last token, and its draft."""
         self.slots.tighten(decoding)
-        kv, span = decoding[0].kv, self.span_of(decoding)
-        if not self.slots.fit(span, kv, 1 + len(draft)):  # but one token of one sequence does
-            decoding, draft = [min(decoding, key=lambda slot: slot.used)], []
-            span = self.span_of(decoding)
-            self.slots.fit(span, kv, 1)
-        tokens = np.full((len(span), 1 + len(draft)), THROWAWAY, np.int64)
-        for slot in decoding:
-            tokens[slot.row - span.start] = [slot.running.tokens[len(slot.tokens)], *draft]
-        return self.call(False, decoding, span.start, tokens)
+        span = self.span_of(decoding)
+        tokens = np.full((len(span), 1 + max(map(len, drafts))), PADDING, np.int64)
+        fed = np.zeros(len(span), np.int64)
+        for slot, draft in zip(decoding, drafts, strict=True):
+            row, given = slot.row - span.start, [slot.running.tokens[len(slot.tokens)], *draft]
+            tokens[row, : len(given)], fed[row] = given, len(given)
+        return self.call(False, decoding, drafts, span.start, tokens, fed)
 
     def span_of(self, decoding: list[Slot]) -> range:
         """The rows from the first to the last slot, an even number if one has a seed."""
@@ -7100,16 +7138,24 @@ class Engine:
             low, high = (low, high + 1) if high < len(self.slots.all) else (low - 1, high)
         return range(low, high)
 
-    def call(self, is_chunk: bool, slots: list[Slot], low: int, tokens: Integers) -> Plan:
+    def call(
+        self,
+        is_chunk: bool,
+        slots: list[Slot],
+        drafts: list[list[int]],
+        low: int,
+        tokens: Integers,
+        fed: Integers,
+    ) -> Plan:
         """Completes a plan with what the span's rows hold, and with the chores so far."""
-        kv = slots[0].kv
-        lengths = self.slots.extend(kv, low, *tokens.shape)
+        lengths = self.slots.extend(slots, low, fed)
         chores, self.slots.chores = self.slots.chores, []
         # Of a chunk the last two: one alone would be computed by another kernel.
         is_scored = slots[0].running.scores_prompt and not slots[0].running.completion_tokens
         first = tokens.size - 2 if is_chunk and not is_scored else 0
         wanted = np.arange(first, tokens.size)
-        return Plan(kv, low, tokens, lengths, wanted, is_chunk, slots, chores)
+        kv = slots[0].kv
+        return Plan(kv, low, tokens, lengths, fed, wanted, is_chunk, slots, drafts, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
         """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
@@ -7119,17 +7165,19 @@ class Engine:
         logits = self.model.forward(plan, prefills=plan.is_chunk)
         seconds = time.perf_counter() - start
         picks: list[list[Pick] | None] = []
-        for slot in plan.slots:
+        for slot, draft in zip(plan.slots, plan.drafts, strict=True):
             try:
                 first = 0 if plan.is_chunk else (slot.row - plan.low) * plan.count
-                last = len(logits) if plan.is_chunk else first + plan.count
-                picks.append(self.sample(plan, slot, logits[first:last]))
+                last = len(logits) if plan.is_chunk else first + 1 + len(draft)
+                picks.append(self.sample(plan, slot, draft, logits[first:last]))
             except Exception:  # this sequence's fault alone: a grammar that ran into its limits
                 logger.exception("a token could not be sampled")
                 picks.append(None)
         return picks, seconds
 
-    def sample(self, plan: Plan, slot: Slot, logits: npt.NDArray[Any]) -> list[Pick]:
+    def sample(
+        self, plan: Plan, slot: Slot, draft: list[int], logits: npt.NDArray[Any]
+    ) -> list[Pick]:
         """A slot's next tokens by its logits [count, vocab]; [] while older ones are to be fed."""
         sequence = slot.running
         if plan.is_chunk:
@@ -7142,7 +7190,7 @@ class Engine:
             # Here and not in deliver: 4,000 tokens take 9 ms.
             leader = sequence.leader or sequence
             sequence.echo = [*sequence.text.echo(leader.prompt_picks)]
-        return sequence.sample(logits, plan.draft)
+        return sequence.sample(logits, draft)
 
     def absorb(self, plan: Plan, picks: list[list[Pick] | None], seconds: float) -> None:
         """Notes what a step has computed: KV, speed, and the next tokens of each sequence."""

@@ -583,8 +583,8 @@ def allowed(search: Any, text: str, tokenizer: Any) -> str:
 
 def forward(model: Any, low: int, tokens: Any, *lengths: int) -> Any:
     """The logits [rows, count, vocab] of tokens [rows, count], behind lengths [rows] in the KV."""
-    places = np.arange(np.size(tokens))
-    call = phi_server.Call(model.caches[0], low, np.array(tokens), np.array(lengths), places)
+    places, fed = np.arange(np.size(tokens)), np.full(len(lengths), np.shape(tokens)[1])
+    call = phi_server.Call(model.caches[0], low, np.array(tokens), np.array(lengths), fed, places)
     logits = model.forward(call)
     return logits.reshape(*np.shape(tokens), -1).copy()
 
@@ -2130,7 +2130,7 @@ def test_a_quantized_cache_in_place_is_as_exact_as_a_new_one_at_each_step(
     assert model.caches[0].bytes_per_token == 2 * config.layers * 3 * 64 * bits // 8
     tokens, kv = list(range(100, 148)), model.caches[0]
     fed = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 48), np.int64)}
-    fed[phi_server.LOGIT_ROWS] = np.arange(48)
+    fed |= {phi_server.LOGIT_ROWS: np.arange(48), phi_server.FED: np.array([48], np.int32)}
     for layer, part in itertools.product(range(config.layers), ("key", "value")):
         fed[f"past_key_values.{layer}.{part}"] = kv.arrays[0][:1, :, :0]
     expected = model.session.run(["logits"], fed)[0][0]
@@ -2517,12 +2517,39 @@ def test_released_kv_is_given_back_and_nothing_else(cache: Any) -> None:
 @cases("rows count", [(1, 3), (2, 1), (3, 2)])
 def test_logits_are_those_of_the_tokens_that_are_wanted(model: Any, rows: int, count: int) -> None:
     tokens, behind = np.arange(100, 100 + rows * count).reshape(rows, count), np.zeros(rows, int)
-    call = phi_server.Call(model.caches[0], 0, tokens, behind, np.arange(tokens.size))
+    fed, places = np.full(rows, count), np.arange(tokens.size)
+    call = phi_server.Call(model.caches[0], 0, tokens, behind, fed, places)
     everything = model.forward(call).copy()
     wanted = np.arange(tokens.size)[::-1][:2]
     chosen = model.forward(dataclasses.replace(call, wanted=wanted))
     assert chosen.shape == (2, model.config.vocab_size)
     assert np.array_equal(chosen, everything[wanted])
+
+
+@cases("kind", {"as exported": "model", "int8": "int8_model"})
+def test_each_row_of_a_call_is_fed_its_own_number_of_tokens(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(kind)
+    kv, prompts = model.caches[0], [list(range(300 * row, 300 * row + 40)) for row in range(1, 5)]
+    for row, prompt in enumerate(prompts):
+        prefill(model, row, prompt)
+    tokens, fed = np.arange(700, 720).reshape(4, 5), np.array([5, 2, 0, 1])
+    alone = [
+        forward(model, row, tokens[row : row + 1, :count], 40)[0]
+        for row, count in enumerate(fed)
+        if count
+    ]
+    before = [array[2].copy() for array in kv.arrays]
+    call = phi_server.Call(kv, 0, tokens, np.array([40, 40, 1, 40]), fed, np.arange(20))
+    logits = model.forward(call).reshape(4, 5, -1)
+    for row, expected in zip((0, 1, 3), alone, strict=True):
+        assert np.array_equal(logits[row, : fed[row]].argmax(axis=-1), expected.argmax(axis=-1))
+        # One token alone is computed by another kernel, 0.3 away; what is fed wrongly is 7 away.
+        assert np.abs(logits[row, : fed[row]] - expected).max() < 1
+    assert all(
+        np.array_equal(array[2], kept) for array, kept in zip(kv.arrays, before, strict=True)
+    )
 
 
 @pytest.mark.skipif(
@@ -2576,7 +2603,8 @@ def at_least(pages: int, folder: Path, size: int) -> str:
 def chunk_of(model: Any, row: int, tokens: list[int], start: int, stop: int) -> Any:
     """The call of a part of a prompt, with all its logits."""
     chunk, behind = np.array([tokens[start:stop]]), np.array([start])
-    return phi_server.Call(model.caches[0], row, chunk, behind, np.arange(stop - start))
+    fed, places = np.array([stop - start]), np.arange(stop - start)
+    return phi_server.Call(model.caches[0], row, chunk, behind, fed, places)
 
 
 def prefill(model: Any, row: int, tokens: list[int], *borders: int) -> Any:
@@ -5476,7 +5504,7 @@ def guesses(tokens: list[int], prompt: int) -> list[list[int]]:
     lookup = phi_server.PromptLookup(known)
     drafts = []
     for token in tokens[prompt:]:
-        drafts.append(lookup.draft(100))
+        drafts.append(lookup.draft().tokens)
         known.append(token)
     return drafts
 
@@ -5493,6 +5521,27 @@ def test_a_copied_text_is_guessed_once_a_few_guesses_have_come_true() -> None:
 def test_prose_is_never_guessed() -> None:
     tokens = np.random.Generator(np.random.PCG64(1)).integers(0, 12, 2000).tolist()
     assert not any(guesses(tokens, 100))
+
+
+@cases(
+    "drafts most length",
+    {
+        "none": ([(0, 0.0), (0, 0.9)], 12, 0),
+        "one row, mostly right": ([(12, 0.8)], 12, 4),
+        "one row, always right": ([(12, 1.0)], 12, 12),
+        "one row near the end of its context": ([(12, 1.0)], 2, 2),
+        "two rows that are right": ([(12, 0.9), (12, 0.9)], 12, 5),
+        "one of two rows": ([(12, 0.9), (0, 0.0)], 12, 2),
+        "one of four rows costs the others more": ([(12, 0.9), *[(0, 0.0)] * 3], 12, 0),
+        "guesses that are shorter": ([(3, 1.0), (3, 1.0)], 12, 3),
+    },
+)
+def test_drafts_are_as_long_as_makes_all_rows_fastest(
+    drafts: list[tuple[int, float]], most: int, length: int
+) -> None:
+    made = [phi_server.Draft([7] * count, confidence) for count, confidence in drafts]
+    cut = phi_server.cut_drafts(made, most)
+    assert list(map(len, cut)) == [min(count, length) for count, _ in drafts]
 
 
 class Ledger:
@@ -5518,17 +5567,20 @@ class Ledger:
 
     def forward(self, call: Any, prefills: bool = False) -> Any:
         kv, low, tokens, lengths = call.kv, call.low, call.tokens, call.lengths
-        rows, count = tokens.shape
-        assert lengths.max() + count <= kv.length
-        logits = np.zeros((rows, count, 16), np.float32)
-        for row, (fed, start) in enumerate(zip(tokens, lengths, strict=True)):
+        rows, most = tokens.shape
+        assert lengths.max() + most <= kv.length  # onnxruntime: the padding must fit as well
+        assert call.fed.max() == most
+        logits = np.zeros((rows, most, 16), np.float32)
+        for row, (count, start) in enumerate(zip(call.fed, lengths, strict=True)):
+            fed = tokens[row, :count]
             sums, kernels = (array[low + row, 0, :, 0] for array in kv.arrays)
             steps = np.cumsum(fed + self.steps[kv])
             sums[start : start + count] = steps + (sums[start - 1] if start else 0)
             is_prefill = count > 1 and start % phi_server.CHUNK_BORDER == 0
             kernels[start : start + count] = 1 if is_prefill else 2 + rows % 2
-            np.put_along_axis(logits[row], self.likeliest(sums[start : start + count]), 1, axis=1)
-        return logits.reshape(rows * count, -1)[call.wanted]
+            found = self.likeliest(sums[start : start + count])
+            np.put_along_axis(logits[row, :count], found, 1, axis=1)
+        return logits.reshape(rows * most, -1)[call.wanted]
 
     def sums(self, kv: Any, tokens: list[int]) -> list[int]:
         """What a cache holds of tokens."""
@@ -5611,6 +5663,26 @@ def test_a_sequence_with_a_seed_decodes_among_an_even_number_of_rows(
         assert step(engine).is_chunk
         spans.append(len(step(engine).tokens))
     assert spans == rows
+
+
+def test_sequences_that_decode_together_guess_together(engine: Any) -> None:
+    together = [sequence([start, 2, 3]) for start in (1, 5, 6)]
+    engine.submit(together)
+    plans = list(iter(functools.partial(step, engine), None))
+    assert any(sum(map(bool, plan.drafts)) > 1 for plan in plans)
+    assert sum(len(plan.slots) for plan in plans if not plan.is_chunk) < sum(
+        each.completion_tokens for each in together
+    )
+    for each in together:
+        assert each.tokens[3:] == engine.model.followers(each.tokens)[2:-1]
+
+
+def test_nothing_is_guessed_beside_a_seed(engine: Any) -> None:
+    engine.submit([sequence([1, 2, 3]), sequence([5, 2, 3], 1, limit=60)])
+    while len(engine.slots.sequences) == 2 or not engine.steps:
+        plan = step(engine)
+        assert not any(plan.drafts)
+    assert any(any(plan.drafts) for plan in iter(functools.partial(step, engine), None))
 
 
 @cases(
@@ -5812,7 +5884,7 @@ def check_slots(engine: Any) -> None:
             written = -(-kv.resident[slot.row] * mmap.PAGESIZE // kv.head_bytes)
             assert not sums[written:].any()
         if slot.kv is not kv:
-            assert kv.resident[slot.row] <= 1
+            assert kv.resident[slot.row] == 0
             continue
         held = len(slot.tokens)
         assert sums[:held].tolist() == model.sums(kv, slot.tokens)
@@ -5875,7 +5947,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
     chance, steps = random.Random(kv_tokens), 2000
     model: Any = Ledger(original, head_size)
     kv = model.caches[0]
-    kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    kv_bytes = kv.pages(kv_tokens) * kv.page_bytes
     engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
     running: list[list[Any]] = []
     ended: list[Any] = []
@@ -5976,7 +6048,7 @@ def test_the_trace_of_what_raised_is_in_the_log(raising_server: Server) -> None:
 def tight_server(model: Any) -> Iterator[Server]:
     """A server whose KV memory holds 96 tokens, in pages of 4 KiB, and a part of a page."""
     kv = model.caches[0]
-    kv_memory = (kv.pages(96) + phi_server.THROWAWAY_PAGES) * kv.page_bytes + kv.page_bytes // 2
+    kv_memory = kv.pages(96) * kv.page_bytes + kv.page_bytes // 2
     with running(KV_MEMORY=kv_memory, BATCH_SIZE=4, CACHE_SLOTS=0) as server:
         yield server
 
@@ -6030,7 +6102,7 @@ CROWD = {
 def crowded_server(model: Any) -> Iterator[Server]:
     """A server whose KV memory holds three contexts for its eight rows."""
     kv = model.caches[0]
-    kv_memory = (3 * kv.pages(128) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    kv_memory = 3 * kv.pages(128) * kv.page_bytes
     fields = {"CONTEXT_LENGTH": 128, "KV_MEMORY": kv_memory, "CACHE_SLOTS": 0}
     with running(script=SHORT_OF_ROOM, **fields) as server:
         yield server
@@ -6040,7 +6112,7 @@ def crowded(model: Any, kv_tokens: int, monkeypatch: Any) -> Any:
     """An engine with KV memory for so many tokens, that admits whatever fits."""
     monkeypatch.setattr(phi_server, "ROOM", 1)
     kv = model.caches[0]
-    kv_bytes = (kv.pages(kv_tokens) + phi_server.THROWAWAY_PAGES) * kv.page_bytes
+    kv_bytes = kv.pages(kv_tokens) * kv.page_bytes
     return phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
 
 
@@ -6068,7 +6140,7 @@ def test_the_youngest_is_set_aside_and_what_made_way_is_computed_again(
 ) -> None:
     engine = crowded(sixteen_a_page(), 128, monkeypatch)
     old, young = (sequence([token] * 40, seed, limit=110) for token in (1, 2))
-    old.limit, young.lookup = others_limit, None
+    old.limit, old.lookup, young.lookup = others_limit, None, None
     engine.submit([old])
     engine.submit([young])
     until_set_aside(engine, young)
@@ -6132,7 +6204,7 @@ def test_a_row_that_is_not_used_takes_no_memory_whatever_the_page_size(
         taken.append(engine.slots.resident(engine.slots.all))
     assert len(alone.tokens) == 110
     of_reply = -(-110 * 64 * 4 // mmap.PAGESIZE)
-    assert (taken[0], max(taken)) == (0, of_reply + 1)  # one throwaway page, for all rows
+    assert (taken[0], max(taken)) == (0, of_reply)
 
 
 @on_linux
@@ -12840,7 +12912,7 @@ prompt = phi_server.Tokenizer(config.folder).encode_chat((said,))
 loops = []
 def fed(tokens, length):
     call = phi_server.Call(model.caches[0], 0, numpy.array([tokens]), numpy.array([length]),
-                           numpy.array([len(tokens) - 1]))
+                           numpy.array([len(tokens)]), numpy.array([len(tokens) - 1]))
     return model.forward(call)
 for _ in range(5):
     start = time.perf_counter()
