@@ -1895,7 +1895,7 @@ OURS = "phi_server."  # how the names of what is added begin
 LOGIT_ROWS = "phi_server.logit_rows"  # int64 [n], of all tokens of a call, flat
 FED = "phi_server.fed"  # int32 [rows], how many tokens of each row
 PREFILLS = "phi_server.prefills"  # bool, which attention
-WIDTH = "phi_server.width"  # int64 [1], of the attention mask
+WIDTH = "phi_server.width"  # int64 [1], how much of a row a chunk gets as float32
 POSITIONS = "phi_server.positions"  # int64 [1, tokens] of a chunk
 # Of layer and part, what a chunk adds: int8 [1, tokens, kv_heads * head_size]; and all KV that it
 # attends to: float32 [1, kv_heads, width, head_size], before and after the chunk is added in place.
@@ -2463,7 +2463,7 @@ class ChunkKv:
         self.nothing = codes | {each % name: none for name in names for each in (BEFORE, AFTER)}
 
     def bind(self, binding: onnxruntime.IOBinding, count: int, width: int) -> None:
-        """Binds the outputs of a chunk of so many tokens, which attends to `width` tokens."""
+        """Binds the outputs of a chunk of so many tokens, which gets `width` tokens of a row."""
         kv_heads, head_size = self.heads
         shape = (1, kv_heads, width, head_size)
         floats = {part: np.ndarray(shape, np.float32, self.floats[part]) for part in KV_PARTS}
@@ -2697,9 +2697,8 @@ class Model:
         chunk = self.chunk if prefills else None
         binding = self.binding(call.kv, call.low, call.low + rows, chunk is not None)
         if chunk:
-            chunk.bind(binding, count, width)
-        for name, value in self.inputs(call, width).items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+            chunk.bind(binding, count, self.attended(width))
+        bind_arrays(binding, self.inputs(call, width), {})
         shape = (rows, 1 if self.is_pruned else count, self.config.vocab_size)
         shape = (1, len(wanted), self.config.vocab_size) if self.chooses else shape
         logits: npt.NDArray[Any] = np.ndarray(shape, self.logits_dtype, self.logits_memory)
@@ -2726,10 +2725,14 @@ class Model:
         if self.position_axes:
             inputs[names["position_ids"]] = np.tile(positions, self.position_axes)
         if self.chunk:
-            inputs |= {POSITIONS: positions, WIDTH: np.array([width])}
+            inputs |= {POSITIONS: positions, WIDTH: np.array([self.attended(width)])}
         if self.chooses:
             inputs[LOGIT_ROWS] = call.wanted
         return inputs
+
+    def attended(self, width: int) -> int:
+        """How much of a row an int8 chunk's layers get as float32: those with a window want it."""
+        return max(width, self.config.window)
 
     def release_memory(self) -> None:
         """Gives the memory of the last calls' logits and chunk back to the system."""
@@ -2757,10 +2760,19 @@ class Model:
             feeds[PREFILLS] = self.flags[in_float]
             none = arrays[0][:0, :, :0]
             results = dict.fromkeys(present, none) if in_float else results | self.chunk.nothing
-        for name, array in feeds.items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-        for name, array in results.items():
-            binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+        bind_arrays(binding, feeds, results)
+
+
+def bind_arrays(
+    binding: onnxruntime.IOBinding,
+    feeds: Mapping[str, npt.NDArray[Any]],
+    results: Mapping[str, npt.NDArray[Any]],
+) -> None:
+    """Binds arrays as inputs and outputs, by name."""
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
+    for name, array in results.items():
+        binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
 
 
 @contextlib.contextmanager
@@ -2803,22 +2815,27 @@ def find_scales(
     Keys are measured by the norm of the pairs that positions rotate, so that the scales hold at
     positions that the text does not reach.
     """
-    past, present = kv_names(config)
-    empty = np.zeros((1, heads.kv, 0, heads.size), np.float32)
     axes = next(
         (p.shape[:-2] for p in session.get_inputs() if p.name == config.inputs["position_ids"]),
         None,
     )
-    largest = np.zeros((len(past), heads.kv, heads.size), np.float32)
+    head = np.dtype((np.float32, (heads.size,)))
+    arrays = KvCache(config, head, rows=1, length=LONGEST_CHUNK, least_width=0).arrays
+    binding = session.io_binding()
+    bind_arrays(binding, *(dict(zip(names, arrays, strict=True)) for names in kv_names(config)))
+    largest = np.zeros((len(arrays), heads.kv, heads.size), np.float32)
     for start in range(0, len(tokens), LONGEST_CHUNK):
         piece = np.array([tokens[start : start + LONGEST_CHUNK]], np.int64)
-        feeds = dict.fromkeys(past, empty) | {config.inputs["input_ids"]: piece}
+        feeds = {config.inputs["input_ids"]: piece}
         feeds[config.inputs["attention_mask"]] = np.ones_like(piece)
         if axes is not None:
             positions = np.arange(piece.size)[None]
             feeds[config.inputs["position_ids"]] = np.tile(positions, [*axes, 1, 1])
-        for i, array in enumerate(session.run(present, feeds)):
-            written = np.abs(array[0])
+        bind_arrays(binding, feeds, {})
+        binding.bind_output(config.outputs["logits"])
+        session.run_with_iobinding(binding)
+        for i, array in enumerate(arrays):
+            written = np.abs(array[0, :, : piece.size])
             found = written.max(axis=1) if i % 2 else rotated_norm(written, heads)
             np.maximum(largest[i], found, out=largest[i])
     scales: Floats = (np.maximum(SCALE_MARGIN * largest, 1e-6) / 127).astype(np.float32)

@@ -12777,6 +12777,32 @@ def alone_and_together(
     return [tokens(call()) for call in calls], list(map(tokens, concurrently(*calls)))
 
 
+def int8_agreement(folder: Path, prompt: list[int]) -> float | None:
+    """How often int8 KV and KV as exported find the same token likeliest; None if it cannot be.
+
+    What is decoded with int8 KV must be what is prefilled with it.
+    """
+    config, text = phi_server.ModelConfig.read(folder), prompt[::-1][:600]
+    choices = [phi_server.KvChoice(kind, "2GiB", text, folder) for kind in ("model", "int8")]
+    try:
+        exported, int8 = (
+            phi_server.Model(config, 2 * LONG_ROPE_LENGTH, 2, 1, choice) for choice in choices
+        )
+    except phi_server.ModelLoadingFailed as error:
+        assert "is not GroupQueryAttention on float32 KV" in str(error)
+        return None
+    if exported.is_pruned:
+        return None
+    expected, scores = prompt_scores(exported, prompt), prompt_scores(int8, prompt)
+    behind = len(prompt) - 8
+    decoded = [
+        log_softmax(forward(int8, 0, [[token]], place)[0, 0])
+        for place, token in enumerate(prompt[behind:], behind)
+    ]
+    assert np.abs(np.exp(decoded) - np.exp(scores[behind:])).max() < 0.02
+    return float((expected.argmax(axis=-1) == scores.argmax(axis=-1)).mean())
+
+
 def compare_folder(name: str, folder: Path, table: list[tuple[object, ...]]) -> None:
     recipe, start = FOLDERS[name], time.perf_counter()
     prompt = PROMPT[: recipe.prompt]
@@ -12790,14 +12816,17 @@ def compare_folder(name: str, folder: Path, table: list[tuple[object, ...]]) -> 
     is_exact = recipe.precision == "fp32" and "scales.json" not in str(recipe.options)
     off_torch = abs(scores - scores_of(of_transformers(model), prompt, reply)[-len(scores) :]).max()
     verdict = "yes" if alone[0] == reply else "no"
+    agreement = int8_agreement(folder, prompt)
     times = f"{time.perf_counter() - start:.0f} s"
     differences = (f"{off_session:.0e}", f"{off_torch:.0e}" if is_exact else "")
+    differences = (*differences, "" if agreement is None else f"{agreement:.2f}")
     table.append((name, recipe.precision, " ".join(recipe.options), verdict, *differences, times))
     assert len(reply) == REPLIED["max_tokens"], "an end token came; another seed is needed"
     assert alone[0] == reply
     assert off_session < TOLERANCE[recipe.precision]
     assert not is_exact or off_torch < 5e-3
     assert together == alone
+    assert agreement is None or agreement > 0.8
     assert recipe.config.get("num_local_experts") or drawn_together == drawn
 
 
@@ -12808,9 +12837,10 @@ def table() -> Iterator[list[tuple[object, ...]]]:
     yield rows
     print()
     show(
-        "folder", "precision", "options", "greedy as og", "off session", "off transformers", "time"
+        *("folder", "precision", "options", "greedy as og", "off session", "off transformers"),
+        *("same with int8 KV", "time"),
     )
-    show(*["---"] * 7)
+    show(*["---"] * 8)
     for row in rows:
         show(*row)
 
