@@ -8774,8 +8774,8 @@ class Api:
             return EventStream(self.events(request, writer), error_event)
         choices = [writer.empty(sequence) for sequence in reply.choices]
         with self.generating(request, reply):
-            async for chunk in chunk_choices(request, writer):
-                if chunk:
+            async for chunks in chunk_choices(request, writer):
+                for chunk in chunks:
                     writer.add(choices[chunk["index"]], chunk)
         whole = reply.envelope(writer.whole_kind, choices) | {"usage": reply.usage()}
         return HttpResponse(200, b"".join(json_parts(whole)))
@@ -8784,9 +8784,9 @@ class Api:
         """The events of a streamed reply; the first ones come on admission, before prefill."""
         reply = writer.reply
         with self.generating(request, reply):
-            yield b"".join(writer.event(choice) for choice in writer.begin())
-            async for choice in chunk_choices(request, writer):
-                yield writer.event(choice) if choice else writer.sign_of_life()
+            yield b"".join(map(writer.event, writer.begin()))
+            async for made in chunk_choices(request, writer):
+                yield b"".join(map(writer.event, made)) if made else writer.sign_of_life()
         for event in writer.end():
             yield event
 
@@ -8832,15 +8832,18 @@ def seeded(sampling: Sampling, choice: int) -> Sampling:
     return dataclasses.replace(sampling, seed=sampling.seed + choice)
 
 
-async def chunk_choices(request: HttpRequest, writer: Writer) -> AsyncIterator[Choice | None]:
-    """Choices of chunks as they come, None after silence; raises ApiError if the engine failed."""
+async def chunk_choices(request: HttpRequest, writer: Writer) -> AsyncIterator[list[Choice]]:
+    """Choices of chunks by the piece that they are of, [] after silence.
+
+    Raises ApiError if the engine failed.
+    """
     outlet, running = writer.reply.outlet, len(writer.reply.choices)
     while running:
         try:
             async with asyncio.timeout(SILENCE_SECONDS):
                 sequence, piece = await outlet.get()
         except TimeoutError:
-            yield None
+            yield []
             continue
         if piece is None:
             running -= 1
@@ -8848,8 +8851,8 @@ async def chunk_choices(request: HttpRequest, writer: Writer) -> AsyncIterator[C
                 raise draining()
             if sequence.finish_reason == "error":
                 raise writer.reply.fault(request.id)
-        for choice in writer.push(sequence, piece) if piece else writer.finish(sequence):
-            yield choice
+        if made := writer.push(sequence, piece) if piece else writer.finish(sequence):
+            yield made
         if piece and writer.is_over(sequence):
             sequence.close("stop")
         # Thousands of pieces may be waiting, of an echoed prompt with log probabilities too.
@@ -9391,8 +9394,8 @@ class ResponseWriter(Writer):
 
     def begin(self) -> list[Choice]:
         """The events before all items."""
-        kinds = ("response.created", "response.in_progress")
-        return [{"type": kind, "response": self.response("in_progress")} for kind in kinds]
+        kinds, response = ("response.created", "response.in_progress"), self.response("in_progress")
+        return [{"type": kind, "response": response} for kind in kinds]
 
     def push(self, sequence: Sequence, piece: Piece) -> list[Choice]:
         """The events of a piece."""
