@@ -8532,6 +8532,15 @@ def test_a_response_says_what_a_chat_says(server: Server, stream: bool) -> None:
     assert [item["content"][0]["text"] for item in items] == [content(said.json)]
 
 
+def test_the_events_before_the_first_text_of_a_response_come_with_it(server: Server) -> None:
+    with Wire(server) as wire:
+        wire.send(posting(server, RESPONSES, {"input": "Hi", "stream": True}))
+        wire.read_until(b"event: response.output_item.added")
+        lines = list(iter(wire.stream.readline, b"event: response.output_text.delta\n"))
+    assert b"event: response.content_part.added\n" in lines
+    assert not any(line.endswith(b"\r\n") for line in lines)  # as those around chunks do
+
+
 @both_ways
 def test_a_response_that_is_cut_short_is_incomplete(server: Server, stream: bool) -> None:
     (item,) = output_of(server, stream, STORY, max_output_tokens=5)
