@@ -2198,6 +2198,7 @@ LEAST_CONTEXT = 16  # tokens
 LONGEST_CHUNK = 256
 CHUNK_BORDER = 8  # tokens; a multiple of every tile that MLAS and KleidiAI use (2 and 4 rows)
 MEASURED_CHUNK = 32  # prompt tokens of the warm-up: they take Phi-3.5 0.8 s
+MEASURED_CAST = 1024  # tokens before a chunk of the warm-up, if KV is int8; 0.15 s of Phi-3.5
 
 
 @dataclass(frozen=True)
@@ -2668,16 +2669,24 @@ class Model:
             self.step_seconds = self.seconds_of(1)  # once its memory is taken
             count = min(MEASURED_CHUNK, self.caches[0].length)
             self.prefill_speed = count / self.seconds_of(count)
+            # Of a chunk, for each token before it: int8 KV is made float32.
+            self.cast_seconds = self.measure_cast() if self.chunk else 0.0
+
+    def measure_cast(self) -> float:
+        """How much longer a call takes for each token before it."""
+        before = min(MEASURED_CAST, self.caches[0].length - 2)
+        first, second = self.seconds_of(2), self.seconds_of(2, before)
+        return max(0.0, second - first) / before
 
     def note_arithmetic(self, computed: npt.NDArray[Any]) -> None:
         """Takes what was computed into the hash that tells kernels apart."""
         self.arithmetic = hashlib.sha256(self.arithmetic + computed.tobytes()).digest()
 
-    def seconds_of(self, count: int) -> float:
-        """Measures a call of so many tokens on an empty row, and gives its memory back."""
+    def seconds_of(self, count: int, before: int = 0) -> float:
+        """Measures a call of so many tokens behind empty KV, and gives its memory back."""
         tokens = np.full((1, count), self.config.start_token, np.int64)
         fed, wanted = np.array([count]), np.arange(count)[-2:]
-        call = Call(self.caches[0], 0, tokens, np.zeros(1, np.int64), fed, wanted)
+        call = Call(self.caches[0], 0, tokens, np.array([before]), fed, wanted)
         started = time.perf_counter()
         logits = self.forward(call, prefills=count > 1)
         seconds = time.perf_counter() - started
@@ -6345,6 +6354,12 @@ ROOM = 256  # tokens by which all can grow when one is admitted, so that none is
 LONG_CHUNK = 32  # tokens, from which on a chunk's speed is about that of the longest
 # Of one chunk while nothing decodes: 0.95 of full speed, and a cancelled prompt ends this soon.
 ALONE_SECONDS = 1.0
+# Longer behind a long beginning that is made float32 anew for each chunk: this many times as long
+# as that takes. Chunks of a second behind 3,800 tokens of Phi-3.5 had 0.66 of float32 KV's speed.
+CAST_TIMES = 10
+# Between two decode steps that time is not there. A chunk of so few tokens attends to int8 KV
+# itself, unless a seed wants it the same to the bit: 8 such tokens take 0.65 s instead of 1.13.
+SMALL_CHUNK = 16
 # Of all chunks between two decode steps: streams of one cache get at least two tokens a second.
 SHARED_SECONDS = 0.25
 # Without work, before memory is given back; taking it anew costs a chunk 2 or 3 %.
@@ -6813,10 +6828,15 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 class Plan(Call):
     """A chunk of one prompt, or the next token of all that decode, with guessed ones behind it."""
 
-    is_chunk: bool
+    kind: str  # decode, chunk, or quick: a chunk that attends to int8 KV as decoding does
     slots: list[Slot]  # whose sequences are fed
     drafts: list[list[int]]  # guessed tokens, by slot
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it prefills."""
+        return self.kind != "decode"
 
 
 @dataclass(frozen=True)
@@ -7044,9 +7064,9 @@ class Engine:
             shared = len({slot.kv for slot in decoding})
             if reading := self.plan_reading(slot, shared):
                 return reading
-            count = self.chunk_length(slot.to_prefill, shared)
+            count = self.chunk_length(slot.to_prefill, shared, len(slot.tokens))
             if count:
-                return self.plan_chunk(slot, count)
+                return self.plan_chunk(slot, count, shared)
         if not decoding:
             return None
         first = min(decoding, key=lambda slot: slot.used)
@@ -7079,9 +7099,13 @@ class Engine:
         """Seconds until others must decode, in as many steps as caches have them, else `alone`."""
         return SHARED_SECONDS / shared - self.prefill_seconds if shared else alone
 
-    def chunk_length(self, pending: int, shared: int) -> int:
-        """How many of a prompt's pending tokens to prefill now; 0 when others must decode first."""
-        seconds = self.time_left(shared, ALONE_SECONDS)
+    def chunk_length(self, pending: int, shared: int, before: int) -> int:
+        """How many of a prompt's pending tokens, which have others before them, to prefill now.
+
+        0 when others must decode first.
+        """
+        alone = max(ALONE_SECONDS, CAST_TIMES * self.model.cast_seconds * before)
+        seconds = self.time_left(shared, alone)
         count = min(int(seconds * self.prefill_speed), LONGEST_CHUNK) // CHUNK_BORDER * CHUNK_BORDER
         if shared and count <= 0 and self.prefill_seconds:
             return 0
@@ -7118,12 +7142,14 @@ class Engine:
         if stop - start <= seconds * self.prefill_speed:
             slot.stored = None
 
-    def plan_chunk(self, slot: Slot, count: int) -> Plan:
-        """A call that prefills the next `count` tokens of one slot."""
+    def plan_chunk(self, slot: Slot, count: int, shared: int) -> Plan:
+        """A call that prefills the next `count` tokens of one slot, while caches are `shared`."""
         start, sequence = len(slot.tokens), slot.running
         sequence.progress = sequence.progress or PromptProgress(start)
         tokens = np.array([sequence.tokens[start : start + count]], np.int64)
-        return self.call(True, [slot], [[]], slot.row, tokens, np.array([count]))
+        is_quick = self.model.cast_seconds > 0 and shared > 0 and count <= SMALL_CHUNK
+        kind = "quick" if is_quick and not sequence.is_seeded else "chunk"
+        return self.call(kind, [slot], [[]], slot.row, tokens, np.array([count]))
 
     def draft(self, decoding: list[Slot]) -> list[list[int]]:
         """Guesses how the slots that decode go on, as far as that is likely to make all faster."""
@@ -7146,7 +7172,7 @@ class Engine:
         for slot, draft in zip(decoding, drafts, strict=True):
             row, given = slot.row - span.start, [slot.running.tokens[len(slot.tokens)], *draft]
             tokens[row, : len(given)], fed[row] = given, len(given)
-        return self.call(False, decoding, drafts, span.start, tokens, fed)
+        return self.call("decode", decoding, drafts, span.start, tokens, fed)
 
     def span_of(self, decoding: list[Slot]) -> range:
         """The rows from the first to the last slot, an even number if one has a seed."""
@@ -7157,7 +7183,7 @@ class Engine:
 
     def call(
         self,
-        is_chunk: bool,
+        kind: str,
         slots: list[Slot],
         drafts: list[list[int]],
         low: int,
@@ -7169,17 +7195,17 @@ class Engine:
         chores, self.slots.chores = self.slots.chores, []
         # Of a chunk the last two: one alone would be computed by another kernel.
         is_scored = slots[0].running.scores_prompt and not slots[0].running.completion_tokens
-        first = tokens.size - 2 if is_chunk and not is_scored else 0
+        first = 0 if kind == "decode" or is_scored else tokens.size - 2
         wanted = np.arange(first, tokens.size)
         kv = slots[0].kv
-        return Plan(kv, low, tokens, lengths, fed, wanted, is_chunk, slots, drafts, chores)
+        return Plan(kv, low, tokens, lengths, fed, wanted, kind, slots, drafts, chores)
 
     def forward(self, plan: Plan) -> tuple[list[list[Pick] | None], float]:
         """Runs a plan in the executor; returns tokens by slot, None after a fault, and seconds."""
         for chore in plan.chores:
             chore()
         start = time.perf_counter()
-        logits = self.model.forward(plan, prefills=plan.is_chunk)
+        logits = self.model.forward(plan, prefills=plan.kind == "chunk")
         seconds = time.perf_counter() - start
         picks: list[list[Pick] | None] = []
         for slot, draft in zip(plan.slots, plan.drafts, strict=True):
@@ -7229,7 +7255,7 @@ class Engine:
                 continue
             start, kept = len(slot.tokens), plan.count if plan.is_chunk else len(picked) or 1
             slot.tokens += plan.tokens[slot.row - plan.low][:kept].tolist()
-            if plan.is_chunk and slot.prefilled == start:
+            if plan.kind == "chunk" and slot.prefilled == start:
                 slot.prefilled = len(slot.tokens)
             if plan.is_chunk and sequence.progress:
                 sequence.progress.tell(len(slot.tokens), len(sequence.tokens))

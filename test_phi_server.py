@@ -2644,6 +2644,11 @@ def test_int8_kv_decodes_as_it_prefills(int8_model: Any, model_folder: Path) -> 
     assert (np.exp(chunk) * (chunk - step)).sum() < 0.02
 
 
+def test_what_int8_kv_costs_a_chunk_is_measured(model: Any, int8_model: Any) -> None:
+    assert model.cast_seconds == 0
+    assert 0 < int8_model.cast_seconds < int8_model.step_seconds
+
+
 def test_int8_kv_is_the_same_however_a_prompt_is_cut(int8_model: Any, model_folder: Path) -> None:
     tokens, kv = prose(model_folder, 250), int8_model.caches[0]
     whole, cut = prefill(int8_model, 0, tokens), prefill(int8_model, 1, tokens, 8, 104, 160)
@@ -5554,6 +5559,7 @@ class Ledger:
     context_length = 120
     step_seconds = 0.05
     prefill_speed = 100.0
+    cast_seconds = 0.0
     is_pruned = False
     control_texts: ClassVar[dict[int, str]] = {}
 
@@ -5576,7 +5582,7 @@ class Ledger:
             sums, kernels = (array[low + row, 0, :, 0] for array in kv.arrays)
             steps = np.cumsum(fed + self.steps[kv])
             sums[start : start + count] = steps + (sums[start - 1] if start else 0)
-            is_prefill = count > 1 and start % phi_server.CHUNK_BORDER == 0
+            is_prefill = prefills and count > 1 and start % phi_server.CHUNK_BORDER == 0
             kernels[start : start + count] = 1 if is_prefill else 2 + rows % 2
             found = self.likeliest(sums[start : start + count])
             np.put_along_axis(logits[row, :count], found, 1, axis=1)
@@ -5826,15 +5832,55 @@ def test_a_chunk_never_has_a_single_token_nor_leaves_one(
 ) -> None:
     engine.prefill_speed = speed
     for pending in range(2, 700):
-        count = engine.chunk_length(pending, shared)
+        count = engine.chunk_length(pending, shared, 0)
         assert 2 <= count <= phi_server.LONGEST_CHUNK + 1
         assert count == pending or (count % phi_server.CHUNK_BORDER == 0 and pending - count >= 2)
 
 
 def test_chunks_are_shorter_while_others_decode(engine: Any) -> None:
     engine.prefill_speed = 200.0
-    assert engine.chunk_length(5000, False) == 200
-    assert engine.chunk_length(5000, True) == 48
+    assert engine.chunk_length(5000, False, 0) == 200
+    assert engine.chunk_length(5000, True, 0) == 48
+
+
+@cases(
+    "before shared length",
+    {
+        "a short beginning": (50, False, 40),
+        "a long one, which takes longer": (500, False, 200),
+        "however long": (5000, False, phi_server.LONGEST_CHUNK),
+        "others decode": (5000, True, 8),
+    },
+)
+def test_chunks_of_int8_kv_are_longer_behind_a_long_beginning(
+    engine: Any, before: int, shared: bool, length: int
+) -> None:
+    engine.prefill_speed, engine.model.cast_seconds = 40.0, 0.001
+    assert engine.chunk_length(5000, shared, before) == length
+
+
+@cases(
+    "seed is_int8 kinds",
+    {
+        "float32": (None, False, {"chunk"}),
+        "int8": (None, True, {"quick"}),
+        "int8 with a seed": (1, True, {"chunk"}),
+    },
+)
+def test_short_chunks_beside_others_attend_to_int8_kv_itself(
+    engine: Any, seed: int | None, is_int8: bool, kinds: set[str]
+) -> None:
+    engine.model.cast_seconds = is_int8 * 0.001
+    engine.submit([sequence([1] * 8)])
+    step(engine)
+    engine.submit([sequence([2] * 40, seed)])
+    plans = []
+    for _ in range(8):
+        engine.prefill_speed = 10.0
+        plans.append(step(engine))
+    assert {plan.kind for plan in plans if plan.is_chunk} == kinds
+    prefilled = max(slot.prefilled for slot in engine.slots.all if slot.tokens[:1] == [2])
+    assert (prefilled > 0) == (kinds == {"chunk"})
 
 
 @cases("length", [0, 1, 5, 100])
@@ -5946,6 +5992,7 @@ def test_rows_hold_what_their_slots_say_within_kv_memory_whatever_happens(
     monkeypatch.setattr(mmap, "PAGESIZE", page)
     chance, steps = random.Random(kv_tokens), 2000
     model: Any = Ledger(original, head_size)
+    model.cast_seconds = chance.choice([0.0, 0.001])
     kv = model.caches[0]
     kv_bytes = kv.pages(kv_tokens) * kv.page_bytes
     engine = phi_server.Engine(model, phi_server.Metrics(), 8, 6, kv_bytes)
