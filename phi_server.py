@@ -6343,6 +6343,7 @@ class TextStream:
 #   row        where a slot's KV lies in the arrays of the KV cache
 #   span       the contiguous rows of a decode step; those that do not decode are fed nothing
 #   chunk      consecutive prompt tokens of one sequence that one call prefills
+#   draft      guessed tokens that a step feeds behind a sequence's last one
 #   step       one plan, forward and absorb
 #
 # A sequence with a seed gives the same reply at any load, to the bit. Matrix kernels work on tiles
