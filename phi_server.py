@@ -2690,7 +2690,8 @@ class Model:
         started = time.perf_counter()
         logits = self.forward(call, prefills=count > 1)
         seconds = time.perf_counter() - started
-        self.note_arithmetic(logits)
+        if not before:  # how many these are may depend on the settings
+            self.note_arithmetic(logits)
         self.caches[0].release(0, 0)
         self.release_memory()
         return seconds

@@ -2650,6 +2650,19 @@ def test_what_int8_kv_costs_a_chunk_is_measured(model: Any, int8_model: Any) -> 
     assert any(int8_model.measure_cast() > 0 for _ in range(5))  # other programs may disturb one
 
 
+def test_the_hash_of_the_arithmetic_is_the_same_for_any_context(
+    model_folder: Path, known_scales: Path
+) -> None:
+    config = phi_server.ModelConfig.read(model_folder)
+    text = phi_server.Tokenizer(model_folder).encode(phi_server.CALIBRATION_TEXT)
+    choice = phi_server.KvChoice("int8", "1GiB", text, known_scales)
+    models = [
+        phi_server.Model(config, length, 4, phi_server.usable_cpus(), choice)
+        for length in (256, 512)
+    ]
+    assert models[0].arithmetic == models[1].arithmetic
+
+
 def test_int8_kv_is_the_same_however_a_prompt_is_cut(int8_model: Any, model_folder: Path) -> None:
     tokens, kv = prose(model_folder, 250), int8_model.caches[0]
     whole, cut = prefill(int8_model, 0, tokens), prefill(int8_model, 1, tokens, 8, 104, 160)
