@@ -6830,7 +6830,7 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 class Plan(Call):
     """A chunk of one prompt, or the next token of all that decode, with guessed ones behind it."""
 
-    kind: str  # decode, chunk, or quick: a chunk that attends to int8 KV as decoding does
+    kind: str  # decode, chunk, or quick: a chunk that is computed, and counts, as if decoded
     slots: list[Slot]  # whose sequences are fed
     drafts: list[list[int]]  # guessed tokens, by slot
     chores: list[Callable[[], None]]  # to be done to the KV cache before it
